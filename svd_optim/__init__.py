@@ -1,0 +1,35 @@
+"""Wrap your optimizer; see what training does to the weights; train on in fewer parameters."""
+
+from .config import LayerOverride, SubspaceConfig, Thresholds
+from .factorization import factorize_, merge_, restore_structure_
+from .layers import FactorizedLinear
+from .listeners import Listener
+from .optimizer import SubspaceAwareOptimizer
+from .policy import Policy, ThresholdPolicy
+from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Summary
+from .report import ConsoleReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "ConsoleReport",
+    "Decision",
+    "Event",
+    "FactorizedLinear",
+    "LayerInfo",
+    "LayerMetrics",
+    "LayerOverride",
+    "LayerReport",
+    "LayerState",
+    "Listener",
+    "Policy",
+    "SubspaceAwareOptimizer",
+    "SubspaceConfig",
+    "Summary",
+    "ThresholdPolicy",
+    "Thresholds",
+    "factorize_",
+    "merge_",
+    "restore_structure_",
+]

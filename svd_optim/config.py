@@ -1,0 +1,213 @@
+"""What a user can set, checked once: frozen, keyword-only dataclasses.
+
+Every error names the field, the value and the allowed range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+
+def _number(owner: str, name: str, value: Any, low: float, high: float, ends: str = "[]") -> None:
+    """Raise unless ``value`` is a finite real number in the interval; ``ends`` as in mathematics."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}.{name} must be a number, got {value!r} ({type(value).__name__})")
+    above = value >= low if ends[0] == "[" else value > low
+    below = value <= high if ends[1] == "]" else value < high
+    if not (math.isfinite(value) and above and below):
+        raise ValueError(f"{owner}.{name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
+
+
+def _integer(owner: str, name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}.{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < low:
+        raise ValueError(f"{owner}.{name} must be at least {low}, got {value}")
+
+
+def _patterns(owner: str, name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise TypeError(
+            f"{owner}.{name} must be a sequence of name patterns, got the string {value!r}; use ({value!r},)"
+        )
+    patterns = tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{owner}.{name} must hold strings (globs over layer names), got {pattern!r}")
+    return patterns
+
+
+def _choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_rank_fields(owner: str, rank: Any, budget: Any, energy: Any) -> None:
+    if rank is not None:
+        if isinstance(rank, float):
+            _number(owner, "rank", rank, 0, 1, "()")
+        else:
+            _integer(owner, "rank", rank, 1)
+    if budget is not None:
+        _number(owner, "budget", budget, 0, 1, "()")
+    if energy is not None:
+        _number(owner, "energy", energy, 0, 1, "()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What the rules compare with. Decisions use chance-corrected values, so that a threshold means
+    the same at every rank and width: 0 is what a random gradient scores, 1 is all of it.
+
+    Args:
+        principal_danger: in danger when ``principal_excess`` exceeds it. Its complement,
+            :attr:`minor_safe`, is the safety test of the ancestor's rule.
+        capture_safe: factors can follow the gradient when ``capture_excess`` exceeds it.
+        angle_stable: stable when ``subspace_drift`` (a sine, per 20 steps) is below it.
+        reconstruction_safe: exact enough to install factors when ``reconstruction_error`` (relative
+            Frobenius error) is below it.
+        warn_margin: a value this close to its threshold is marked ``~`` in tables and in ``why()``.
+    """
+
+    principal_danger: float = 0.4
+    capture_safe: float = 0.4
+    angle_stable: float = 0.1
+    reconstruction_safe: float = 0.01
+    warn_margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in (
+            "principal_danger",
+            "capture_safe",
+            "angle_stable",
+            "reconstruction_safe",
+            "warn_margin",
+        ):
+            _number("Thresholds", name, getattr(self, name), 0, 1)
+
+    @property
+    def minor_safe(self) -> float:
+        """1 - principal_danger: minor-safe when 1 - principal_excess exceeds it."""
+        return 1.0 - self.principal_danger
+
+    @classmethod
+    def conservative(cls) -> Thresholds:
+        """The ancestor's thresholds: 0.4, (0.6), 0.1, 0.01, warn margin 0.05."""
+        return cls()
+
+    @classmethod
+    def lenient(cls) -> Thresholds:
+        """What the ancestor proposed after its run: 0.3, 0.15, 0.02, with capture_safe 0.25."""
+        return cls(principal_danger=0.3, capture_safe=0.25, angle_stable=0.15, reconstruction_safe=0.02)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOverride:
+    """What may differ for some layers. At most one of ``rank``, ``budget`` and ``energy``."""
+
+    rank: int | float | None = None
+    budget: float | None = None
+    energy: float | None = None
+    thresholds: Thresholds | None = None
+
+    def __post_init__(self) -> None:
+        _check_rank_fields("LayerOverride", self.rank, self.budget, self.energy)
+        if sum(x is not None for x in (self.rank, self.budget, self.energy)) > 1:
+            raise ValueError(
+                f"LayerOverride takes one of rank, budget and energy, got rank={self.rank!r}, "
+                f"budget={self.budget!r}, energy={self.energy!r}"
+            )
+        if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
+            raise TypeError(f"LayerOverride.thresholds must be a Thresholds, got {self.thresholds!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig:
+    """Everything that can be set. The defaults are meant to be left alone.
+
+    Args:
+        mode: ``"auto"`` measures, decides and acts; ``"manual"`` acts only on ``factorize_`` and
+            ``merge_``; ``"observe"`` never changes anything: training is bitwise that of the bare
+            optimizer.
+        rule: ``"capture"`` factorizes layers whose gradient rank-k factors can follow;
+            ``"alignment"`` is the ancestor's rule (danger first, then minor_safe).
+        policy: an object with ``decide(layer, state, history, thresholds) -> Decision`` in place of
+            the rules; see :class:`svd_optim.policy.Policy`.
+        thresholds: see :class:`Thresholds`.
+        interval: steps between analyses (basis refresh, metrics, decisions).
+        measure_every: steps between measured gradients; 1 measures every gradient.
+        warmup: steps before the first decision.
+        patience: consecutive analyses at which all conditions must hold.
+        descent_steps: steps over which the part of the weight outside its rank-k tangent space
+            fades before the factors go in; 0 factorizes only what is already exact enough.
+        cohort: steps between the moments at which descents may start, so that layers switch
+            together (each switch recompiles a compiled model).
+        budget: share of each followed weight's numbers to keep: the target rank is the largest whose
+            factors fit into it. In force unless ``rank`` or ``energy`` is given.
+        rank: target rank, an integer, or a float in (0, 1) as a fraction of min(m, n).
+        energy: target rank is the smallest that keeps this share of the squared Frobenius norm.
+        include, exclude: globs over layer names; a layer is followed if it matches the first and not
+            the second. Heads and embeddings are excluded by default.
+        param_groups: indices of the base optimizer's groups to follow; ``None``: all.
+        min_size: layers with min(m, n) below it are left alone.
+        overrides: glob -> :class:`LayerOverride`; the first matching glob counts.
+        stall_after: after so many analyses in which nothing ever acted, say so.
+        seed: of the private generators (never the global one).
+    """
+
+    mode: Literal["auto", "manual", "observe"] = "auto"
+    rule: Literal["capture", "alignment"] = "capture"
+    policy: Policy | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    interval: int = 20
+    measure_every: int = 5
+    warmup: int = 100
+    patience: int = 3
+    descent_steps: int = 200
+    cohort: int = 100
+    budget: float = 0.5
+    rank: int | float | None = None
+    energy: float | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("*head*", "*embed*", "*classifier*")
+    param_groups: tuple[int, ...] | None = None
+    min_size: int = 32
+    overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
+    stall_after: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = "SubspaceConfig"
+        _choice(name, "mode", self.mode, ("auto", "manual", "observe"))
+        _choice(name, "rule", self.rule, ("capture", "alignment"))
+        if self.policy is not None and not callable(getattr(self.policy, "decide", None)):
+            raise TypeError(
+                f"{name}.policy must have a method decide(layer, state, history, thresholds), got {self.policy!r}"
+            )
+        if not isinstance(self.thresholds, Thresholds):
+            raise TypeError(f"{name}.thresholds must be a Thresholds, got {self.thresholds!r}")
+        for key, low in (("interval", 1), ("measure_every", 1), ("warmup", 0), ("patience", 1), ("descent_steps", 0),
+                         ("cohort", 1), ("min_size", 1), ("stall_after", 1), ("seed", 0)):  # fmt: skip
+            _integer(name, key, getattr(self, key), low)
+        if self.rank is not None and self.energy is not None:
+            raise ValueError(f"{name} takes rank or energy, not both: got rank={self.rank!r}, energy={self.energy!r}")
+        _check_rank_fields(name, self.rank, self.budget, self.energy)
+        for key in ("include", "exclude"):
+            object.__setattr__(self, key, _patterns(name, key, getattr(self, key)))
+        if self.param_groups is not None:
+            groups = tuple(self.param_groups)
+            for index in groups:
+                _integer(name, "param_groups", index, 0)
+            object.__setattr__(self, "param_groups", groups)
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"{name}.overrides must map globs to LayerOverride, got {self.overrides!r}")
+        for glob, override in self.overrides.items():
+            if not isinstance(glob, str) or not isinstance(override, LayerOverride):
+                raise TypeError(f"{name}.overrides must map globs to LayerOverride, got {glob!r}: {override!r}")
+        object.__setattr__(self, "overrides", dict(self.overrides))

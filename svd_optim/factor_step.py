@@ -1,0 +1,184 @@
+"""The tangent step: any base optimizer's ordinary step, taken inside U diag(S) V^T.
+
+While the base optimizer steps, the parameters of a factorized layer hold K = U diag(S) instead of U
+and 0 (called L) instead of V; their gradients are G V and (I - V V^T) G^T U (see ``layers.py``). Both
+live in the units of W, so learning rate, momentum and weight decay mean what they meant. Then
+K V^T + U L^T is brought back to rank k (``linalg.retract``) and the optimizer's moments turn with
+the bases. For plain SGD this is Riemannian gradient descent on the rank-k matrices (Vandereycken,
+SIAM J. Optim. 23 (2013)), up to the O(lr^2) between two retractions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layers import FactorizedLinear
+from .linalg import Basis, project_off, retract
+from .moments import turn_
+
+MUON_SCALE = 2**-0.5
+
+
+def masters(module: FactorizedLinear, kept: Basis | None) -> Basis:
+    """U, S, V in float32 (float64 for a float64 layer), without the rounding of low-precision parameters.
+
+    Args:
+        kept: the float32 factors that the parameters were rounded from. Where a parameter is no
+            longer their rounding (somebody loaded or edited it), the parameter counts.
+    """
+    current = Basis(module.U.detach(), module.S.detach(), module.V.detach())
+    if current.U.dtype in (torch.float32, torch.float64):
+        return current
+    if kept is None or kept.U.shape != current.U.shape:
+        return Basis(*(p.float() for p in current))
+    return Basis(*(torch.where(m.to(p.dtype) == p, m, p.float()) for m, p in zip(kept, current, strict=True)))
+
+
+@dataclass
+class Factored:
+    """A factorized layer as the tangent step sees it."""
+
+    name: str
+    module: FactorizedLinear
+    kept: Basis | None = None  # float32 masters, only under lower-precision parameters
+    nonfinite: Tensor | None = None  # steps that were not taken because of NaN or Inf; 0-d, on the device
+
+
+class Scales(NamedTuple):
+    """What the base optimizer's updates of K and L are multiplied by, and its decoupled decay."""
+
+    K: float
+    L: float
+    decay: float  # share of K that the base optimizer's step takes away whatever the gradient
+
+
+def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
+    """torch.optim.Muon's learning-rate factor for a matrix of this shape."""
+    if adjust is None or adjust == "original":
+        return math.sqrt(max(1.0, rows / cols))
+    return 0.2 * math.sqrt(max(rows, cols)) if adjust == "match_rms_adamw" else 1.0
+
+
+def update_scales(base: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, int, int]) -> Scales:
+    """Bring the updates of K and L to the size that the dense step would have had.
+
+    Only Muon needs it: its update is orthogonal, so its size is set by the shape it sees. First its
+    shape factor is exchanged for that of W. Then, with ||dK||_2 = ||dL||_2 = a, the step
+    dK V^T + U dL^T has a spectral norm of up to sqrt(2) a where both parts share their directions;
+    times 1/sqrt(2) it is at most the dense step's there. Element-wise optimizers (AdamW, SGD, ...)
+    have no such factor.
+
+    Args:
+        shape: (m, n, k).
+    """
+    is_muon = group.get("use_muon", "muon" in type(base).__name__.lower())
+    if not is_muon:
+        return Scales(1.0, 1.0, 0.0)
+    m, n, k = shape
+    adjust = group.get("adjust_lr_fn")
+    dense = MUON_SCALE * _muon_ratio(adjust, m, n)
+    decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
+    return Scales(dense / _muon_ratio(adjust, m, k), dense / _muon_ratio(adjust, n, k), decay)
+
+
+class Entered(NamedTuple):
+    """Layers of one shape, type and state whose parameters hold K and 0 at the moment."""
+
+    layers: list[Factored]
+    scales: Scales
+    U: Tensor  # (b, m, k)
+    S: Tensor  # (b, k)
+    V: Tensor  # (b, n, k)
+    K: Tensor  # (b, m, k), as the base optimizer saw it: rounded to the parameters' type
+
+    def restore_(self) -> None:
+        """Put U and V back, as if nothing had happened."""
+        for i, layer in enumerate(self.layers):
+            layer.module.U.copy_(self.U[i])
+            layer.module.V.copy_(self.V[i])
+
+
+def enter_(
+    layers: Iterable[Factored],
+    base: torch.optim.Optimizer,
+    groups: Mapping[Tensor, Mapping[str, Any]],
+) -> list[Entered]:
+    """Put K and 0 where U and V are, in all layers that will move; equal layers in one batch.
+
+    Layers without gradients or with a learning rate of zero are left as they are.
+
+    Args:
+        groups: the param group of each parameter.
+    """
+    batches: dict[Any, list[Factored]] = {}
+    for layer in layers:
+        U, V = layer.module.U, layer.module.V
+        if U.grad is None or V.grad is None or lr_is_zero(groups[U]):
+            continue
+        keys = tuple(base.state[U]) if U in base.state else ()
+        scales = update_scales(base, groups[U], (U.shape[0], V.shape[0], U.shape[1]))
+        batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, scales), []).append(layer)
+    entered = []
+    for (*_, scales), batch in batches.items():
+        factors = Basis(*(torch.stack(f) for f in zip(*(masters(x.module, x.kept) for x in batch), strict=True)))
+        K = (factors.U * factors.S.unsqueeze(-2)).to(batch[0].module.U.dtype)
+        for layer, K_layer in zip(batch, K, strict=True):
+            layer.module.U.copy_(K_layer)
+            layer.module.V.zero_()
+        entered.append(Entered(batch, scales, *factors, K.to(factors.U.dtype)))
+    return entered
+
+
+def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> None:
+    """After the base optimizer's step: scale, retract, turn the moments, write U, S, V back.
+
+    A layer whose K or L is no longer finite keeps the factors it had, and counts it.
+    """
+    U, S, V = batch.U, batch.S, batch.V
+    K0 = U * S.unsqueeze(-2)
+    K1 = torch.stack([layer.module.U.to(U.dtype) for layer in batch.layers])
+    L1 = torch.stack([layer.module.V.to(U.dtype) for layer in batch.layers])
+    # What the gradient did, apart from decay, which keeps its size whatever the scale.
+    scale_K, scale_L, decay = batch.scales
+    dK = K1 - (1.0 - decay) * batch.K
+    K = (1.0 - decay) * K0 + scale_K * dK
+    L = project_off(scale_L * L1, V)  # Adam turns the update of L back into span(V)
+    finite = torch.isfinite(K).all((-2, -1)) & torch.isfinite(L).all((-2, -1))  # (b,)
+    K = torch.where(finite[:, None, None], K, K0)
+    L = torch.where(finite[:, None, None], L, 0.0)
+    new = retract(K, L, U, V)
+    states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
+    states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
+    turn_(states_K, states_L, (U, V), (new.U, new.V))
+    for i, layer in enumerate(batch.layers):
+        write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
+        bad = (~finite[i]).to(torch.int64)
+        layer.nonfinite = bad if layer.nonfinite is None else layer.nonfinite + bad
+
+
+def write_(layer: Factored, factors: Basis) -> None:
+    """Write U, S, V into the parameters, and keep them as masters under lower precision."""
+    module = layer.module
+    for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
+        parameter.copy_(factor)
+    low_precision = module.U.dtype not in (torch.float32, torch.float64)
+    layer.kept = Basis(*(f.clone() for f in factors)) if low_precision else None
+
+
+def all_lr_zero(param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every learning rate is known to be zero, without reading a device tensor."""
+    return all(lr_is_zero(group) for group in param_groups)
+
+
+def lr_is_zero(group: Mapping[str, Any]) -> bool:
+    """Whether a group's learning rate is known to be zero, without reading a device tensor."""
+    lr = group.get("lr", None)
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return False
+    return lr is not None and float(lr) == 0.0

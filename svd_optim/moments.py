@@ -1,0 +1,157 @@
+"""What an optimizer remembers of a weight, moved with the weight: dense <-> factors, basis to basis.
+
+First moments are linear in the gradient and move exactly (inside the tangent space). Second moments
+move under the assumption that a gradient's entries are uncorrelated: E[(G V)_ia^2] = sum_j
+E[G_ij^2] V_ja^2. Kept: v >= M^2, without which the first Adam step after a move can be thousands of
+learning rates long.
+
+K = U diag(S) (m, k) has the gradient G V, L (n, k) has (I - V V^T) G^T U; M_K, M_L, v_K, v_L are
+their moments. All functions take leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linalg import project_off
+
+# torch.optim's vocabulary, and that of most optimizers written after it.
+FIRST = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
+FIRST_OF = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg", "square_avg": "grad_avg"}
+
+Moments = dict[str, Any]
+
+
+def not_understood(state: Mapping[str, Any], weight: Tensor) -> str:
+    """Why a parameter's optimizer state can't be moved into factors; empty if it can."""
+    cannot = "which svd_optim can't move into factors"
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            known = key in FIRST or key in SECOND
+            if value.numel() > 1 and not (known and value.shape == weight.shape):
+                return f"the optimizer keeps {key!r} of shape {tuple(value.shape)}, {cannot}"
+        elif not isinstance(value, (int, float, bool, str, type(None))):
+            return f"the optimizer keeps {key!r}, a {type(value).__name__}, {cannot}"
+    return ""
+
+
+def _is_moment(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 2 and (key in FIRST or key in SECOND)
+
+
+def _copied(value: Any) -> Any:
+    # K and L must not share one `step` tensor: a fused or foreach step would count it twice.
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _keep_variance_above_square(moments: Moments) -> None:
+    for key, first in FIRST_OF.items():
+        if key in moments and first in moments:
+            torch.maximum(moments[key], moments[first].square(), out=moments[key])
+
+
+def split_first(M: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """M (m, n) -> M_K = M V (m, k), M_L = (I - V V^T) M^T U (n, k)."""
+    return M @ V, project_off(M.mT @ U, V)
+
+
+def join_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """The inverse of :func:`split_first` on the tangent space: M_K V^T + U M_L^T, (m, n)."""
+    return M_K @ V.mT + U @ M_L.mT
+
+
+def split_second(v: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """v (m, n) -> v_K = v (V o V) (m, k), v_L = v^T (U o U) (n, k)."""
+    return v @ V.square(), v.mT @ U.square()
+
+
+def join_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """An estimate of v (m, n) from v_K, v_L.
+
+    v_K (V o V)^T + (U o U) v_L^T is the variance of the part of the gradient that the factors saw.
+    Of a gradient without a preferred direction that is the share k/m + k/n - k^2/mn (with v_L the
+    variance of the projected gradient), so it is divided by it: exact there, and too large, hence
+    cautious, where the factors saw more than chance.
+    """
+    m, k = U.shape[-2:]
+    n = V.shape[-2]
+    seen = 1 - (1 - k / m) * (1 - k / n)
+    return (v_K @ V.square().mT + U.square() @ v_L.mT) / seen
+
+
+def turn_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
+    """M_K, M_L in the bases U1, V1: the split of M_K V^T + U M_L^T, never formed."""
+    M_K1 = M_K @ (V.mT @ V1) + U @ (M_L.mT @ V1)
+    M_L1 = project_off(V @ (M_K.mT @ U1) + M_L @ (U.mT @ U1), V1)
+    return M_K1, M_L1
+
+
+def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
+    """v_K, v_L in the bases U1, V1, whose columns are nearly combinations of those of U, V."""
+    return v_K @ (V.mT @ V1).square(), v_L @ (U.mT @ U1).square()
+
+
+def _math(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Moments]:
+    """A dense weight's state -> the states of K and L."""
+    state_K: Moments = {}
+    state_L: Moments = {}
+    for key, value in state.items():
+        if _is_moment(key, value):
+            move = split_first if key in FIRST else split_second
+            state_K[key], state_L[key] = move(_math(value), U, V)
+        else:
+            state_K[key], state_L[key] = _copied(value), _copied(value)
+    return _finished(state_K, state), _finished(state_L, state)
+
+
+def join(state_K: Mapping[str, Any], state_L: Mapping[str, Any], U: Tensor, V: Tensor) -> Moments:
+    """The states of K and L -> the state of the dense weight."""
+    state: Moments = {}
+    for key, value in state_K.items():
+        if _is_moment(key, value):
+            combine = join_first if key in FIRST else join_second
+            state[key] = combine(_math(value), _math(state_L[key]), U, V)
+        else:
+            state[key] = _copied(value)
+    return _finished(state, state_K)
+
+
+def turn_(
+    states_K: list[Moments], states_L: list[Moments], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> None:
+    """Turn the states of b layers of equal shape and equal keys from the bases ``old`` to ``new``.
+
+    Args:
+        old, new: (U, V), each (b, m, k) and (b, n, k).
+    """
+    K1: Moments = {}
+    L1: Moments = {}
+    for key, value in states_K[0].items():
+        if _is_moment(key, value) and key in states_L[0]:
+            turn = turn_first if key in FIRST else turn_second
+            K = torch.stack([_math(s[key]) for s in states_K])
+            L = torch.stack([_math(s[key]) for s in states_L])
+            K1[key], L1[key] = turn(K, L, *old, *new)
+    for moments, states in ((K1, states_K), (L1, states_L)):
+        _keep_variance_above_square(moments)
+        for key, value in moments.items():
+            for state, turned in zip(states, value, strict=True):
+                state[key].copy_(turned)
+
+
+def _finished(moments: Moments, like: Mapping[str, Any]) -> Moments:
+    """Variances made safe, and the tensors in the types that the optimizer keeps them in."""
+    _keep_variance_above_square(moments)
+    for key, value in moments.items():
+        if isinstance(value, Tensor):
+            moments[key] = value.to(like[key].dtype).contiguous()
+    return moments

@@ -1,0 +1,422 @@
+"""SubspaceAwareOptimizer: the wrapper, an optimizer in every way a training loop touches."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from . import factor_step
+from .config import SubspaceConfig
+from .factorization import restore_structure_
+from .layers import FactorizedLinear
+from .lifecycle import Lifecycle
+from .listeners import Listener
+from .records import Event, LayerReport, LayerState, Summary, break_even_rank
+from .selection import select_layers
+from .tracker import FollowedLayer
+
+logger = logging.getLogger(__name__)
+
+
+class _RestoreHook:
+    """Before ``model.load_state_dict``: give the model the structure of what is loaded.
+
+    Holds the optimizer weakly, and a copied or pickled model does not take the optimizer along.
+    """
+
+    def __init__(self, optimizer: SubspaceAwareOptimizer | None = None) -> None:
+        self.optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None and optimizer.config.mode != "observe":
+            optimizer._restore_structure(state_dict, prefix)
+
+    def __reduce__(self) -> tuple[type[_RestoreHook], tuple[()]]:
+        return _RestoreHook, ()
+
+
+def _let_go(modules: list[nn.Module], owner: object) -> None:
+    """Give layers back their true gradients once their optimizer is gone."""
+    for module in modules:
+        if isinstance(module, FactorizedLinear) and module.owner is owner:
+            module.track_tangent(None)
+
+
+class SubspaceAwareOptimizer(Optimizer):
+    """Wraps an optimizer: the same training loop, with its weights' subspaces watched and shrunk.
+
+        optimizer = SubspaceAwareOptimizer(torch.optim.Muon(matrices, lr=0.02), model)
+
+    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has
+    two parameters, U (m, k) and V (n, k), where its weight (m, n) was; global gradient clipping goes
+    on to mean what it meant (see ``layers.py``).
+
+    Args:
+        base_optimizer: any ``torch.optim.Optimizer``. One whose state is not understood is measured
+            and never factorized, and says so in ``why()``.
+        model: the module whose ``nn.Linear`` layers it trains (or a part of which).
+        config: see :class:`SubspaceConfig`.
+        listeners: see :class:`Listener`; :class:`ConsoleReport` prints tables.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: no parameter of the optimizer is in the model, or a rank does not fit a layer.
+    """
+
+    # GradScaler would hand over scaled gradients and apply steps with Inf if this were the base's.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        model: nn.Module,
+        config: SubspaceConfig | None = None,
+        *,
+        listeners: Iterable[Listener] = (),
+    ) -> None:
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
+        if isinstance(base_optimizer, SubspaceAwareOptimizer):
+            raise TypeError("base_optimizer is a SubspaceAwareOptimizer already; wrap the optimizer inside it")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if config is not None and not isinstance(config, SubspaceConfig):
+            raise TypeError(f"config must be a SubspaceConfig, got {type(config).__name__}")
+        self.base_optimizer = base_optimizer
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+        self.config = config or SubspaceConfig()
+        self._life = Lifecycle(base_optimizer, self.config)
+        self._life.listeners.extend(listeners)
+        self._init_hooks()
+        self._follow_layers(first=True)
+        self._attach()
+
+    def _init_hooks(self) -> None:
+        # Optimizer.__init__ wants parameters, and its __setstate__ writes into the base's defaults.
+        for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post",
+                     "load_state_dict_pre", "load_state_dict_post"):  # fmt: skip
+            setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
+        self._patch_step_function()
+
+    def _follow_layers(self, first: bool) -> None:
+        """Find the layers to follow; those already followed stay as they are."""
+        selection = select_layers(self.model, self.param_groups, self.config)
+        total = sum(len(group["params"]) for group in self.param_groups)
+        if first and selection.strangers:
+            listed = "; ".join(selection.strangers[:5]) + ("; ..." if len(selection.strangers) > 5 else "")
+            if len(selection.strangers) == total:
+                raise ValueError(
+                    f"none of the optimizer's parameters is in the model: {listed}. Is it the right model?"
+                )
+            logger.warning("%d parameters of the optimizer are not in the model: %s", len(selection.strangers), listed)
+        self._life.follow(selection)
+        if first and not self.layers:
+            reasons = "; ".join(f"{x.name}: {x.reason}" for x in selection.left_alone[:5]) or "it holds no matrix"
+            logger.warning(
+                "no layer to follow in the optimizer's parameters (%s); it will only be passed through",
+                reasons,
+            )
+
+    def _attach(self) -> None:
+        """Tie model and optimizer together by what a copy or a pickle must not carry over."""
+        hooks = self.model._load_state_dict_pre_hooks
+        for key, wrapped in list(hooks.items()):
+            hook = getattr(wrapped, "hook", wrapped)
+            if isinstance(hook, _RestoreHook) and hook.optimizer() is None:
+                del hooks[key]  # came along with a copy, and serves nobody
+        self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
+        for layer in self.layers.values():
+            if layer.factored is not None:
+                self._life.own(layer)
+        weakref.finalize(self, _let_go, self._life.owned, self._life.owner).atexit = False
+
+    # ---- being an Optimizer ----------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's own list."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's own dict; nothing of ours is in it."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's own dict."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Schedulers put a bound `step` on the instance: a copy that kept it would step the original.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.endswith("_hooks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_hooks()
+        self._attach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of the base optimizer; layers among the new parameters are followed."""
+        self.base_optimizer.add_param_group(param_group)
+        self._follow_layers(first=False)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of the base optimizer; sketches of factorized layers are dropped too."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self._life.drop_sketches()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, with one more key, ``"svd_optim"``: tensors and plain values only."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = dict(self.base_optimizer.state_dict())
+        state_dict["svd_optim"] = self._life.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, here or of the bare base optimizer.
+
+        Layers that were factorized then are factorized now (from the weights that are there, if the
+        model was not loaded yet) and the other way round.
+
+        Raises:
+            ValueError: the state is of other layers or of a newer version; nothing was changed.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        base_state = {k: v for k, v in state_dict.items() if k != "svd_optim"}
+        own = state_dict.get("svd_optim")
+        if own is None:
+            self.base_optimizer.load_state_dict(base_state)
+        else:
+            self._life.check_saved(own, base_state)
+            ranks = {name: saved["rank"] if saved["factorized"] else None for name, saved in own["layers"].items()}
+            self._life.restore_layers(ranks)
+            self.base_optimizer.load_state_dict(base_state)
+            self._life.load_state_dict(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _restore_structure(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Give followed layers the structure that a model's state dict has; the rest of the model too."""
+        ranks: dict[str, int | None] = {}
+        for name in self.layers:
+            key = prefix if self.layers[name].module is self.model else f"{prefix}{name}."
+            if f"{key}S" in state_dict:
+                ranks[name] = state_dict[f"{key}S"].numel()
+            elif f"{key}weight" in state_dict:
+                ranks[name] = None
+        self._life.restore_layers(ranks)
+        restore_structure_(self.model, state_dict, prefix)
+
+    # ---- one step --------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer; before it gradients are measured, after it layers move on.
+
+        A step without gradients, or with every learning rate 0, is the base optimizer's alone.
+        """
+        life = self._life
+        entered: list[factor_step.Entered] | None = None
+
+        def prepare() -> None:
+            nonlocal entered
+            if not life.has_gradients() or factor_step.all_lr_zero(self.param_groups):
+                return
+            life.start_clock()
+            with torch.no_grad():
+                life.measure()
+                entered = life.enter_factors()
+
+        try:
+            loss = self._base_step(closure, prepare)
+        except BaseException:
+            with torch.no_grad():
+                for batch in entered or ():
+                    batch.restore_()
+            raise
+        if entered is not None:
+            with torch.no_grad():
+                life.advance(entered)
+        return loss
+
+    def _base_step(self, closure: Callable[[], Any] | None, prepare: Callable[[], None]) -> Any:
+        """The base's step, with ``prepare`` between its gradients and its update."""
+        if closure is None:
+            prepare()
+            return self._call_base()
+        calls = 0
+
+        def evaluate() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                self._note_reevaluation()
+            with torch.enable_grad():
+                loss = closure()
+            if calls == 1:  # afterwards: a closure brings its own backward pass
+                prepare()
+            return loss
+
+        if "closure" in inspect.signature(type(self.base_optimizer).step).parameters:
+            return self._call_base(evaluate)
+        loss = evaluate()
+        self._call_base()
+        return loss
+
+    def _call_base(self, *args: Any) -> Any:
+        """The base's bare step with its own hooks: the global ones already run around ours."""
+        base = self.base_optimizer
+        base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler that was built on the base looks at
+        args = (base, *args)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in base._optimizer_step_pre_hooks.values():
+            changed = pre_hook(base, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        step = type(base).step
+        with self._life.clock("base"):
+            loss = getattr(step, "__wrapped__", step)(*args, **kwargs)
+        for post_hook in base._optimizer_step_post_hooks.values():
+            post_hook(base, args, kwargs)
+        return loss
+
+    def _note_reevaluation(self) -> None:
+        self._life.reevaluates = True
+        if any(layer.factored is not None for layer in self.layers.values()):
+            raise RuntimeError(
+                f"{type(self.base_optimizer).__name__} evaluated its closure more than once in a step, which can't "
+                f"be done inside factors: use SubspaceConfig(mode='observe'), or merge_('all') before such steps"
+            )
+
+    # ---- by hand ---------------------------------------------------------------------------
+
+    def factorize_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
+        """Factorize layers now, whatever the policy says: truncates at once, without a descent.
+
+        Args:
+            layers: names or globs, or ``"all"``; layers that are factorized already are left as they are.
+            rank: instead of the layers' target ranks.
+
+        Returns:
+            The names of the layers that were factorized.
+
+        Raises:
+            RuntimeError: in observe mode, or the base optimizer's state can't be moved.
+            ValueError: no layer matches, a rank is out of range or not below break-even, or a weight
+                holds NaN or Inf. Nothing was changed.
+        """
+        chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
+        for layer in chosen:
+            k = layer.rank if rank is None else rank
+            if isinstance(k, bool) or not isinstance(k, int):
+                raise TypeError(f"factorize_: rank must be an integer, got {k!r}")
+            if not 1 <= k < break_even_rank(*layer.shape):
+                raise ValueError(
+                    f"factorize_: layer {layer.name!r} of shape {layer.shape} can't have rank {k}: ranks from 1 to "
+                    f"below break-even ({break_even_rank(*layer.shape):.1f}) make it smaller"
+                )
+            reason = self._life.base_reason(layer)
+            if reason:
+                raise RuntimeError(f"factorize_: layer {layer.name!r} can't be factorized: {reason}")
+        old_ranks = {layer.name: layer.rank for layer in chosen}
+        for layer in chosen:
+            layer.rank = layer.rank if rank is None else rank
+        with torch.no_grad():
+            bases, errors = self._life.exact_bases(chosen)
+        broken = [name for name, error in errors.items() if error == float("inf")]
+        if broken:
+            for layer in chosen:
+                layer.rank = old_ranks[layer.name]
+            raise ValueError(f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf; mend it first")
+        self._life.switch(bases, (), errors, "by hand")
+        return list(bases)
+
+    def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
+        """Make factorized layers dense again now, with their moments; a descent under way is called off.
+
+        Args:
+            layers: names or globs, or ``"all"``; dense layers are left as they are.
+
+        Returns:
+            The names of the layers that were merged.
+
+        Raises:
+            RuntimeError: in observe mode.
+            ValueError: no layer matches.
+        """
+        chosen = self._by_name(layers, "merge_")
+        for layer in chosen:
+            if layer.state == LayerState.DESCENDING:
+                self._life.end_descent(layer, LayerState.DENSE)
+                self._life.emit(layer.name, "descent_stopped", "by hand", LayerState.DESCENDING, LayerState.DENSE)
+        merges = [layer for layer in chosen if layer.factored is not None]
+        self._life.switch({}, merges, {}, "by hand")
+        return [layer.name for layer in merges]
+
+    def _by_name(self, layers: str | Iterable[str], method: str) -> list[FollowedLayer]:
+        if self.config.mode == "observe":
+            raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        chosen: dict[str, FollowedLayer] = {}
+        for pattern in patterns:
+            matches = [n for n in self.layers if pattern == "all" or n == pattern or fnmatchcase(n, pattern)]
+            if not matches:
+                followed = ", ".join(list(self.layers)[:5]) or "none"
+                raise ValueError(f"{method}: no followed layer matches {pattern!r}; followed: {followed}, ...")
+            chosen.update((name, self.layers[name]) for name in matches)
+        return list(chosen.values())
+
+    # ---- looking ---------------------------------------------------------------------------
+
+    def add_listener(self, listener: Listener) -> None:
+        """Call ``listener`` from now on. Listeners are not copied, pickled or saved with the optimizer."""
+        self._life.listeners.append(listener)
+
+    def why(self) -> list[LayerReport]:
+        """Per layer: state, the condition that blocks, its value, threshold and distance."""
+        return [self._life.layer_report(layer) for layer in self.layers.values()]
+
+    def summary(self) -> Summary:
+        """The run as of now, as a plain record; ``svd_optim.report`` renders it."""
+        return self._life.summary()
+
+    @property
+    def layers(self) -> dict[str, FollowedLayer]:
+        """The followed layers by name, with their cached bases."""
+        return self._life.layers
+
+    @property
+    def events(self) -> list[Event]:
+        """Everything that happened to the layers, oldest first."""
+        return self._life.events
+
+    @property
+    def steps(self) -> int:
+        """Steps that counted: with gradients and a learning rate above 0."""
+        return self._life.steps

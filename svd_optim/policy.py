@@ -1,0 +1,155 @@
+"""Thresholds and history in, decisions out. Plain Python: this file does not import torch.
+
+A policy is any object with a pure ``decide``; put your own into ``SubspaceConfig(policy=...)``:
+
+    class Never:
+        def decide(self, layer, state, history, thresholds):
+            return Decision(action=Action.HOLD, reason="never")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .config import Thresholds
+from .records import Action, Condition, Decision, LayerInfo, LayerMetrics, LayerState
+
+
+class Policy(Protocol):
+    """Decides about one layer at one analysis. Pure: same arguments, same decision."""
+
+    def decide(
+        self,
+        layer: LayerInfo,
+        state: LayerState,
+        history: Sequence[LayerMetrics],
+        thresholds: Thresholds,
+    ) -> Decision:
+        """Decide what to do with a layer.
+
+        Args:
+            layer: name, shape and rank.
+            state: where it is in its life.
+            history: its analyses at this rank and in this state's line, oldest first, the present
+                one last; a new rank starts a new history.
+            thresholds: those that hold for this layer.
+        """
+        ...
+
+
+def _stable(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="stable",
+        value=metrics.subspace_drift,
+        threshold=t.angle_stable,
+        above=False,
+        margin=t.warn_margin,
+    )
+
+
+def _capture_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="capture_safe",
+        value=metrics.capture_excess,
+        threshold=t.capture_safe,
+        above=True,
+        margin=t.warn_margin,
+    )
+
+
+def _minor_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    excess = metrics.principal_excess
+    return Condition(
+        name="minor_safe",
+        value=None if excess is None else 1.0 - excess,
+        threshold=t.minor_safe,
+        above=True,
+        margin=t.warn_margin,
+    )
+
+
+def _reconstruction_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="reconstruction_safe",
+        value=metrics.reconstruction_error,
+        threshold=t.reconstruction_safe,
+        above=False,
+        margin=min(t.warn_margin, t.reconstruction_safe),
+    )
+
+
+RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
+    # Factorizing drops the minor-minor block: the question is how much gradient factors can follow.
+    "capture": (_stable, _capture_safe),
+    # The ancestor's: danger first. minor_safe is danger's complement, so one test is both.
+    "alignment": (_minor_safe, _stable),
+}
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy:
+    """The rules of this library: all conditions of a rule, ``patience`` analyses in a row.
+
+    Args:
+        rule: a key of :data:`RULES`.
+        patience: consecutive analyses.
+        descend: whether a layer that is not exact enough yet may descend; if not,
+            ``reconstruction_safe`` is one of the conditions.
+    """
+
+    rule: str = "capture"
+    patience: int = 3
+    descend: bool = True
+
+    def decide(
+        self,
+        layer: LayerInfo,
+        state: LayerState,
+        history: Sequence[LayerMetrics],
+        thresholds: Thresholds,
+    ) -> Decision:
+        """See :class:`Policy`."""
+        danger = self._in_danger(history, thresholds)
+        if state != LayerState.DENSE or not history:
+            waiting = "no analysis yet" if not history else str(state)
+            return Decision(action=Action.HOLD, reason=waiting, danger=danger)
+        conditions = self._conditions(layer, history, thresholds)
+        blocked = next((c for c in conditions if not c.holds), None)
+        if blocked is not None:
+            reason = str(blocked)
+            if blocked.name == "base_understood":
+                reason = f"base_understood: {layer.base_reason}"
+            return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
+        exact = _reconstruction_safe(history[-1], thresholds).holds
+        action = Action.FACTORIZE if exact or not self.descend else Action.DESCEND
+        reason = "; ".join(str(c) for c in conditions if c.name not in ("below_break_even", "base_understood"))
+        return Decision(action=action, reason=reason, conditions=conditions, danger=danger)
+
+    def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
+        recent = history[-self.patience :]
+        return len(recent) == self.patience and all(
+            m.principal_excess is not None and m.principal_excess > t.principal_danger for m in recent
+        )
+
+    def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
+        """All conditions as of the last analysis, the structural ones first, patience last."""
+        tests = RULES[self.rule] if self.descend else (*RULES[self.rule], _reconstruction_safe)
+        streak = 0
+        for metrics in reversed(history):
+            if not all(test(metrics, t).holds for test in tests):
+                break
+            streak += 1
+        return (
+            Condition(
+                name="base_understood",
+                value=float(layer.base_understood),
+                threshold=1,
+                above=True,
+                or_equal=True,
+            ),
+            Condition(name="below_break_even", value=layer.rank, threshold=layer.break_even, above=False),
+            *(test(history[-1], t) for test in tests),
+            Condition(name="patience", value=streak, threshold=self.patience, above=True, or_equal=True),
+        )

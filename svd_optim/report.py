@@ -1,0 +1,393 @@
+"""What a person sees in the terminal: tables, event lines and the summary at the end.
+
+Renders plain records and is the only module that imports rich. Everything that comes from outside
+(names, reasons, conditions of a user's policy) goes through :func:`_clean` into ``Text``: rich would
+take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
+(``~`` near a threshold, ``!`` in danger, ``–`` undefined); colour only repeats it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import rich
+from rich import box, filesize
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .listeners import Listener
+from .records import Action, Condition, Event, LayerReport, LayerState, Summary
+
+_ALARMS = ("danger", "stalled", "nonfinite", "descent_failed", "unsupported")  # kinds of events
+_NARROW = 100  # below so many columns: abbreviations, and a gap of one
+_STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
+_STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
+_NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
+_ASCII = str.maketrans("–…→─·", "-.>-,")
+
+
+def _clean(text: object) -> str:
+    """Without the characters by which a name or reason could take hold of the terminal."""
+    return "".join(c for c in str(text) if unicodedata.category(c) not in _NOT_TEXT)
+
+
+def _name(name: str) -> str:
+    return _clean(name) or "(model)"  # the model itself may be the layer; its name is empty
+
+
+def _shorten(text: str, width: int, head: int | None = None) -> str:
+    """``text`` in at most ``width`` cells, ``…`` in the middle, ``head`` cells before it."""
+    if cell_len(text) <= width:
+        return text
+    if width < 3:
+        return set_cell_size(text, width)
+    head = width // 2 if head is None else head
+    tail = width - 1 - head
+    return set_cell_size(text, head) + "…" + set_cell_size(text[::-1], tail)[::-1]
+
+
+def _shorten_names(names: Sequence[str], width: int) -> list[str]:
+    """Each name in at most ``width`` cells, and different names differently if that can be had.
+
+    Cut in half, ``model.layers.7.attn.q_proj`` and ``model.layers.8.attn.q_proj`` are the same; so other
+    cuts are tried, then inner parts become initials: ``m.l.7.a.q_proj``.
+    """
+    parts = [name.split(".") if cell_len(name) > width else [name] for name in names]
+    initials = [".".join([p if p.isdigit() else p[:1] for p in x[:-1]] + x[-1:]) for x in parts]
+    best: list[str] = []
+    for candidates in (names, initials):
+        for head in sorted(range(1, max(width - 1, 2)), key=lambda h: abs(h - width // 2)):
+            short = [_shorten(name, width, head) for name in candidates]
+            if len(set(short)) == len(set(names)):
+                return short
+            best = max(best, short, key=lambda x: len(set(x)))
+    return best
+
+
+def _number(value: object, digits: int = 3) -> str:
+    """A number in few cells, ``–`` if undefined; never raises."""
+    if value is None:
+        return "–"
+    try:
+        x = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return _shorten(_clean(value), 10)
+    size = abs(x)
+    if isinstance(value, int) and size < 1e6:
+        return str(value)
+    if not math.isfinite(x) or x == 0:
+        return f"{x:g}" if x else "0"
+    if (size < 0.5 * 10**-digits and digits > 2) or size >= 1e4:
+        mantissa, _, exponent = f"{x:.0e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{x:.{digits if size < 10 else 1 if size < 1000 else 0}f}"
+
+
+def _blocker(condition: Condition) -> str:
+    """A condition that does not hold, in short: ``stable .21>.10`` (the value, then the threshold)."""
+    if condition.name == "base_understood":
+        return "unknown optimizer"
+    value, threshold = condition.value, condition.threshold
+    name = _clean(condition.name).removesuffix("_safe").removeprefix("below_")
+    name = ("~" if condition.near else "") + _shorten(name.replace("reconstruction", "recon"), 12)
+    if value is None:
+        return f"{name} –"
+    texts = f"{value:.3g}", f"{threshold:.3g}"
+    for digits in (2, 3, 4):  # the fewest decimals that are true of the threshold and tell the two apart
+        a, b = f"{value:.{digits}f}", f"{threshold:.{digits}f}"
+        if abs(threshold) < 1 and a != b and math.isclose(float(b), threshold) and len(a) < 8:
+            texts = a.replace("0.", ".", 1) if abs(value) < 1 else a, b.replace("0.", ".", 1)
+            break
+    sign = "=" if value == threshold else "<" if condition.above else ">"
+    return f"{name} {texts[0]}{sign}{texts[1]}"
+
+
+def _decision(layer: LayerReport) -> str:
+    """The last column: what happens to a layer, or what blocks it."""
+    decision = layer.decision
+    if layer.state in (LayerState.FACTORIZED, LayerState.DESCENDING):
+        text = "merge" if decision and decision.action == Action.MERGE else str(layer.state)
+    elif decision is None:
+        text = "not analysed yet"
+    elif decision.action != Action.HOLD:
+        text = str(decision.action)
+    else:
+        text = _blocker(decision.blocker) if decision.blocker else _shorten(_clean(decision.reason), 22, 21)
+    return f"! {text}" if decision and decision.danger else text
+
+
+class _Column(NamedTuple):
+    header: str
+    short: str  # header when narrow
+    digits: int  # decimals when narrow
+    importance: int  # the least important columns are left out where there is no room
+    field: str  # of the layer's metrics, or of the layer
+    condition: str = ""  # that tests the value
+
+
+_COLUMNS = (
+    _Column("state", "state", 0, 11, "state"),
+    _Column("shape", "shape", 0, 3, "shape"),
+    _Column("rank", "rank", 0, 10, "rank"),
+    _Column("principal", "prin", 2, 2, "principal_alignment"),
+    _Column("minor", "minor", 2, 1, "minor_alignment"),
+    _Column("excess", "exc", 2, 5, "principal_excess", "minor_safe"),
+    _Column("drift", "drift", 3, 9, "subspace_drift", "stable"),
+    _Column("angle", "angle", 2, 0, "subspace_angle"),
+    _Column("recon", "recon", 3, 6, "reconstruction_error", "reconstruction_safe"),
+    _Column("capture", "capt", 2, 7, "tangent_capture"),
+    _Column("capt.exc", "cexc", 2, 4, "capture_excess", "capture_safe"),
+)
+_SIGNS = "~ near threshold  ! danger  – undefined"
+_LEGEND = f"exc: above chance (cexc: of capt)  {_SIGNS}"
+_LEGEND_WIDE = f"excess, capt.exc: principal, capture above chance  {_SIGNS}"
+
+
+def _cell(column: _Column, layer: LayerReport, narrow: bool) -> str:
+    if column.field == "state":
+        return _STATE_SHORT[layer.state] if narrow else str(layer.state)
+    if column.field in ("shape", "rank"):
+        return "x".join(map(str, layer.shape)) if column.field == "shape" else str(layer.rank)
+    conditions = layer.decision.conditions if layer.decision else ()
+    near = any(c.near and c.name == column.condition for c in conditions)
+    number = _number(getattr(layer.metrics, column.field, None), column.digits if narrow else 3)
+    return f"~{number}" if near else number
+
+
+def _plain_table(title: str, gap: int = 2) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", caption_justify="left")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, gap - 1, 0, 0)
+    table.show_edge = table.pad_edge = False
+    return table
+
+
+def layer_table(summary: Summary, width: int | None = None) -> Table:
+    """One row per followed layer, in model order.
+
+    Columns: name, state, shape, target rank, principal and minor alignment (fractions of ‖G‖²), excess
+    (principal alignment above chance), drift (sine per 20 steps), angle (radians), reconstruction
+    error (relative), tangent capture, the same above chance, and the decision or what blocks it.
+    ``~`` marks a value within the warning margin of its threshold, ``!`` a layer in danger, ``–`` an
+    undefined value. Where ``width`` (columns; default: the terminal's) does not hold all of it, names are
+    cut in the middle and the least important columns are left out; numbers never wrap.
+    """
+    width = rich.get_console().width if width is None else width
+    narrow = width < _NARROW
+    gap = 1 if narrow else 2
+    layers = summary.layers
+    names = [_name(layer.name) for layer in layers]
+    decisions = [_decision(layer) for layer in layers]
+    cells = {c: [c.short if narrow else c.header, *(_cell(c, r, narrow) for r in layers)] for c in _COLUMNS}
+    widths = {column: max(map(cell_len, texts)) for column, texts in cells.items()}
+    for column in filter(lambda c: c.condition, _COLUMNS):  # so that columns do not come and go with the marks
+        widths[column] = max(widths[column], len("~0.") + (column.digits if narrow else 3))
+    widest = max(map(cell_len, ["layer", *names]))
+    last = max(map(cell_len, ["decision", *decisions]))
+
+    def room() -> int:
+        return width - last - sum(widths.values()) - gap * (len(widths) + 1)
+
+    for column in sorted(_COLUMNS, key=lambda c: c.importance):
+        if room() >= min(widest, 18 if narrow else 30):
+            break
+        del widths[column]
+    name_width = max(5, min(room(), widest))
+
+    title = f"step {summary.step} · analysis {summary.analyses} · {_clean(summary.mode)}"
+    table = _plain_table(title, gap)
+    table.caption = Text(_LEGEND if narrow else _LEGEND_WIDE, style="dim")
+    table.add_column("layer", no_wrap=True, width=name_width)
+    for column, cell_width in widths.items():
+        justify: JustifyMethod = "left" if column.field in ("state", "shape") else "right"
+        table.add_column(cells[column][0], no_wrap=True, width=cell_width, justify=justify)
+    table.add_column("decision", no_wrap=True, overflow="ellipsis")
+    for i, (layer, name) in enumerate(zip(layers, _shorten_names(names, name_width), strict=True)):
+        style = _STATE_STYLE[layer.state]
+        middle = (Text(cells[c][i + 1], style if c.field == "state" else "") for c in widths)
+        alarm = "bold red" if layer.decision and layer.decision.danger else style
+        table.add_row(Text(name), *middle, Text(decisions[i], alarm))
+    return table
+
+
+def event_line(event: Event) -> Text:
+    """One line: step, layer, kind, move between states, reason, numbers. Never cut: it may wrap."""
+    line = Text(f"step {event.step}  ")
+    line.append(_name(event.layer) if event.layer != "*" else "run", style="bold")
+    alarm = event.kind in _ALARMS
+    line.append(f"  {_clean(event.kind)}", style="bold red" if alarm else "cyan")
+    if event.before is not None and event.after is not None and event.before != event.after:
+        line.append(f"  {event.before} → {event.after}")
+    line.append(f"  {_clean(event.reason)}")
+    if event.numbers:
+        numbers = ", ".join(f"{_clean(key)}={_number(value, 4)}" for key, value in event.numbers.items())
+        line.append(f"  [{numbers}]")
+    return line
+
+
+def _sizes(summary: Summary) -> Table:
+    """Parameters and resident bytes of the followed layers: all dense, and now."""
+    table = _plain_table("followed layers")
+    for header in ("", "before", "after", "after/before"):
+        table.add_column(header, no_wrap=True, justify="right" if header else "left")
+    rows = {"parameters": summary.parameters(), "bytes": (0, 0)}
+    for label, kind in (("weights", "weight"), ("gradients", "grad"), ("optimizer state", "state")):
+        before = sum(getattr(layer, f"{kind}_bytes_dense") for layer in summary.layers)
+        after = sum(getattr(layer, f"{kind}_bytes") for layer in summary.layers)
+        rows[f"  {label}"] = before, after
+        rows["bytes"] = rows["bytes"][0] + before, rows["bytes"][1] + after
+    for label, (before, after) in rows.items():
+        form = "{:,}".format if label == "parameters" else filesize.decimal
+        table.add_row(label, form(before), form(after), f"{after / before:.1%}" if before else "–")
+    return table
+
+
+def _times(summary: Summary) -> Text:
+    total = summary.seconds_total
+    text = Text(f"analysis took {summary.analysis_share:.1%} of {_number(total, 2)} s")
+    parts = sorted(summary.seconds.items(), key=lambda item: -item[1])
+    share = " ({:.1%})".format
+    phases = (f"{_clean(k)} {_number(v, 2)} s{share(v / total) if total > 0 else ''}" for k, v in parts)
+    return text.append(": " + " · ".join(phases)) if parts else text
+
+
+def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
+    """For each layer that is not factorized: the first condition that fails, and by how much."""
+    table = _plain_table("did not switch, because")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("condition: value, threshold, distance", overflow="fold")
+    names = [_name(layer.name) for layer in layers]
+    for layer, name in zip(layers, _shorten_names(names, max(12, width - 62)), strict=True):
+        decision = layer.decision
+        blocker = decision.blocker if decision else None
+        if layer.state == LayerState.DESCENDING:
+            text = "still descending"
+        elif blocker is not None and blocker.name != "base_understood":  # of that the reason says more
+            text = ("~" if blocker.near else "") + str(blocker)
+        elif decision is not None and decision.action != Action.HOLD:
+            text = f"would {decision.action}: {decision.reason}"
+        else:
+            text = layer.reason
+        table.add_row(Text(name), Text(_clean(text)))
+    return table
+
+
+def _failing(layer: LayerReport) -> list[Condition]:
+    """What does not hold; patience, which fails whenever anything does, only if nothing else fails."""
+    failing = [c for c in (layer.decision.conditions if layer.decision else ()) if not c.holds]
+    return [c for c in failing if c.name != "patience"] or failing
+
+
+def _farness(layer: LayerReport) -> tuple[int, float]:
+    """(conditions that fail, the worst relative distance among them): small is near."""
+    failing = _failing(layer)
+    distances = ((math.inf if c.distance is None else abs(c.distance), abs(c.threshold)) for c in failing)
+    far = [distance / max(threshold, 1e-12) for distance, threshold in distances]
+    return len(failing), max((math.inf if math.isnan(x) else x for x in far), default=math.inf)
+
+
+def _nothing_acted(summary: Summary) -> Text | None:
+    """What to say if no layer ever left the dense state, or ``None``."""
+    acted = any(event.kind in ("descend", "factorize") for event in summary.events)
+    moved = summary.count(LayerState.DESCENDING) + summary.count(LayerState.FACTORIZED)
+    blocked = [layer for layer in summary.layers if _failing(layer)]
+    if acted or moved or not summary.analyses or summary.mode != "auto" or not blocked:
+        return None
+    loud = summary.analyses >= summary.stall_after or any(event.kind == "stalled" for event in summary.events)
+    counts = Counter(_clean(layer.condition) for layer in blocked).most_common()
+    nearest = min(blocked, key=_farness)
+    text = Text("!! NOTHING ACTED" if loud else "nothing acted", style="bold red" if loud else "")
+    text.append(f" in {summary.analyses} analyses of {len(summary.layers)} layers. Blocked by ")
+    text.append(", ".join(f"{name} ({count})" for name, count in counts))
+    text.append(f". Nearest: {_name(nearest.name)}: {'; '.join(map(_clean, _failing(nearest)))}.")
+    return text
+
+
+def _left_alone(summary: Summary, names: int = 4) -> Text:
+    """The parameters left alone, grouped by reason, with the first few names of each group."""
+    groups: dict[str, list[str]] = {}
+    for item in summary.left_alone:
+        groups.setdefault(_clean(item.reason), []).append(_shorten(_name(item.name), 40))
+    text = Text("left alone")
+    for reason, members in groups.items():
+        more = f" and {len(members) - names} more" if len(members) > names else ""
+        text.append(f"\n  {reason} ({len(members)}): {', '.join(members[:names])}{more}")
+    return text
+
+
+def summary_renderable(summary: Summary, width: int | None = None) -> Group:
+    """The run at its end: states, parameters and bytes before and after, the share of the time spent in
+    analysis, why layers did not switch, and what was left alone.
+
+    If no layer ever acted in ``auto`` mode, it says so, with the conditions that blocked and the layer
+    that came nearest: loudly after ``stall_after`` analyses or a ``"stalled"`` event. ``width`` is
+    as in :func:`layer_table`.
+    """
+    width = rich.get_console().width if width is None else width
+    states = " · ".join(f"{summary.count(state)} {state}" for state in LayerState)
+    head = f"step {summary.step}, mode {_clean(summary.mode)}, {summary.analyses} analyses: {states}"
+    parts: list[RenderableType] = [Text(head, "bold"), Text(), _sizes(summary), Text(), _times(summary)]
+    stalled = _nothing_acted(summary)
+    if stalled is not None:
+        parts += [Text(), stalled]
+    rest = [layer for layer in summary.layers if layer.state != LayerState.FACTORIZED]
+    if rest:
+        parts += [Text(), _why_not(rest, width)]
+    if summary.left_alone:
+        parts += [Text(), _left_alone(summary)]
+    return Group(*parts)
+
+
+class ConsoleReport(Listener):
+    """Prints during training: each event as a line, and the layer table now and then.
+
+    Prints nothing in a distributed run except on rank 0 (environment variable ``RANK``).
+
+    Args:
+        every: analyses between layer tables; 0 prints events only.
+        console: where to print; default: rich's own, which a progress bar shares.
+
+    Raises:
+        TypeError: ``every`` is not an integer.
+        ValueError: ``every`` is negative.
+    """
+
+    def __init__(self, every: int = 10, console: Console | None = None) -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"ConsoleReport.every must be an integer, got {every!r}")
+        if every < 0:
+            raise ValueError(f"ConsoleReport.every must be at least 0 (0: events only), got {every}")
+        self.every = every
+        self.console = rich.get_console() if console is None else console
+
+    def on_analysis(self, summary: Summary) -> None:
+        """Print the layer table at every ``every``-th analysis."""
+        if self.every and summary.analyses % self.every == 0:
+            self._print(layer_table(summary, self.console.width))
+
+    def on_event(self, event: Event) -> None:
+        """Print the event's line."""
+        self._print(event_line(event))
+
+    def finish(self, summary: Summary) -> None:
+        """Print the summary; for the end of a run."""
+        self._print(summary_renderable(summary, self.console.width))
+
+    def _print(self, what: RenderableType) -> None:
+        if os.environ.get("RANK", "0") not in ("", "0"):
+            return
+        encoding = self.console.encoding
+        if not encoding.startswith("utf"):  # an ASCII log file must not end the training with an exception
+            plain = Console(file=io.StringIO(), width=self.console.width, color_system=None)
+            with plain.capture() as capture:
+                plain.print(what)
+            text = capture.get().translate(_ASCII).encode(encoding, "replace").decode(encoding)
+            what = Text(text.rstrip("\n"))
+        self.console.print(what)

@@ -1,0 +1,87 @@
+"""A followed layer from dense to factorized and back: module, param group and optimizer state together.
+
+The param groups stay the same objects, and so do their lists: schedulers and everyone else who
+holds them see the new parameters in the place of the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import moments
+from .factor_step import Factored, masters, write_
+from .factorization import factorize_, merge_
+from .layers import FactorizedLinear
+from .linalg import Basis, project_off
+from .tracker import FollowedLayer
+
+
+def _math(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def replace_parameters_(
+    optimizer: torch.optim.Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], suffixes: Sequence[str]
+) -> None:
+    """Put ``new`` where the first of ``old`` stands in its group, and take the others out.
+
+    Optimizer state is not touched. ``param_names`` stay aligned: the last part of the first name is
+    exchanged for each of ``suffixes``.
+    """
+    for group in optimizer.param_groups:
+        params = group["params"]
+        positions = [i for i, p in enumerate(params) if any(p is q for q in old)]
+        if not positions:
+            continue
+        lists: list[tuple[list[Any], list[Any]]] = [(params, list(new))]
+        if "param_names" in group:
+            stem = group["param_names"][positions[0]].rpartition(".")[0]
+            lists.append((group["param_names"], [f"{stem}.{s}" if stem else s for s in suffixes]))
+        for sequence, values in lists:
+            for i in reversed(positions[1:]):
+                del sequence[i]
+            sequence[positions[0] : positions[0] + 1] = values
+
+
+def to_factors_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, basis: Basis) -> None:
+    """Factorize a dense layer at its rank from the leading triplets of its weight.
+
+    Moments and a pending gradient move into the factors.
+    """
+    W = layer.module.weight
+    U, S, V = basis.leading(layer.rank)
+    state = optimizer.state.pop(W, None)
+    module = factorize_(layer.module, layer.rank, basis)
+    replace_parameters_(optimizer, [W], [module.U, module.V], ["U", "V"])
+    if state is not None:
+        optimizer.state[module.U], optimizer.state[module.V] = moments.split(state, U, V)
+    if W.grad is not None:
+        G = _math(W.grad)
+        module.U.grad = (G @ V).to(W.dtype)
+        module.V.grad = project_off(G.mT @ U, V).to(W.dtype)
+    layer.factored = Factored(layer.name, module)
+    write_(layer.factored, Basis(U, S, V))
+    layer.basis = Basis(U.clone(), S.clone(), V.clone())
+
+
+def to_dense_(layer: FollowedLayer, optimizer: torch.optim.Optimizer) -> None:
+    """Merge a factorized layer back, with its moments and the tangent part of a pending gradient."""
+    module = layer.module
+    assert isinstance(module, FactorizedLinear) and layer.factored is not None
+    old = [module.U, module.S, module.V]
+    U, S, V = (t.clone() for t in masters(module, layer.factored.kept))
+    state_K, state_L = optimizer.state.pop(module.U, None), optimizer.state.pop(module.V, None)
+    G_K, G_L, tangent = module.U.grad, module.V.grad, module.tangent
+    dense: nn.Linear = merge_(module, (U * S) @ V.mT)
+    replace_parameters_(optimizer, old, [dense.weight], ["weight"])
+    if state_K is not None and state_L is not None:
+        optimizer.state[dense.weight] = moments.join(state_K, state_L, U, V)
+    if tangent and G_K is not None and G_L is not None:
+        dense.weight.grad = moments.join_first(_math(G_K), _math(G_L), U, V).to(dense.weight.dtype)
+    layer.factored = None
+    layer.basis = Basis(U, S, V)

@@ -1,0 +1,286 @@
+"""The report is read by people: these tests read what is printed."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+
+from svd_optim.records import (
+    Action,
+    Condition,
+    Decision,
+    Event,
+    LayerMetrics,
+    LayerReport,
+    LayerState,
+    LeftAlone,
+    Summary,
+)
+from svd_optim.report import ConsoleReport, event_line, layer_table, summary_renderable
+
+PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+GPT = [f"blocks.{block}.{part}" for block in range(4) for part in PARTS]
+LONG = [f"model.decoder.layers.{i}.self_attention.{p}_projection.{'z' * 36}" for i in (1, 11) for p in "qkv"]
+HOSTILE = {  # name -> as printed
+    "x[/y]": "x[/y]",
+    "[link=http://a]b": "[link=http://a]b",
+    "a\x1b[31mred\r\nz\u202e": "a[31mredz",
+    "": "(model)",
+}
+METRICS = {
+    "principal_alignment": 0.618,
+    "principal_excess": 0.246,
+    "subspace_drift": 0.042,
+    "subspace_angle": 1.234,
+    "reconstruction_error": 0.271,
+    "tangent_capture": 0.532,
+    "capture_excess": 0.314,
+}
+
+
+def show(what: RenderableType, width: int) -> list[str]:
+    """The lines as printed without colour, trailing blanks stripped; none may exceed the width."""
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(what)
+    lines = file.getvalue().split("\n")
+    assert max(map(cell_len, lines)) <= width
+    return [line.rstrip() for line in lines]
+
+
+def layer(name: str = "a", state: LayerState = LayerState.DENSE, **metrics: float | None) -> LayerReport:
+    m = LayerMetrics(step=1, rank=42, measured=4, **(METRICS | metrics))
+    conditions = (
+        Condition(name="stable", value=m.subspace_drift, threshold=0.1, above=False, margin=0.05),
+        Condition(name="capture_safe", value=m.capture_excess, threshold=0.4, above=True, margin=0.05),
+    )
+    failing = [c for c in conditions if not c.holds]
+    action = Action.HOLD if failing else Action.DESCEND
+    decision = Decision(action=action, reason="; ".join(map(str, failing)), conditions=conditions)
+    now = 2 if state == LayerState.FACTORIZED else 4
+    sizes = {f"{kind}_bytes": now * 10**6 for kind in ("weight", "grad", "state")}
+    dense = {f"{kind}_bytes_dense": 4 * 10**6 for kind in ("weight", "grad", "state")}
+    return LayerReport(
+        name=name, shape=(128, 512), state=state, rank=42, metrics=m, decision=decision, **sizes, **dense
+    )
+
+
+def summary(*layers: LayerReport, analyses: int = 60, **kwargs: object) -> Summary:
+    seconds = {"measure": 2.0, "refresh": 1.0, "decide": 0.5, "base": 40.0}
+    values = {"mode": "auto", "left_alone": (), "events": (), "seconds": seconds, "seconds_total": 100.0}
+    return Summary(step=1200, analyses=analyses, stall_after=50, layers=layers, **(values | kwargs))
+
+
+def row(lines: list[str], start: str) -> list[str]:
+    return next(line for line in lines if line.startswith(start)).split()
+
+
+def test_140_columns_hold_every_name_and_value():
+    lines = show(layer_table(summary(*map(layer, GPT)), 140), 140)
+    rows = [line.split() for line in lines if line.startswith("blocks.")]
+    assert [r[0] for r in rows] == GPT  # whole, and in model order
+    values = ["0.618", "0.382", "0.246", "0.042", "1.234", "0.271", "0.532", "0.314"]
+    assert rows[0][1:] == ["dense", "128x512", "42", *values, "capture", ".31<.40"]
+
+
+def test_80_columns_keep_what_decisions_rest_on():
+    lines = show(layer_table(summary(*map(layer, GPT)), 80), 80)
+    rows = [line.split() for line in lines if line.startswith("blocks.")]
+    assert [r[0] for r in rows] == GPT
+    shown = dict(zip(row(lines, "layer"), rows[3], strict=False))
+    kept = {"state": "dense", "rank": "42", "exc": "0.25", "drift": "0.042", "recon": "0.271", "capt": "0.53"}
+    assert kept | {"cexc": "0.31", "decision": "capture"} == {k: shown[k] for k in (*kept, "cexc", "decision")}
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 99, 100, 140])
+def test_rows_are_single_lines_and_long_names_stay_apart(width):
+    lines = show(layer_table(summary(*map(layer, LONG)), width), width)
+    start = next(i for i, line in enumerate(lines) if line.startswith("──")) + 1
+    rows = lines[start : start + len(LONG)]
+    assert all(line.startswith("m") and line.endswith("capture .31<.40") for line in rows)
+    if width >= 60:
+        assert len({line.split()[0] for line in rows}) == len(LONG)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_text(name, width):
+    one = summary(layer(name), left_alone=(LeftAlone(name=name, shape=(1,), reason=name),))
+    event = Event(step=1, layer=name, kind="descend", reason=name, numbers={name: 1.0})
+    for what in (layer_table(one, width), summary_renderable(one, width), event_line(event)):
+        file = io.StringIO()
+        Console(file=file, width=width, force_terminal=True, color_system="truecolor").print(what)
+        printed = file.getvalue()
+        assert HOSTILE[name] in printed
+        assert "\x1b[31m" not in printed and "\x1b]8" not in printed  # neither its colour nor a link
+        assert "\r" not in printed and "\u202e" not in printed
+
+
+def test_undefined_values():
+    lines = show(layer_table(summary(layer("a", **dict.fromkeys(METRICS))), 140), 140)
+    assert row(lines, "a ")[4:] == ["–"] * 8 + ["stable", "–"]
+    never = replace(layer("b"), metrics=None, decision=None)
+    assert row(show(layer_table(summary(never), 80), 80), "b ")[-3:] == ["not", "analysed", "yet"]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_absurd_values_are_printed(width):
+    absurd = layer("a", principal_excess=math.nan, subspace_drift=math.inf, reconstruction_error=-1e300)
+    absurd = replace(absurd, rank=10**9)
+    values = row(show(layer_table(summary(absurd), width), width), "a ")
+    assert {"nan", "inf", "-1e300", str(10**9)} <= set(values)
+    assert values[-2:] == ["stable", "inf>.10"]
+    lines = show(summary_renderable(summary(absurd, seconds_total=math.nan), width), width)
+    assert row(lines, "analysis")[4] == "nan"
+    show(layer_table(summary(), width), width)  # no layers at all
+    assert "0 dense" in show(summary_renderable(summary(), width), width)[0]
+
+
+def test_near_values_are_marked_without_colour():
+    lines = show(layer_table(summary(layer("near", capture_excess=0.37), layer("far")), 140), 140)
+    assert row(lines, "near")[11:] == ["~0.370", "~capture", ".37<.40"]
+    assert "~" not in " ".join(row(lines, "far"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "threshold", "above", "text"),
+    [
+        ("stable", 0.21, 0.1, False, "stable .21>.10"),
+        ("reconstruction_safe", 0.0104, 0.01, False, "recon .0104>.0100"),  # decimals that tell them apart
+        ("capture_safe", -0.03, 0.4, True, "capture -.03<.40"),
+        ("patience", 1, 3, True, "patience 1<3"),
+        ("mine", 0.5, 0.5, True, "mine 0.5=0.5"),
+        ("[b]", None, 0.5, True, "[b] –"),
+    ],
+)
+def test_decision_column_names_the_blocker(name, value, threshold, above, text):
+    condition = Condition(name=name, value=value, threshold=threshold, above=above)
+    held = Decision(action=Action.HOLD, reason="r", conditions=(condition,))
+    lines = show(layer_table(summary(replace(layer("a"), decision=held)), 80), 80)
+    assert next(line for line in lines if line.startswith("a ")).endswith(" " + text)
+
+
+def test_decision_column_of_other_states():
+    danger = Decision(action=Action.HOLD, reason="", danger=True)
+    factorized = layer("f", LayerState.FACTORIZED)
+    layers = [layer("d", capture_excess=0.9), layer("e", LayerState.DESCENDING), factorized]
+    lines = show(layer_table(summary(*layers, replace(factorized, name="g", decision=danger)), 140), 140)
+    shown = [row(lines, f"{name} ")[12:] for name in "defg"]
+    assert shown == [["descend"], ["descending"], ["factorized"], ["!", "factorized"]]
+
+
+def test_event_lines():
+    event = Event(
+        step=20,
+        layer="blocks.0",
+        kind="factorize",
+        reason="all held",
+        before=LayerState.DESCENDING,
+        after=LayerState.FACTORIZED,
+        numbers={"rank": 42, "error": 1e-5, "bad": math.nan},
+    )
+    assert event_line(event).plain == (
+        "step 20  blocks.0  factorize  descending → factorized  all held  [rank=42, error=1e-5, bad=nan]"
+    )
+    run = Event(step=9, layer="*", kind="stalled", reason="nothing acted")
+    assert event_line(run).plain == "step 9  run  stalled  nothing acted"
+
+
+def test_summary_counts_sizes_and_time():
+    alone = tuple(LeftAlone(name=f"norm{i}", shape=(8,), reason="not a matrix") for i in range(9))
+    whole = summary(layer("a"), layer("b", LayerState.FACTORIZED), left_alone=alone)
+    lines = show(summary_renderable(whole, 140), 140)
+    text = "\n".join(lines)
+    assert "0 warmup · 1 dense · 0 descending · 1 factorized" in text
+    now = 128 * 512 + 42 * (128 + 512 + 1)
+    assert row(lines, "parameters") == ["parameters", "131,072", f"{now:,}", f"{now / 131072:.1%}"]
+    assert row(lines, "  gradients") == ["gradients", "8.0", "MB", "6.0", "MB", "75.0%"]
+    assert row(lines, "bytes") == ["bytes", "24.0", "MB", "18.0", "MB", "75.0%"]
+    assert "analysis took 3.5% of 100.0 s: base 40.0 s (40.0%) · measure 2.00 s (2.0%)" in text
+    assert "not a matrix (9): norm0, norm1, norm2, norm3 and 5 more" in text
+
+
+def test_summary_says_why_not():
+    unknown = Condition(name="base_understood", value=0.0, threshold=1, above=True, or_equal=True)
+    odd = Decision(action=Action.HOLD, reason="base_understood: LBFGS has no moments", conditions=(unknown,))
+    layers = [
+        layer("a"),
+        layer("b", capture_excess=0.37),
+        layer("c", LayerState.FACTORIZED),
+        layer("d", LayerState.DESCENDING),
+        layer("e", capture_excess=0.9),
+        replace(layer("odd"), decision=odd),
+    ]
+    lines = show(summary_renderable(summary(*layers), 80), 80)
+    why = lines[lines.index("did not switch, because") :]
+    assert row(why, "a ")[1:] == ["capture_safe:", "0.314,", "needs", ">", "0.4", "(off", "by", "0.086)"]
+    assert row(why, "b ")[1] == "~capture_safe:"
+    assert row(why, "d ")[1:] == ["still", "descending"]
+    assert row(why, "e ")[1:3] == ["would", "descend:"]
+    assert "LBFGS" in row(why, "odd")
+    assert not any(line.startswith("c ") for line in why)
+
+
+def test_summary_says_when_nothing_acted():
+    def said(*rows: LayerReport, **kwargs: object) -> str:
+        return " ".join(show(summary_renderable(summary(*rows, **kwargs), 140), 140))
+
+    layers = [layer("far", capture_excess=0.1), layer("close", capture_excess=0.39)]
+    layers.append(layer("x", subspace_drift=0.9))
+    late = said(*layers)
+    assert "!! NOTHING ACTED in 60 analyses of 3 layers. Blocked by capture_safe (2), stable (1)." in late
+    assert "Nearest: close: capture_safe: 0.39, needs > 0.4 (off by 0.01)." in late
+    early = said(*layers, analyses=5)
+    assert "!!" not in early and "nothing acted in 5 analyses" in early
+    stalled = Event(step=5, layer="*", kind="stalled", reason="")
+    assert "!! NOTHING ACTED in 5" in said(*layers, analyses=5, stall_after=50, events=(stalled,))
+    assert "acted" not in said(*layers, layer("f", LayerState.FACTORIZED)).lower()
+    assert "acted" not in said(*layers, mode="observe").lower()  # it never does
+
+
+def test_console_report_prints_tables_now_and_then_and_on_rank_0_only(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def printed(every: int) -> list[str]:
+        file = io.StringIO()
+        report = ConsoleReport(every, Console(file=file, width=80, color_system=None))
+        for n in range(1, 7):
+            report.on_analysis(summary(layer("a"), analyses=n))
+        report.on_event(Event(step=1, layer="a", kind="descend", reason="r"))
+        report.finish(summary(layer("a")))
+        return [line for line in file.getvalue().split("\n") if line.startswith("step ")]
+
+    assert [line.split()[4] for line in printed(3)[:2]] == ["3", "6"]
+    assert len(printed(3)) == 4 and len(printed(0)) == 2
+    monkeypatch.setenv("RANK", "1")
+    assert printed(3) == []
+    monkeypatch.setenv("RANK", "0")
+    assert len(printed(3)) == 4
+
+
+def test_console_report_survives_an_ascii_terminal(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, "ascii")
+    report = ConsoleReport(1, Console(file=file, width=80, color_system=None))
+    report.on_analysis(summary(layer("层[/b]", subspace_drift=None)))
+    report.finish(summary(layer("a")))
+    file.flush()
+    assert b"?[/b]" in raw.getvalue() and b"1 dense" in raw.getvalue()
+
+
+@pytest.mark.parametrize(("every", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_console_report_names_the_bad_value(every, error):
+    with pytest.raises(error, match=rf"ConsoleReport.every .*{every}"):
+        ConsoleReport(every)
+
+
+def test_tables_without_a_width_use_the_terminals(monkeypatch):
+    whole = summary(*map(layer, GPT))
+    for width in (80, 140):
+        monkeypatch.setattr("rich.get_console", lambda width=width: Console(file=io.StringIO(), width=width))
+        assert show(layer_table(whole), 140) == show(layer_table(whole, width), 140)
