@@ -52,8 +52,7 @@ def standard_library() -> list[bytes]:
     sources = [
         path
         for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix())
-        if EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts)
-        and not path.name.startswith(EXCLUDED_PREFIXES)
+        if EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not path.name.startswith(EXCLUDED_PREFIXES)
     ]
     if not sources:
         raise FileNotFoundError("this Python comes without its library's sources: give text with --data")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
-from svd_optim import ConsoleReport, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import ConsoleReport, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.report import layer_table, summary_renderable
 
 PROMPTS = (
@@ -45,9 +45,25 @@ PROMPTS = (
 )
 CORPUS_PROMPTS = ("def __init__(self", "import ", "class ", "The ", "    return ")
 
-# What --short changes: small and quick, and still long enough for layers to descend and switch.
-SHORT = {"steps": 160, "batch": 2, "depth": 2, "width": 64, "sequence_length": 128, "eval_every": 80}
-SHORT_CONFIG = {"warmup": 20, "interval": 5, "patience": 2, "descent_steps": 30, "cohort": 10}
+# What --short changes. So short a run never settles: it needs a shorter life and looser thresholds than the
+# defaults to take layers all the way through it.
+SHORT = {
+    "steps": 320,
+    "batch": 2,
+    "depth": 2,
+    "width": 64,
+    "sequence_length": 128,
+    "eval_every": 160,
+    "threads": 1,  # matrices this small gain nothing from more, and lose much where cores are shared
+}
+SHORT_CONFIG = {
+    "thresholds": Thresholds(angle_stable=0.25, capture_safe=0.15),
+    "interval": 5,
+    "warmup": 20,
+    "patience": 2,
+    "descent_steps": 40,
+    "cohort": 40,
+}
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -6,7 +6,7 @@ Every error names the field, the value and the allowed range.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ def _number(owner: str, name: str, value: Any, low: float, high: float, ends: st
         raise TypeError(f"{owner}.{name} must be a number, got {value!r} ({type(value).__name__})")
     above = value >= low if ends[0] == "[" else value > low
     below = value <= high if ends[1] == "]" else value < high
-    if not (math.isfinite(value) and above and below):
+    if not (above and below and math.isfinite(value)):
         raise ValueError(f"{owner}.{name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
 
 
@@ -36,6 +36,8 @@ def _patterns(owner: str, name: str, value: Any) -> tuple[str, ...]:
         raise TypeError(
             f"{owner}.{name} must be a sequence of name patterns, got the string {value!r}; use ({value!r},)"
         )
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{owner}.{name} must be a sequence of name patterns, got {value!r}")
     patterns = tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -76,8 +78,8 @@ class Thresholds:
     """
 
     principal_danger: float = 0.4
-    capture_safe: float = 0.4
-    angle_stable: float = 0.1
+    capture_safe: float = 0.25
+    angle_stable: float = 0.25
     reconstruction_safe: float = 0.01
     warn_margin: float = 0.05
 
@@ -99,7 +101,7 @@ class Thresholds:
     @classmethod
     def conservative(cls) -> Thresholds:
         """The ancestor's thresholds: 0.4, (0.6), 0.1, 0.01, warn margin 0.05."""
-        return cls()
+        return cls(principal_danger=0.4, capture_safe=0.4, angle_stable=0.1, reconstruction_safe=0.01)
 
     @classmethod
     def lenient(cls) -> Thresholds:
@@ -175,7 +177,7 @@ class SubspaceConfig:
     rank: int | float | None = None
     energy: float | None = None
     include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ("*head*", "*embed*", "*classifier*")
+    exclude: tuple[str, ...] = ("*head", "head.*", "*.head.*", "*classifier*", "*embed*")
     param_groups: tuple[int, ...] | None = None
     min_size: int = 32
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
@@ -198,9 +200,12 @@ class SubspaceConfig:
         if self.rank is not None and self.energy is not None:
             raise ValueError(f"{name} takes rank or energy, not both: got rank={self.rank!r}, energy={self.energy!r}")
         _check_rank_fields(name, self.rank, self.budget, self.energy)
+        _number(name, "budget", self.budget, 0, 1, "()")
         for key in ("include", "exclude"):
             object.__setattr__(self, key, _patterns(name, key, getattr(self, key)))
         if self.param_groups is not None:
+            if not isinstance(self.param_groups, Iterable):
+                raise TypeError(f"{name}.param_groups must be a sequence of indices, got {self.param_groups!r}")
             groups = tuple(self.param_groups)
             for index in groups:
                 _integer(name, "param_groups", index, 0)

@@ -150,9 +150,9 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> None:
     K = (1.0 - decay) * K0 + scale_K * dK
     L = project_off(scale_L * L1, V)  # Adam turns the update of L back into span(V)
     finite = torch.isfinite(K).all((-2, -1)) & torch.isfinite(L).all((-2, -1))  # (b,)
-    K = torch.where(finite[:, None, None], K, K0)
-    L = torch.where(finite[:, None, None], L, 0.0)
-    new = retract(K, L, U, V)
+    ok = finite[:, None, None]
+    new = retract(torch.where(ok, K, K0), torch.where(ok, L, 0.0), U, V)
+    new = Basis(torch.where(ok, new.U, U), torch.where(finite[:, None], new.S, S), torch.where(ok, new.V, V))
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
     turn_(states_K, states_L, (U, V), (new.U, new.V))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import FactorizedLinear
-from .linalg import Basis, exact_basis
+from .linalg import Basis, exact_basis, working
 
 
 def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> FactorizedLinear:
@@ -22,7 +22,7 @@ def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> Fact
     Args:
         module: exactly an ``nn.Linear`` (a subclass may compute something else in ``forward``).
         rank: singular triplets to keep, 1 to min(out_features, in_features).
-        basis: its leading triplets, if known, at least ``rank``; else a full SVD in float32.
+        basis: its leading triplets, if known, at least ``rank``; else a full SVD.
 
     Raises:
         TypeError: ``module`` is no plain ``nn.Linear``.
@@ -36,7 +36,7 @@ def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> Fact
     if basis is None:
         if not torch.isfinite(W).all():
             raise ValueError(f"factorize_: the weight of shape {tuple(W.shape)} holds NaN or Inf; mend it first")
-        basis = exact_basis(W.detach().float(), rank)
+        basis = exact_basis(working(W), rank)
     requires_grad = W.requires_grad
     module._parameters.pop("weight")
     module.__class__ = FactorizedLinear
@@ -56,7 +56,7 @@ def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
     if not isinstance(module, FactorizedLinear):
         raise TypeError(f"merge_ takes a FactorizedLinear, got {type(module).__name__}")
     if weight is None:
-        U, S, V = (p.detach().float() for p in (module.U, module.S, module.V))
+        U, S, V = (working(p) for p in (module.U, module.S, module.V))
         weight = (U * S) @ V.mT
     dtype, requires_grad = module.U.dtype, module.U.requires_grad
     module.track_tangent(None)

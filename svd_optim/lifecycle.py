@@ -133,8 +133,7 @@ class Lifecycle:
             if rank is not None and layer.factored is None:
                 layer.rank = rank
                 layer.reset_history()
-                W = layer.module.weight.detach()
-                basis = linalg.exact_basis(W if W.dtype == torch.float64 else W.float(), rank)
+                basis = linalg.exact_basis(linalg.working(layer.module.weight), rank)
                 to_factors_(layer, self.base, basis)
                 layer.state, layer.descent_end = LayerState.FACTORIZED, None
                 self.own(layer)
@@ -155,8 +154,15 @@ class Lifecycle:
                     continue
                 if layer.weight.grad.is_sparse:
                     self._stop_following(layer, "its gradient is sparse")
-                elif self.tracker.ensure_basis(layer, step) and due:
+                elif self._has_basis(layer, step) and due:
                     self.tracker.measure(layer)
+
+    def _has_basis(self, layer: FollowedLayer, step: int) -> bool:
+        known = layer.nonfinite
+        usable = self.tracker.ensure_basis(layer, step)
+        if not usable and not known:
+            self.emit(layer.name, "nonfinite", "NaN or Inf in the weight from the start: no basis, not measured")
+        return usable
 
     def enter_factors(self) -> list[factor_step.Entered]:
         """Put K and 0 into the factorized layers' parameters for the base optimizer to step on."""
@@ -245,8 +251,7 @@ class Lifecycle:
         """Exact bases of dense layers at their ranks, and the error of keeping only those ranks."""
         bases, errors = {}, []
         for layer in layers:
-            W = layer.module.weight.detach()
-            W = W if W.dtype == torch.float64 else W.float()
+            W = linalg.working(layer.module.weight)
             finite = torch.isfinite(W).all()
             q = min(layer.rank + linalg.OVERSAMPLING, *layer.shape)
             bases[layer.name] = linalg.exact_basis(torch.where(finite, W, 0.0), q)
@@ -290,10 +295,12 @@ class Lifecycle:
             raise TypeError(f"policy.decide must return a Decision, got {decision!r} for layer {layer.name!r}")
         self.decisions[layer.name] = decision
         last = layer.history[-1]
-        if last.nonfinite:
-            self.emit(layer.name, "nonfinite", "NaN or Inf in gradient or weight: not measured, basis kept",
-                       numbers={"measurements": float(last.nonfinite)})  # fmt: skip
-        if decision.danger != layer.danger:
+        if last.nonfinite and not layer.nonfinite:
+            reason = "NaN or Inf in gradient or weight: not measured, basis kept"
+            self.emit(layer.name, "nonfinite", reason, numbers={"measurements": last.nonfinite})
+        layer.nonfinite = bool(last.nonfinite)
+        # A history that has just started anew says nothing about danger.
+        if decision.danger != layer.danger and len(layer.history) >= self.config.patience:
             layer.danger = decision.danger
             kind = "danger" if decision.danger else "danger_over"
             reason = "the gradient attacks" if decision.danger else "the gradient leaves alone"
@@ -305,7 +312,10 @@ class Lifecycle:
         """Why the base optimizer's state can't follow this layer into factors; empty if it can."""
         if self.reevaluates:
             return f"{type(self.base).__name__} re-evaluates its closure within a step"
-        return moments.not_understood(self.base.state.get(layer.weight, {}), layer.weight)
+        state = self.base.state.get(layer.weight) or {}
+        if not state and self.steps == 0 and not isinstance(self.base, moments.UNDERSTOOD):
+            return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"
+        return moments.not_understood(state, layer.weight)
 
     def _act(self) -> None:
         """Carry out the decisions, all in one event: starts of descents, switches, merges."""
@@ -319,7 +329,7 @@ class Lifecycle:
                 layer.descent_end = self.steps + max(1, self.config.descent_steps)
                 self.acted = True
                 reason = self.decisions[layer.name].reason
-                numbers = {"rank": float(layer.rank), "until_step": float(layer.descent_end)}
+                numbers = {"rank": layer.rank, "until_step": layer.descent_end}
                 self.emit(layer.name, "descend", reason, LayerState.DENSE, LayerState.DESCENDING, numbers)
         dense = [layer for layer in wanted[Action.FACTORIZE] if layer.factored is None]
         dense = [layer for layer in dense if not self.base_reason(layer) and layer.rank < break_even_rank(*layer.shape)]
@@ -352,10 +362,10 @@ class Lifecycle:
                 self.own(layer)
                 info = layer.info()
                 numbers = {
-                    "rank": float(layer.rank),
+                    "rank": layer.rank,
                     "reconstruction_error": errors[name],
-                    "parameters_before": float(info.dense_numel),
-                    "parameters_after": float(info.factored_numel),
+                    "parameters_before": info.dense_numel,
+                    "parameters_after": info.factored_numel,
                 }
                 events.append((name, "factorize", reason, before, LayerState.FACTORIZED, numbers))
             for layer in merges:
@@ -482,6 +492,8 @@ class Lifecycle:
             raise ValueError(f"the saved state follows other layers than this optimizer: {', '.join(differ[:5])}")
         for name, state in saved["layers"].items():
             layer = self.layers[name]
+            if tuple(state["shape"]) != layer.shape:
+                raise ValueError(f"layer {name!r} has shape {layer.shape}, but {tuple(state['shape'])} was saved")
             if self.config.mode == "observe" and state["factorized"] != (layer.factored is not None):
                 raise ValueError(
                     f"mode='observe' replaces nothing, but layer {name!r} was "
@@ -506,5 +518,5 @@ class Lifecycle:
         for name, state in saved["layers"].items():
             layer = self.layers[name]
             self.tracker.load_layer_state(layer, state)
-            if layer.factored is not None and state["Omega"] is not None:
-                layer.factored.module.track_tangent(state["Omega"].to(layer.weight, copy=True), self.owner)
+            if layer.factored is not None:
+                self.own(layer)

@@ -31,6 +31,12 @@ class Basis(NamedTuple):
         return Basis(self.U[..., :k], self.S[..., :k], self.V[..., :k])
 
 
+def working(X: Tensor) -> Tensor:
+    """X, detached, in the precision of the mathematics: float32, or float64 if it is that already."""
+    X = X.detach()
+    return X if X.dtype == torch.float64 else X.float()
+
+
 def energy(X: Tensor) -> Tensor:
     """Squared Frobenius norm, (..., a, b) -> (...,) in float64."""
     return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64).square()
@@ -120,7 +126,9 @@ def factored_gradient_energies(
     C = U.mT @ G_K  # (k, k)
     expected = (V @ C.mT + G_L).mT @ Omega  # (k, s) = U^T G Omega, as scaled as G_K and G_L
     seen = U.mT @ sketch  # (k, s)
-    scale = (expected * seen).sum(dtype=torch.float64) / energy(seen)
+    seen_energy = energy(seen)
+    inner = (expected.double() * seen.double()).sum()
+    scale = torch.where(seen_energy > 0, inner / seen_energy, 0.0)
     matches = energy(expected - scale * seen) <= 0.01 * energy(expected)
     R = scale * (sketch - U @ seen) - (G_K - U @ C) @ (V.mT @ Omega)  # (m, s)
     core, right, lower = energy(C), energy(G_K), energy(G_L)

@@ -17,12 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linalg import project_off
+from .linalg import project_off, working
 
 # torch.optim's vocabulary, and that of most optimizers written after it.
 FIRST = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
 FIRST_OF = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg", "square_avg": "grad_avg"}
+
+# Those whose state is known to be of these kinds before they have taken a step.
+UNDERSTOOD = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Muon,
+)
 
 Moments = dict[str, Any]
 
@@ -49,10 +62,20 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _keep_variance_above_square(moments: Moments) -> None:
+def _keep_steps_short(after: Moments, *before: Mapping[str, Any]) -> None:
+    """v >= M^2, or, where that did not hold before the move: no entry's M^2 / v above the largest one then.
+
+    A young Adam's v is far below M^2 by nature (0.001 g^2 against (0.1 g)^2 after one step; its bias
+    correction knows). Raising it to M^2 there would slow the layer for a thousand steps.
+    """
     for key, first in FIRST_OF.items():
-        if key in moments and first in moments:
-            torch.maximum(moments[key], moments[first].square(), out=moments[key])
+        if key in after and first in after:
+            allowed = torch.ones((), device=after[key].device)
+            for moments in before:
+                M, v = working(moments[first]), working(moments[key])
+                ratio = torch.where(M == 0, 0.0, M.square() / v).amax((-2, -1), keepdim=True)
+                allowed = torch.maximum(allowed, ratio)
+            after[key] = torch.maximum(after[key], after[first].square() / allowed)
 
 
 def split_first(M: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,10 +119,6 @@ def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: 
     return v_K @ (V.mT @ V1).square(), v_L @ (U.mT @ U1).square()
 
 
-def _math(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Moments]:
     """A dense weight's state -> the states of K and L."""
     state_K: Moments = {}
@@ -107,7 +126,7 @@ def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Mome
     for key, value in state.items():
         if _is_moment(key, value):
             move = split_first if key in FIRST else split_second
-            state_K[key], state_L[key] = move(_math(value), U, V)
+            state_K[key], state_L[key] = move(working(value), U, V)
         else:
             state_K[key], state_L[key] = _copied(value), _copied(value)
     return _finished(state_K, state), _finished(state_L, state)
@@ -119,10 +138,10 @@ def join(state_K: Mapping[str, Any], state_L: Mapping[str, Any], U: Tensor, V: T
     for key, value in state_K.items():
         if _is_moment(key, value):
             combine = join_first if key in FIRST else join_second
-            state[key] = combine(_math(value), _math(state_L[key]), U, V)
+            state[key] = combine(working(value), working(state_L[key]), U, V)
         else:
             state[key] = _copied(value)
-    return _finished(state, state_K)
+    return _finished(state, state_K, state_L)
 
 
 def turn_(
@@ -133,25 +152,27 @@ def turn_(
     Args:
         old, new: (U, V), each (b, m, k) and (b, n, k).
     """
+    K0: Moments = {}
+    L0: Moments = {}
     K1: Moments = {}
     L1: Moments = {}
     for key, value in states_K[0].items():
         if _is_moment(key, value) and key in states_L[0]:
             turn = turn_first if key in FIRST else turn_second
-            K = torch.stack([_math(s[key]) for s in states_K])
-            L = torch.stack([_math(s[key]) for s in states_L])
-            K1[key], L1[key] = turn(K, L, *old, *new)
+            K0[key] = torch.stack([working(s[key]) for s in states_K])
+            L0[key] = torch.stack([working(s[key]) for s in states_L])
+            K1[key], L1[key] = turn(K0[key], L0[key], *old, *new)
     for moments, states in ((K1, states_K), (L1, states_L)):
-        _keep_variance_above_square(moments)
+        _keep_steps_short(moments, K0, L0)
         for key, value in moments.items():
             for state, turned in zip(states, value, strict=True):
                 state[key].copy_(turned)
 
 
-def _finished(moments: Moments, like: Mapping[str, Any]) -> Moments:
+def _finished(moments: Moments, *before: Mapping[str, Any]) -> Moments:
     """Variances made safe, and the tensors in the types that the optimizer keeps them in."""
-    _keep_variance_above_square(moments)
+    _keep_steps_short(moments, *before)
     for key, value in moments.items():
         if isinstance(value, Tensor):
-            moments[key] = value.to(like[key].dtype).contiguous()
+            moments[key] = value.to(before[0][key].dtype).contiguous()
     return moments

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from . import factor_step
 from .config import SubspaceConfig
-from .factorization import restore_structure_
 from .layers import FactorizedLinear
 from .lifecycle import Lifecycle
 from .listeners import Listener
@@ -223,7 +222,7 @@ class SubspaceAwareOptimizer(Optimizer):
             post_hook(self)
 
     def _restore_structure(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Give followed layers the structure that a model's state dict has; the rest of the model too."""
+        """Give followed layers the structure that a model's state dict has."""
         ranks: dict[str, int | None] = {}
         for name in self.layers:
             key = prefix if self.layers[name].module is self.model else f"{prefix}{name}."
@@ -232,7 +231,6 @@ class SubspaceAwareOptimizer(Optimizer):
             elif f"{key}weight" in state_dict:
                 ranks[name] = None
         self._life.restore_layers(ranks)
-        restore_structure_(self.model, state_dict, prefix)
 
     # ---- one step --------------------------------------------------------------------------
 
@@ -333,6 +331,8 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
         for layer in chosen:
+            if rank is None and layer.basis is None and layer.energy_target is not None:
+                self._life.tracker.update_energy_rank(layer)
             k = layer.rank if rank is None else rank
             if isinstance(k, bool) or not isinstance(k, int):
                 raise TypeError(f"factorize_: rank must be an integer, got {k!r}")

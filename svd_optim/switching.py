@@ -16,13 +16,8 @@ from . import moments
 from .factor_step import Factored, masters, write_
 from .factorization import factorize_, merge_
 from .layers import FactorizedLinear
-from .linalg import Basis, project_off
+from .linalg import Basis, project_off, working
 from .tracker import FollowedLayer
-
-
-def _math(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def replace_parameters_(
@@ -61,7 +56,7 @@ def to_factors_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, basis: B
     if state is not None:
         optimizer.state[module.U], optimizer.state[module.V] = moments.split(state, U, V)
     if W.grad is not None:
-        G = _math(W.grad)
+        G = working(W.grad)
         module.U.grad = (G @ V).to(W.dtype)
         module.V.grad = project_off(G.mT @ U, V).to(W.dtype)
     layer.factored = Factored(layer.name, module)
@@ -82,6 +77,6 @@ def to_dense_(layer: FollowedLayer, optimizer: torch.optim.Optimizer) -> None:
     if state_K is not None and state_L is not None:
         optimizer.state[dense.weight] = moments.join(state_K, state_L, U, V)
     if tangent and G_K is not None and G_L is not None:
-        dense.weight.grad = moments.join_first(_math(G_K), _math(G_L), U, V).to(dense.weight.dtype)
+        dense.weight.grad = moments.join_first(working(G_K), working(G_L), U, V).to(dense.weight.dtype)
     layer.factored = None
     layer.basis = Basis(U, S, V)

@@ -19,10 +19,10 @@ from . import linalg
 from .config import LayerOverride, SubspaceConfig, Thresholds
 from .factor_step import Factored, masters
 from .layers import SKETCH_SIZE, FactorizedLinear
-from .linalg import Basis
+from .linalg import Basis, working
 from .records import LayerInfo, LayerMetrics, LayerState, largest_useful_rank
 
-HISTORY = 64  # analyses kept per layer
+HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
 RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
 
@@ -46,6 +46,7 @@ class FollowedLayer:
     descent_end: int | None = None  # the step at which the factors are due
     extensions: int = 0  # how often that was put off
     danger: bool = False
+    nonfinite: bool = False  # its gradient or weight was NaN or Inf when it was last looked at
 
     @property
     def weight(self) -> Tensor:
@@ -70,11 +71,6 @@ class FollowedLayer:
     def reset_history(self) -> None:
         """A new rank or a new state's line: decisions start from nothing."""
         self.history = []
-
-
-def _math(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:
@@ -120,12 +116,13 @@ class SubspaceTracker:
         """Make a first basis if there is none. Returns whether there is one now."""
         if layer.basis is None:
             W = layer.module.weight
-            if not bool(torch.isfinite(W).all()):
+            layer.nonfinite = not bool(torch.isfinite(W).all())
+            if layer.nonfinite:
                 return False
             if layer.energy_target is not None:
                 self.update_energy_rank(layer)
             generator = _private_generator(self.config, layer, step)
-            layer.basis = linalg.first_basis(_math(W), layer.rank, generator)
+            layer.basis = linalg.first_basis(working(W), layer.rank, generator)
             layer.basis_step = step
         elif layer.basis.U.device != layer.weight.device:
             layer.basis = Basis(*(t.to(layer.weight.device) for t in layer.basis))
@@ -144,15 +141,15 @@ class SubspaceTracker:
             if energies is None:
                 return
             e, usable = energies
+            finite = torch.isfinite(e.left + e.right)  # of the sketch we don't speak: it may be stale
         else:
             G = module.weight.grad
             if G is None or G.is_sparse or layer.basis is None:
                 return
             U, _, V = layer.basis.leading(layer.rank)
-            e = linalg.gradient_energies(_math(G), U, V)
-            usable = torch.ones((), dtype=torch.bool, device=G.device)
-        finite = torch.isfinite(e.total)
-        usable = usable & finite & (e.total > 0)
+            e = linalg.gradient_energies(working(G), U, V)
+            usable = finite = torch.isfinite(e.total)
+        usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
         values = torch.where(usable, linalg.alignments(e), 0.0)
         add = torch.cat([usable.double()[None], values.double(), (~finite).double()[None]])
         layer.sums = add if layer.sums is None else layer.sums + add
@@ -162,12 +159,12 @@ class SubspaceTracker:
         if module.U.grad is None or module.V.grad is None or sketch is None or sketch.grad is None:
             return None
         assert Omega is not None
-        U, V, G_K, G_L = (_math(t) for t in (module.U, module.V, module.U.grad, module.V.grad))
-        return linalg.factored_gradient_energies(G_K, G_L, _math(sketch.grad), U, V, _math(Omega))
+        U, V, G_K, G_L = (working(t) for t in (module.U, module.V, module.U.grad, module.V.grad))
+        return linalg.factored_gradient_energies(G_K, G_L, working(sketch.grad), U, V, working(Omega))
 
     def draw_sketch(self, layer: FollowedLayer, step: int) -> Tensor:
-        """A fresh Omega (n, s), standard normal, in the layer's type and place."""
-        generator = _private_generator(self.config, layer, step)
+        """Omega (n, s), standard normal, in the layer's type and place; another one each interval."""
+        generator = _private_generator(self.config, layer, step - step % self.config.interval)
         Omega = torch.randn(layer.shape[1], SKETCH_SIZE, generator=generator)
         return Omega.to(layer.weight)
 
@@ -176,7 +173,10 @@ class SubspaceTracker:
     def update_energy_rank(self, layer: FollowedLayer) -> None:
         """Set the rank to the smallest that keeps the wanted energy; a real change drops the basis."""
         assert layer.energy_target is not None
-        spectrum = torch.linalg.svdvals(_math(layer.module.weight)).double().square().cumsum(0)
+        W = working(layer.module.weight)
+        if not bool(torch.isfinite(W).all()):
+            return
+        spectrum = torch.linalg.svdvals(W).double().square().cumsum(0)
         if float(spectrum[-1]) == 0.0:
             return  # a zero matrix has no energy to keep
         rank = int((spectrum < layer.energy_target * spectrum[-1]).sum()) + 1
@@ -200,7 +200,8 @@ class SubspaceTracker:
         metrics = {}
         for layer, row, (finite, _) in zip(layers, values, flags, strict=True):
             metrics[layer.name] = self._metrics(layer, row, finite, step)
-            layer.history = [*layer.history[1 - HISTORY :], metrics[layer.name]]
+            keep = max(HISTORY, self.config.patience)
+            layer.history = [*layer.history, metrics[layer.name]][-keep:]
             layer.sums = None
         return metrics
 
@@ -215,6 +216,9 @@ class SubspaceTracker:
         """[angle, drift, reconstruction error, stable rank, effective rank, *sums] on the device, (10,)."""
         device = layer.weight.device
         sums = layer.sums if layer.sums is not None else torch.zeros(5, dtype=torch.float64, device=device)
+        if layer.factored is not None and layer.factored.nonfinite is not None:
+            sums = torch.cat([sums[:4], torch.maximum(sums[4:], layer.factored.nonfinite.double()[None])])
+            layer.factored.nonfinite = None
         old = layer.basis
         assert old is not None
         if not finite:
@@ -240,7 +244,7 @@ class SubspaceTracker:
             assert layer.factored is not None
             now = Basis(*(t.clone() for t in masters(layer.module, layer.factored.kept)))
             return now, now.S.double().square().sum()
-        W = _math(layer.module.weight)
+        W = working(layer.module.weight)
         if was_zero:  # a basis of a zero matrix says nothing about what came after it
             return linalg.exact_basis(W, old.S.shape[0]), linalg.energy(W)
         return linalg.refresh_basis(W, old), linalg.energy(W)
@@ -278,6 +282,7 @@ class SubspaceTracker:
         return {
             "state": str(layer.state),
             "factorized": factored,
+            "shape": list(layer.shape),
             "rank": layer.rank,
             "basis": None if layer.basis is None else list(layer.basis),
             "basis_step": layer.basis_step,
@@ -288,7 +293,6 @@ class SubspaceTracker:
             "danger": layer.danger,
             "kept": None if kept is None else list(kept),
             "nonfinite": None if layer.factored is None else layer.factored.nonfinite,
-            "Omega": layer.module.Omega if isinstance(layer.module, FactorizedLinear) else None,
         }
 
     def load_layer_state(self, layer: FollowedLayer, saved: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,8 +20,8 @@ from svd_optim.linalg import (
     energy,
     exact_basis,
     factored_gradient_energies,
-    first_basis,
     fade_minor_,
+    first_basis,
     gradient_energies,
     project_off,
     reconstruction_error,
@@ -200,9 +201,7 @@ def test_chance_correction_maps_chance_to_zero_and_all_to_one():
 
 
 def factored(G: Tensor, U: Tensor, V: Tensor, Omega: Tensor, scale: float = 1.0):
-    return factored_gradient_energies(
-        scale * (G @ V), scale * project_off(G.mT @ U, V), G @ Omega, U, V, Omega
-    )
+    return factored_gradient_energies(scale * (G @ V), scale * project_off(G.mT @ U, V), G @ Omega, U, V, Omega)
 
 
 @given(shapes(), SEEDS, st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]))
@@ -271,9 +270,9 @@ def test_exact_basis_is_the_leading_part_of_the_svd(shape, seed, scale):
     assert_valid(basis)
     assert all(t.is_contiguous() for t in basis)
     assert close(basis.S / scale, torch.linalg.svdvals(W.double())[:k] / scale)
-    gap_free = truncated(W, k) / scale
-    missing = float((torch.linalg.vector_norm(W.double() / scale - product(basis) / scale)))
-    assert missing <= float(torch.linalg.vector_norm(W.double() / scale - gap_free)) + 1e-5 * m * n
+    missing = torch.linalg.vector_norm(W.double() / scale - product(basis) / scale)
+    best = torch.linalg.vector_norm(W.double() / scale - truncated(W, k) / scale)
+    assert missing <= best + 1e-6 * m * n
 
 
 DEGENERATE = {
@@ -367,8 +366,9 @@ def test_refresh_is_exact_where_the_basis_spans_half_the_space():
 
 
 def change_twin(U0: Tensor, U: Tensor, S: Tensor) -> tuple[float, float]:
-    U0, U = torch.linalg.qr(U0.double())[0], torch.linalg.qr(U.double())[0] * torch.sign(
-        torch.diagonal(torch.linalg.qr(U.double())[1])
+    U0, U = (
+        torch.linalg.qr(U0.double())[0],
+        torch.linalg.qr(U.double())[0] * torch.sign(torch.diagonal(torch.linalg.qr(U.double())[1])),
     )
     R = U - U0 @ (U0.mT @ U)
     S = S.double()
@@ -413,6 +413,13 @@ def test_turning_inside_the_subspace_is_no_change(shape, seed):
     assert float(angle) < 3e-6 and float(drift) < 3e-6
 
 
+def test_a_basis_that_is_not_quite_orthonormal_has_not_moved():
+    """Float32 bases drift off orthonormality by some 1e-5; that must not look like an angle."""
+    U = orthonormal(0, 20, 6)
+    angle, drift = subspace_change(U * (1 + 2e-5), U, torch.ones(6))
+    assert float(angle) < 1e-6 and float(drift) < 1e-6
+
+
 def test_the_change_of_a_batch_is_that_of_its_members():
     U0, U = (torch.stack([orthonormal(s + i, 9, 3) for i in range(4)]) for s in (0, 10))
     S = random(20, 4, 3).abs()
@@ -449,7 +456,7 @@ def test_reconstruction_error_falls_with_k(shape, seed):
     W = random(seed, m, n)
     S = exact_basis(W, min(m, n)).S
     errors = [float(reconstruction_error(S[:k], energy(W))) for k in range(1, min(m, n) + 1)]
-    assert all(a >= b for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(errors))
 
 
 # ---- descent ---------------------------------------------------------------------------------
@@ -458,8 +465,8 @@ def test_reconstruction_error_falls_with_k(shape, seed):
 def blocks(W: Tensor, U: Tensor, V: Tensor) -> dict[str, Tensor]:
     W, U, V = W.double(), torch.linalg.qr(U.double())[0], torch.linalg.qr(V.double())[0]
     P, R = U @ U.mT, V @ V.mT
-    I, J = torch.eye(len(P)).double(), torch.eye(len(R)).double()
-    return {"core": P @ W @ R, "left": P @ W @ (J - R), "right": (I - P) @ W @ R, "minor": (I - P) @ W @ (J - R)}
+    E, J = torch.eye(len(P)).double(), torch.eye(len(R)).double()
+    return {"core": P @ W @ R, "left": P @ W @ (J - R), "right": (E - P) @ W @ R, "minor": (E - P) @ W @ (J - R)}
 
 
 @given(shapes(), SEEDS, st.sampled_from([1.0, 0.5, 0.01]), st.sampled_from([1e-30, 1.0, 1e30]))
@@ -469,7 +476,7 @@ def test_fading_scales_the_minor_block_and_touches_nothing_else(shape, seed, sha
     before = blocks(W, U, V)
     fade_minor_(W, U, V, share)
     after = blocks(W, U, V)
-    size = float(torch.linalg.vector_norm(sum(before.values()))) if min(m, n) else 0.0
+    size = float(torch.linalg.vector_norm(sum(before.values())))
     for name, block in before.items():
         expected = block * (1 - share) if name == "minor" else block
         assert close(after[name] / scale, expected / scale, floor=3e-6 * size / scale), name
@@ -524,20 +531,23 @@ def test_retraction_is_exact_without_l(shape, seed, scale):
     assert close(product(new) / scale, K.double() @ V.double().mT / scale, 1e-5)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(20, 15, 4), (8, 40, 8), (40, 8, 7), (6, 6, 1)])
+@pytest.mark.parametrize(("m", "n", "k"), [(20, 15, 4), (8, 40, 8), (40, 8, 8), (40, 8, 7), (6, 6, 1)])
 def test_retraction_agrees_with_the_best_truncation_to_second_order(m, n, k):
+    """Halving the step must at least quarter the error. It does better: the singular values that a tangent
+    step adds behind the k-th are O(h^2), so that one product with W turns an O(h) basis into an O(h^3) one."""
     U, S, V = point(0, m, n, k, torch.float64)
     dK, dL = random(2, m, k, dtype=torch.float64), project_off(random(3, n, k, dtype=torch.float64), V)
     errors = []
-    for h in (1e-3, 5e-4, 2.5e-4):
+    for h in (1e-2, 5e-3, 2.5e-3):
         K, L = U * S + h * dK, h * dL
-        errors.append(float(torch.linalg.vector_norm(product(retract(K, L, U, V)) - truncated(K @ V.mT + U @ L.mT, k))))
-    if k == min(m, n) == n:  # V spans the whole input side: L is zero and nothing is lost
+        best = truncated(K @ V.mT + U @ L.mT, k)
+        errors.append(float(torch.linalg.vector_norm(product(retract(K, L, U, V)) - best)))
+    if k == min(m, n):  # nothing to lose
         assert max(errors) < 1e-12
         return
-    assert errors[0] < 100 * 1e-3**2
-    for coarse, fine in zip(errors, errors[1:], strict=False):
-        assert 3.6 < coarse / fine < 4.4
+    assert 0 < errors[0] < 100 * 1e-2**2
+    for coarse, fine in itertools.pairwise(errors):
+        assert coarse / fine > 6
 
 
 @pytest.mark.parametrize("lost", [1, 2, 4])

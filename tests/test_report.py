@@ -71,8 +71,15 @@ def layer(name: str = "a", state: LayerState = LayerState.DENSE, **metrics: floa
 
 def summary(*layers: LayerReport, analyses: int = 60, **kwargs: object) -> Summary:
     seconds = {"measure": 2.0, "refresh": 1.0, "decide": 0.5, "base": 40.0}
-    values = {"mode": "auto", "left_alone": (), "events": (), "seconds": seconds, "seconds_total": 100.0}
-    return Summary(step=1200, analyses=analyses, stall_after=50, layers=layers, **(values | kwargs))
+    values = {
+        "mode": "auto",
+        "left_alone": (),
+        "events": (),
+        "seconds": seconds,
+        "seconds_total": 100.0,
+        "stall_after": 50,
+    }
+    return Summary(step=1200, analyses=analyses, layers=layers, **(values | kwargs))
 
 
 def row(lines: list[str], start: str) -> list[str]:

@@ -1,0 +1,256 @@
+"""The main job three ways: wrapped, observed only, bare. Quality, parameters, time; and other thresholds.
+
+    python benchmarks/main_job.py                    # Muon and AdamW, two seeds: about 70 minutes on two cores
+    python benchmarks/main_job.py --seeds 1 --optimizers muon
+    python benchmarks/main_job.py --smoke            # the same code on a tiny job, as CI runs it
+
+All runs of a seed share weights, data order and validation windows. They take turns step by step,
+so that whatever else the machine does falls on all of them alike; times are medians over steps, and
+ratios are medians of ratios of simultaneous steps. The second table replays the observed run's
+metrics under other thresholds: when would which share of the layers have started to descend?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from corpus import batches, load_corpus, split, validation_batches
+from gpt import GPT, GPTConfig
+from svd_optim import (
+    Action,
+    LayerInfo,
+    LayerMetrics,
+    LayerState,
+    Listener,
+    SubspaceAwareOptimizer,
+    SubspaceConfig,
+    Summary,
+    ThresholdPolicy,
+    Thresholds,
+)
+from train_gpt import bits_per_byte, build_optimizers, parse_arguments, warm_down
+
+MODES = ("bare", "observe", "auto")
+THRESHOLDS = {
+    "default": Thresholds(),
+    "conservative": Thresholds.conservative(),
+    "lenient": Thresholds.lenient(),
+}
+
+
+class History(Listener):
+    """Every layer's metrics, kept for the replay, and validation around each switch."""
+
+    def __init__(self, validate: Callable[[], float]) -> None:
+        self.metrics: dict[str, list[LayerMetrics]] = defaultdict(list)
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.validate = validate
+        self.jumps: list[float] = []  # percent
+        self.seconds = 0.0  # spent validating, inside the optimizer's step
+
+    def on_analysis(self, summary: Summary) -> None:
+        for layer in summary.layers:
+            self.shapes[layer.name] = layer.shape
+            if layer.metrics is not None:
+                self.metrics[layer.name].append(layer.metrics)
+
+    def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
+        self._before = self._timed()
+
+    def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
+        self.jumps.append(100 * (self._timed() / self._before - 1))
+
+    def _timed(self) -> float:
+        start = time.perf_counter()
+        value = self.validate()
+        self.seconds += time.perf_counter() - start
+        return value
+
+
+@dataclass
+class Run:
+    """One model in training."""
+
+    mode: str
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    wrapper: SubspaceAwareOptimizer | None
+    history: History
+    stream: Iterator[tuple[Tensor, Tensor]]
+    schedulers: list[torch.optim.lr_scheduler.LRScheduler] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # one for each step
+
+    def step(self) -> None:
+        """One training step, timed without the validations inside it."""
+        start, validating = time.perf_counter(), self.history.seconds
+        inputs, targets = next(self.stream)
+        self.model(inputs, targets).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - start - (self.history.seconds - validating))
+
+
+Data = tuple[Tensor, list[tuple[Tensor, Tensor]]]  # training bytes, validation windows
+
+
+def start(args: argparse.Namespace, kind: str, mode: str, seed: int, data: Data) -> Run:
+    """A fresh model and its optimizers: the same weights and batches for every mode of a seed."""
+    training, validation = data
+    torch.manual_seed(seed)
+    sizes = {"depth": args.depth, "width": args.width, "heads": max(1, args.width // 128)}
+    model = GPT(GPTConfig(**sizes, sequence_length=args.sequence_length))
+    flags = {"bare": ["--baseline"], "observe": ["--observe"], "auto": []}[mode]
+    short = ["--short"] if args.smoke else []
+    options = parse_arguments(["--optimizer", kind, "--seed", str(seed), *flags, *short])
+    optimizers, wrapper = build_optimizers(options, model)
+    history = History(lambda: bits_per_byte(model, validation))
+    if wrapper is not None:
+        wrapper.add_listener(history)
+    run = Run(mode, model, optimizers, wrapper, history, batches(training, 1, args.sequence_length, seed))
+    run.schedulers = [warm_down(optimizer, args.steps) for optimizer in optimizers]
+    return run
+
+
+def starts(history: History, thresholds: Thresholds, rule: str, config: SubspaceConfig) -> dict[str, int]:
+    """The step at which each layer would first have descended under ``thresholds``, from recorded metrics."""
+    policy = ThresholdPolicy(rule, config.patience)
+    first: dict[str, int] = {}
+    for name, metrics in history.metrics.items():
+        info = LayerInfo(name=name, shape=history.shapes[name], rank=metrics[-1].rank)
+        for i, latest in enumerate(metrics):
+            if latest.step < config.warmup or latest.step % config.cohort:
+                continue
+            if policy.decide(info, LayerState.DENSE, metrics[: i + 1], thresholds).action != Action.HOLD:
+                first[name] = latest.step
+                break
+    return first
+
+
+def measure(
+    args: argparse.Namespace, kind: str, seed: int, data: Data, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    """All modes of one optimizer and seed, interleaved; a dict of results by mode, and the replay."""
+    runs = [start(args, kind, mode, seed, data) for mode in MODES]
+    bar = progress.add_task(f"{kind}, seed {seed}", total=args.steps)
+    for _ in range(args.steps):
+        for run in runs:
+            run.step()
+        progress.advance(bar)
+    bare = runs[0]
+    results = {}
+    for run in runs:
+        ratios = [a / b for a, b in zip(run.seconds, bare.seconds, strict=True)]
+        last = ratios[-len(ratios) // 5 :]  # the last fifth: all switches are behind
+        summary = run.wrapper.summary() if run.wrapper else None
+        results[run.mode] = {
+            "bpb": run.history.validate(),
+            "parameters": sum(p.numel() for p in run.model.blocks.parameters()),
+            "factorized": summary.count(LayerState.FACTORIZED) if summary else 0,
+            "layers": len(summary.layers) if summary else 0,
+            "largest_jump_percent": max(run.history.jumps, default=0.0),
+            "seconds_per_step": statistics.median(run.seconds),
+            "ratio_to_bare": statistics.median(ratios),
+            "ratio_to_bare_at_the_end": statistics.median(last),
+            "analysis_share": summary.analysis_share if summary else 0.0,
+            "events": [str(event) for event in summary.events] if summary else [],
+        }
+    observed = runs[1]
+    assert observed.wrapper is not None
+    config = observed.wrapper.config
+    replay = {
+        f"{name}, {rule}": starts(observed.history, thresholds, rule, config)
+        for name, thresholds in THRESHOLDS.items()
+        for rule in ("capture", "alignment")
+    }
+    return results, replay
+
+
+def result_table(results: dict[str, list[dict[str, Any]]]) -> Table:
+    """Means over seeds."""
+    table = Table(
+        "run", "bits per byte", "to bare, %", "matrix parameters", "factorized", "largest jump, %",
+        "s / step", "time ratio", "at the end", title="The main job",
+    )  # fmt: skip
+    for key, rows in results.items():
+        kind = key.split(", ")[0]
+        bare = statistics.mean(row["bpb"] for row in results[f"{kind}, bare"])
+        mean = {k: statistics.mean(row[k] for row in rows) for k in rows[0] if k != "events"}
+        table.add_row(
+            key, f"{mean['bpb']:.4f}", f"{100 * (mean['bpb'] / bare - 1):+.2f}", f"{mean['parameters']:,.0f}",
+            f"{mean['factorized']:.1f} of {mean['layers']:.0f}", f"{mean['largest_jump_percent']:+.3f}",
+            f"{mean['seconds_per_step']:.4f}", f"{mean['ratio_to_bare']:.3f}",
+            f"{mean['ratio_to_bare_at_the_end']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def replay_table(replays: dict[str, dict[str, int]], layers: int) -> Table:
+    """When layers would have started to descend."""
+    table = Table("run", "thresholds, rule", "layers that act", "first step", "median step", title="Other thresholds")
+    for key, first in replays.items():
+        run, _, name = key.partition(": ")
+        steps = sorted(first.values())
+        median = f"{statistics.median(steps):.0f}" if steps else "–"
+        table.add_row(run, name, f"{len(steps)} of {layers}", str(steps[0]) if steps else "–", median)
+    return table
+
+
+def main() -> int:
+    """Run, print, write JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--smoke", action="store_true", help="a tiny job, as CI runs it")
+    args = parser.parse_args()
+    args.depth, args.width, args.sequence_length = (1, 64, 128) if args.smoke else (4, 256, 512)
+    if args.smoke:
+        args.steps, args.seeds = 80, 1
+    torch.set_num_threads(args.threads)
+    console = Console(width=160 if not sys.stdout.isatty() else None)
+    training, held_out = split(load_corpus(None))
+    data = (training, validation_batches(held_out, args.sequence_length))
+    results: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    replays: dict[str, dict[str, int]] = {}
+    with Progress(console=console) as progress:
+        for kind in args.optimizers:
+            for seed in range(args.seeds):
+                by_mode, replay = measure(args, kind, seed, data, progress)
+                for mode, row in by_mode.items():
+                    results[f"{kind}, {mode}"].append(row)
+                replays.update({f"{kind}, seed {seed}: {name}": first for name, first in replay.items()})
+    console.print(result_table(results))
+    console.print(replay_table(replays, next(iter(results.values()))[0]["layers"] or 6 * args.depth))
+    machine = f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads"
+    console.print(f"{args.steps} steps of {args.sequence_length} tokens, {args.seeds} seeds; {machine}")
+    if args.json:
+        payload = {"machine": machine, "steps": args.steps, "results": results, "replays": replays}
+        args.json.write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
