@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,7 @@ class Lifecycle:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.started, self.seconds = None, defaultdict(float)  # another process has another clock
         self.detach()
 
     # ---- following -----------------------------------------------------------------------------------
@@ -88,21 +89,19 @@ class Lifecycle:
             energy = override.energy
             if override.rank is None and override.budget is None and energy is None:
                 energy = self.config.energy
-            factorized = isinstance(module, FactorizedLinear)
-            rank = (
-                module.rank if isinstance(module, FactorizedLinear) else target_rank(name, shape, self.config, override)
-            )
+            if isinstance(module, FactorizedLinear):
+                rank = module.rank
+            else:
+                rank = target_rank(name, shape, self.config, override)
             thresholds = override.thresholds or self.config.thresholds
             layer = FollowedLayer(name, module, len(self.layers), thresholds, rank, energy_target=energy)
             self.layers[name] = layer
-            if factorized:
-                self._adopt(layer)
+            if isinstance(module, FactorizedLinear):
+                self._adopt(layer, module)
         self.left_alone = selection.left_alone
 
-    def _adopt(self, layer: FollowedLayer) -> None:
+    def _adopt(self, layer: FollowedLayer, module: FactorizedLinear) -> None:
         """Follow a layer that was factorized before this optimizer came."""
-        module = layer.module
-        assert isinstance(module, FactorizedLinear)
         self.base.state.pop(module.S, None)
         replace_parameters_(self.base, [module.U, module.S, module.V], [module.U, module.V], ["U", "V"])
         layer.factored = factor_step.Factored(layer.name, module)
@@ -192,19 +191,19 @@ class Lifecycle:
 
     def descend(self) -> None:
         """Fade the minor-minor blocks of descending layers; those whose time has come switch."""
-        due = []
-        for layer in self.layers.values():
-            if layer.state != LayerState.DESCENDING:
-                continue
-            assert layer.descent_end is not None and layer.basis is not None
-            left = layer.descent_end - self.steps
-            if left <= 0:
-                due.append(layer)
-                continue
-            if left == 1:  # what turned since the last analysis would leave a rank of up to 2k
-                bases, _ = self.exact_bases([layer])
-                layer.basis, layer.basis_step = bases[layer.name], self.steps
-            self._fade(layer, 1.0 if layer.extensions else 1.0 / left)
+        left = {
+            name: layer.descent_end - self.steps
+            for name, layer in self.layers.items()
+            if layer.state == LayerState.DESCENDING and layer.descent_end is not None
+        }
+        # The step before the last: what turned since the last analysis would leave a rank of up to 2k.
+        bases, _ = self.exact_bases([self.layers[name] for name, steps in left.items() if steps == 1])
+        for name, basis in bases.items():
+            self.layers[name].basis, self.layers[name].basis_step = basis, self.steps
+        for name, steps in left.items():
+            if steps > 0:
+                self._fade(self.layers[name], 1.0 if self.layers[name].extensions else 1.0 / steps)
+        due = [self.layers[name] for name, steps in left.items() if steps <= 0]
         if due:
             self._finish_descents(due)
 
@@ -337,6 +336,11 @@ class Lifecycle:
         bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
         merges = [layer for layer in wanted[Action.MERGE] if layer.factored is not None]
         self.switch(bases, merges, errors, "decided")
+
+    def forget_decisions(self, names: Iterable[str]) -> None:
+        """What was decided before somebody stepped in by hand says nothing any more."""
+        for name in names:
+            self.decisions.pop(name, None)
 
     def switch(
         self,

@@ -73,7 +73,8 @@ def _keep_steps_short(after: Moments, *before: Mapping[str, Any]) -> None:
             allowed = torch.ones((), device=after[key].device)
             for moments in before:
                 M, v = working(moments[first]), working(moments[key])
-                ratio = torch.where(M == 0, 0.0, M.square() / v).amax((-2, -1), keepdim=True)
+                tiny = torch.finfo(v.dtype).tiny  # where there was no gradient yet, M = v = 0
+                ratio = (M.square() / v.clamp(min=tiny)).amax((-2, -1), keepdim=True)
                 allowed = torch.maximum(allowed, ratio)
             after[key] = torch.maximum(after[key], after[first].square() / allowed)
 

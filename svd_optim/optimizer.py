@@ -355,6 +355,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 layer.rank = old_ranks[layer.name]
             raise ValueError(f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf; mend it first")
         self._life.switch(bases, (), errors, "by hand")
+        self._life.forget_decisions(bases)
         return list(bases)
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
@@ -377,6 +378,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 self._life.emit(layer.name, "descent_stopped", "by hand", LayerState.DESCENDING, LayerState.DENSE)
         merges = [layer for layer in chosen if layer.factored is not None]
         self._life.switch({}, merges, {}, "by hand")
+        self._life.forget_decisions(layer.name for layer in chosen)
         return [layer.name for layer in merges]
 
     def _by_name(self, layers: str | Iterable[str], method: str) -> list[FollowedLayer]:
