@@ -308,9 +308,12 @@ class Lifecycle:
             self.emit(layer.name, kind, f"{reason} what the layer has learned", numbers=numbers)
 
     def base_reason(self, layer: FollowedLayer) -> str:
-        """Why the base optimizer's state can't follow this layer into factors; empty if it can."""
+        """Why this layer can't go into factors under this base optimizer; empty if it can."""
         if self.reevaluates:
             return f"{type(self.base).__name__} re-evaluates its closure within a step"
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:  # ranks would switch without each other
+            return "factorizing in a distributed run is not supported yet"
         state = self.base.state.get(layer.weight) or {}
         if not state and self.steps == 0 and not isinstance(self.base, moments.UNDERSTOOD):
             return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"

@@ -94,7 +94,7 @@ def _number(value: object, digits: int = 3) -> str:
 def _blocker(condition: Condition) -> str:
     """A condition that does not hold, in short: ``stable .21>.10`` (the value, then the threshold)."""
     if condition.name == "base_understood":
-        return "unknown optimizer"
+        return "unsupported"
     value, threshold = condition.value, condition.threshold
     name = _clean(condition.name).removesuffix("_safe").removeprefix("below_")
     name = ("~" if condition.near else "") + _shorten(name.replace("reconstruction", "recon"), 12)

@@ -623,6 +623,17 @@ def test_unknown_state_cannot_slip_in_before_the_first_step(base: str) -> None:
     assert factorized(model) == [], "trained in factors although its state is not understood"
 
 
+def test_a_distributed_run_is_measured_never_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model, optimizer = make("sgd", quick())
+    train(model, optimizer, 120)
+    assert factorized(model) == []
+    assert all(row.condition == "base_understood" and "distributed" in row.reason for row in optimizer.why())
+    with pytest.raises(RuntimeError, match="distributed"):
+        optimizer.factorize_("all")
+
+
 # ---- afterwards ------------------------------------------------------------------------------------
 
 
