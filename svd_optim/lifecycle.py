@@ -191,11 +191,12 @@ class Lifecycle:
 
     def descend(self) -> None:
         """Fade the minor-minor blocks of descending layers; those whose time has come switch."""
-        left = {
-            name: layer.descent_end - self.steps
-            for name, layer in self.layers.items()
-            if layer.state == LayerState.DESCENDING and layer.descent_end is not None
-        }
+        left = {}
+        for name, layer in self.layers.items():
+            if layer.state == LayerState.DESCENDING and layer.descent_end is not None:
+                if layer.descent_end <= self.steps and layer.history and not layer.history[-1].measured:
+                    layer.descent_end = self.steps + self.config.interval  # no gradient, no decision
+                left[name] = layer.descent_end - self.steps
         # The step before the last: what turned since the last analysis would leave a rank of up to 2k.
         bases, _ = self.exact_bases([self.layers[name] for name, steps in left.items() if steps == 1])
         for name, basis in bases.items():

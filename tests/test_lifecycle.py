@@ -634,6 +634,22 @@ def test_a_distributed_run_is_measured_never_factorized(monkeypatch: pytest.Monk
         optimizer.factorize_("all")
 
 
+def test_zero_gradients_switch_nothing() -> None:
+    model, optimizer = make("sgd", quick())
+    step = 0
+    while not any(row.state == LayerState.DESCENDING for row in optimizer.why()):
+        train(model, optimizer, [step])
+        step += 1
+        assert step < 200
+    for _ in range(100):
+        optimizer.zero_grad()
+        (loss_of(model, 0) * 0).backward()
+        optimizer.step()
+    assert factorized(model) == [] and any(row.state == LayerState.DESCENDING for row in optimizer.why())
+    train(model, optimizer, range(step, step + 60))
+    assert factorized(model) != []
+
+
 # ---- afterwards ------------------------------------------------------------------------------------
 
 
