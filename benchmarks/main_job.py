@@ -1,6 +1,6 @@
 """The main job three ways: wrapped, observed only, bare. Quality, parameters, time; and other thresholds.
 
-    python benchmarks/main_job.py                    # Muon and AdamW, two seeds: about 70 minutes on two cores
+    python benchmarks/main_job.py                    # Muon and AdamW, two seeds: about 35 minutes on two cores
     python benchmarks/main_job.py --seeds 1 --optimizers muon
     python benchmarks/main_job.py --smoke            # the same code on a tiny job, as CI runs it
 
@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,13 @@ from svd_optim import (
     LayerInfo,
     LayerMetrics,
     LayerState,
-    Listener,
     SubspaceAwareOptimizer,
     SubspaceConfig,
     Summary,
     ThresholdPolicy,
     Thresholds,
 )
-from train_gpt import bits_per_byte, build_optimizers, parse_arguments, warm_down
+from train_gpt import SwitchWatch, bits_per_byte, build_optimizers, parse_arguments, warm_down
 
 MODES = ("bare", "observe", "auto")
 THRESHOLDS = {
@@ -56,33 +55,19 @@ THRESHOLDS = {
 }
 
 
-class History(Listener):
-    """Every layer's metrics, kept for the replay, and validation around each switch."""
+class History(SwitchWatch):
+    """Validation around each switch, silently, and every layer's metrics for the replay."""
 
-    def __init__(self, validate: Callable[[], float]) -> None:
+    def __init__(self, model: GPT, validation: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__(model, validation, Console(quiet=True))
         self.metrics: dict[str, list[LayerMetrics]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, int]] = {}
-        self.validate = validate
-        self.jumps: list[float] = []  # percent
-        self.seconds = 0.0  # spent validating, inside the optimizer's step
 
     def on_analysis(self, summary: Summary) -> None:
         for layer in summary.layers:
             self.shapes[layer.name] = layer.shape
             if layer.metrics is not None:
                 self.metrics[layer.name].append(layer.metrics)
-
-    def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        self._before = self._timed()
-
-    def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        self.jumps.append(100 * (self._timed() / self._before - 1))
-
-    def _timed(self) -> float:
-        start = time.perf_counter()
-        value = self.validate()
-        self.seconds += time.perf_counter() - start
-        return value
 
 
 @dataclass
@@ -124,7 +109,7 @@ def start(args: argparse.Namespace, kind: str, mode: str, seed: int, data: Data)
     short = ["--short"] if args.smoke else []
     options = parse_arguments(["--optimizer", kind, "--seed", str(seed), *flags, *short])
     optimizers, wrapper = build_optimizers(options, model)
-    history = History(lambda: bits_per_byte(model, validation))
+    history = History(model, validation)
     if wrapper is not None:
         wrapper.add_listener(history)
     run = Run(mode, model, optimizers, wrapper, history, batches(training, 1, args.sequence_length, seed))
@@ -164,11 +149,11 @@ def measure(
         last = ratios[-len(ratios) // 5 :]  # the last fifth: all switches are behind
         summary = run.wrapper.summary() if run.wrapper else None
         results[run.mode] = {
-            "bpb": run.history.validate(),
+            "bpb": bits_per_byte(run.model, run.history.validation),
             "parameters": sum(p.numel() for p in run.model.blocks.parameters()),
             "factorized": summary.count(LayerState.FACTORIZED) if summary else 0,
             "layers": len(summary.layers) if summary else 0,
-            "largest_jump_percent": max(run.history.jumps, default=0.0),
+            "largest_jump_percent": max((switch.jump for switch in run.history.switches), default=0.0),
             "seconds_per_step": statistics.median(run.seconds),
             "ratio_to_bare": statistics.median(ratios),
             "ratio_to_bare_at_the_end": statistics.median(last),

@@ -149,7 +149,7 @@ class SubspaceTracker:
             U, _, V = layer.basis.leading(layer.rank)
             e = linalg.gradient_energies(working(G), U, V)
             usable = finite = torch.isfinite(e.total)
-        usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
+        usable = usable & (e.total > 0) & torch.isfinite(e.total)
         values = torch.where(usable, linalg.alignments(e), 0.0)
         add = torch.cat([usable.double()[None], values.double(), (~finite).double()[None]])
         layer.sums = add if layer.sums is None else layer.sums + add
