@@ -6,7 +6,7 @@ from .layers import FactorizedLinear
 from .listeners import Listener
 from .optimizer import SubspaceAwareOptimizer
 from .policy import Policy, ThresholdPolicy
-from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Summary
+from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Plan, Summary
 from .report import ConsoleReport
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "LayerReport",
     "LayerState",
     "Listener",
+    "Plan",
     "Policy",
     "SubspaceAwareOptimizer",
     "SubspaceConfig",

@@ -70,7 +70,10 @@ class Thresholds:
     Args:
         principal_danger: in danger when ``principal_excess`` exceeds it. Its complement,
             :attr:`minor_safe`, is the safety test of the ancestor's rule.
-        capture_safe: factors can follow the gradient when ``capture_excess`` exceeds it.
+        capture_safe: factors can follow the gradient when ``capture_excess`` exceeds it. A factorized
+            layer below it is held back, and grows where the budget has room.
+        capture_lost: a factorized layer whose ``capture_excess`` stays below it follows the gradient
+            hardly better than by chance: it becomes dense again.
         angle_stable: stable when ``subspace_drift`` (a sine, per 20 steps) is below it.
         reconstruction_safe: exact enough to install factors when ``reconstruction_error`` (relative
             Frobenius error) is below it.
@@ -78,7 +81,8 @@ class Thresholds:
     """
 
     principal_danger: float = 0.4
-    capture_safe: float = 0.25
+    capture_safe: float = 0.1
+    capture_lost: float = 0.02
     angle_stable: float = 0.25
     reconstruction_safe: float = 0.01
     warn_margin: float = 0.05
@@ -87,11 +91,17 @@ class Thresholds:
         for name in (
             "principal_danger",
             "capture_safe",
+            "capture_lost",
             "angle_stable",
             "reconstruction_safe",
             "warn_margin",
         ):
             _number("Thresholds", name, getattr(self, name), 0, 1)
+        if self.capture_lost >= self.capture_safe > 0:
+            raise ValueError(
+                f"Thresholds.capture_lost must be below capture_safe, or layers would go in and out of factors: "
+                f"got {self.capture_lost!r} and {self.capture_safe!r}"
+            )
 
     @property
     def minor_safe(self) -> float:
@@ -150,13 +160,20 @@ class SubspaceConfig:
             fades before the factors go in; 0 factorizes only what is already exact enough.
         cohort: steps between the moments at which descents may start, so that layers switch
             together (each switch recompiles a compiled model).
-        budget: share of each followed weight's numbers to keep: the target rank is the largest whose
-            factors fit into it. In force unless ``rank`` or ``energy`` is given.
+        budget: share of all followed weights' numbers to keep. Ranks are spread over the layers by what
+            each would lose, some may stay dense; ``optimizer.plan()`` shows how. In force unless ``rank``
+            or ``energy`` is given. In a :class:`LayerOverride` it is the share that each such layer keeps.
         rank: target rank, an integer, or a float in (0, 1) as a fraction of min(m, n).
         energy: target rank is the smallest that keeps this share of the squared Frobenius norm.
         include, exclude: globs over layer names; a layer is followed if it matches the first and not
             the second. Heads and embeddings are excluded by default.
         param_groups: indices of the base optimizer's groups to follow; ``None``: all.
+        on_danger: ``"alert"`` only says so when what a layer has learned is under attack; ``"protect"``
+            also keeps its principal block from moving while the danger lasts.
+        guard_steps: for so many steps after a switch, a training loss (given by the closure or to
+            ``optimizer.observe_loss``) above what its noise explains sends the switched layers back to
+            dense; 0: no such guard.
+        cooldown: steps for which a layer that came back, or changed its rank, is left as it is.
         min_size: layers with min(m, n) below it are left alone.
         overrides: glob -> :class:`LayerOverride`; the first matching glob counts.
         stall_after: after so many analyses in which nothing ever acted, say so.
@@ -176,6 +193,9 @@ class SubspaceConfig:
     budget: float = 0.5
     rank: int | float | None = None
     energy: float | None = None
+    on_danger: Literal["alert", "protect"] = "alert"
+    guard_steps: int = 200
+    cooldown: int = 500
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("*head", "head.*", "*.head.*", "*classifier*", "*embed*")
     param_groups: tuple[int, ...] | None = None
@@ -188,14 +208,16 @@ class SubspaceConfig:
         name = "SubspaceConfig"
         _choice(name, "mode", self.mode, ("auto", "manual", "observe"))
         _choice(name, "rule", self.rule, ("capture", "alignment"))
+        _choice(name, "on_danger", self.on_danger, ("alert", "protect"))
         if self.policy is not None and not callable(getattr(self.policy, "decide", None)):
             raise TypeError(
                 f"{name}.policy must have a method decide(layer, state, history, thresholds), got {self.policy!r}"
             )
         if not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"{name}.thresholds must be a Thresholds, got {self.thresholds!r}")
-        for key, low in (("interval", 1), ("measure_every", 1), ("warmup", 0), ("patience", 1), ("descent_steps", 0),
-                         ("cohort", 1), ("min_size", 1), ("stall_after", 1), ("seed", 0)):  # fmt: skip
+        least = {"interval": 1, "measure_every": 1, "warmup": 0, "patience": 1, "descent_steps": 0, "cohort": 1,
+                 "guard_steps": 0, "cooldown": 0, "min_size": 1, "stall_after": 1, "seed": 0}  # fmt: skip
+        for key, low in least.items():
             _integer(name, key, getattr(self, key), low)
         if self.rank is not None and self.energy is not None:
             raise ValueError(f"{name} takes rank or energy, not both: got rank={self.rank!r}, energy={self.energy!r}")

@@ -20,9 +20,12 @@ from torch import Tensor
 
 from .layers import FactorizedLinear
 from .linalg import Basis, project_off, retract
-from .moments import turn_
+from .moments import UNDERSTOOD, turn_
+from .protection import Anchor, restored_factors
 
+# What is left over of a derived scale: the best of a small grid (``benchmarks/quality.py``, "step x ...").
 MUON_SCALE = 2**-0.5
+ENTRYWISE_SCALE = 1.0
 
 
 def masters(module: FactorizedLinear, kept: Basis | None) -> Basis:
@@ -48,6 +51,7 @@ class Factored:
     module: FactorizedLinear
     kept: Basis | None = None  # float32 masters, only under lower-precision parameters
     nonfinite: Tensor | None = None  # steps that were not taken because of NaN or Inf; 0-d, on the device
+    anchor: Anchor | None = None  # while the principal block is protected
 
 
 class Scales(NamedTuple):
@@ -55,7 +59,7 @@ class Scales(NamedTuple):
 
     K: float
     L: float
-    decay: float  # share of K that the base optimizer's step takes away whatever the gradient
+    decay: float | Tensor  # share of K that the base optimizer's step takes away whatever the gradient
 
 
 def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
@@ -65,26 +69,52 @@ def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
     return 0.2 * math.sqrt(max(rows, cols)) if adjust == "match_rms_adamw" else 1.0
 
 
-def update_scales(base: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, int, int]) -> Scales:
-    """Bring the updates of K and L to the size that the dense step would have had.
+def _is_muon(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    return bool(group.get("use_muon", "muon" in type(base).__name__.lower()))
 
-    Only Muon needs it: its update is orthogonal, so its size is set by the shape it sees. First its
-    shape factor is exchanged for that of W. Then, with ||dK||_2 = ||dL||_2 = a, the step
-    dK V^T + U dL^T has a spectral norm of up to sqrt(2) a where both parts share their directions;
-    times 1/sqrt(2) it is at most the dense step's there. Element-wise optimizers (AdamW, SGD, ...)
-    have no such factor.
+
+def _is_entrywise(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> bool:
+    """Whether the base optimizer brings each entry's update to the size of the learning rate (Adam and its kin)."""
+    if not state:
+        return isinstance(base, UNDERSTOOD) and not isinstance(base, (torch.optim.SGD, torch.optim.Muon))
+    return not state.keys() <= {"momentum_buffer", "step"}
+
+
+def _decoupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor:
+    """The share of a weight that a step takes away whatever the gradient."""
+    known = isinstance(base, UNDERSTOOD) and not _is_muon(base, group)
+    decoupled = group.get("decoupled_weight_decay", not known)
+    if not decoupled or not group.get("weight_decay", 0.0):
+        return 0.0
+    return group["lr"] * group["weight_decay"]
+
+
+def update_scales(
+    base: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], shape: tuple[int, int, int]
+) -> Scales:
+    """Bring the updates of K and L to the spectral norm that the dense step could have had.
+
+    * Linear in the gradient (SGD, with momentum): nothing to do, K and L take W's step exactly.
+    * Entry by entry (Adam and its kin): each entry moves by up to lr, so an update of W has a spectral
+      norm of up to lr sqrt(mn), which a gradient with a preferred direction comes near; that of K
+      only lr sqrt(mk). Hence sqrt(n/k) for K and sqrt(m/k) for L.
+    * Muon: its update is orthogonal, so its size is set by the shape that it sees. Its shape factor is
+      exchanged for that of W. Two steps of norm a together, dK V^T + U dL^T, have a norm of up to
+      sqrt(2) a where they share their directions: times 1/sqrt(2) they have at most the dense step's.
 
     Args:
+        state: what the optimizer keeps for K.
         shape: (m, n, k).
     """
-    is_muon = group.get("use_muon", "muon" in type(base).__name__.lower())
-    if not is_muon:
-        return Scales(1.0, 1.0, 0.0)
     m, n, k = shape
-    adjust = group.get("adjust_lr_fn")
-    dense = MUON_SCALE * _muon_ratio(adjust, m, n)
-    decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
-    return Scales(dense / _muon_ratio(adjust, m, k), dense / _muon_ratio(adjust, n, k), decay)
+    decay = _decoupled_decay(base, group)
+    if _is_muon(base, group):
+        adjust = group.get("adjust_lr_fn")
+        dense = MUON_SCALE * _muon_ratio(adjust, m, n)
+        return Scales(dense / _muon_ratio(adjust, m, k), dense / _muon_ratio(adjust, n, k), decay)
+    if _is_entrywise(base, state):
+        return Scales(ENTRYWISE_SCALE * math.sqrt(n / k), ENTRYWISE_SCALE * math.sqrt(m / k), decay)
+    return Scales(1.0, 1.0, 0.0)
 
 
 class Entered(NamedTuple):
@@ -122,10 +152,12 @@ def enter_(
         if U.grad is None or V.grad is None or lr_is_zero(groups[U]):
             continue
         keys = tuple(base.state[U]) if U in base.state else ()
-        scales = update_scales(base, groups[U], (U.shape[0], V.shape[0], U.shape[1]))
-        batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, scales), []).append(layer)
+        batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
     entered = []
-    for (*_, scales), batch in batches.items():
+    for (U_shape, V_shape, *_), batch in batches.items():
+        first = batch[0].module.U
+        state = base.state.get(first, {})
+        scales = update_scales(base, groups[first], state, (U_shape[0], V_shape[0], U_shape[1]))
         factors = Basis(*(torch.stack(f) for f in zip(*(masters(x.module, x.kept) for x in batch), strict=True)))
         K = (factors.U * factors.S.unsqueeze(-2)).to(batch[0].module.U.dtype)
         for layer, K_layer in zip(batch, K, strict=True):
@@ -153,6 +185,11 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> None:
     ok = finite[:, None, None]
     new = retract(torch.where(ok, K, K0), torch.where(ok, L, 0.0), U, V)
     new = Basis(torch.where(ok, new.U, U), torch.where(finite[:, None], new.S, S), torch.where(ok, new.V, V))
+    for i, layer in enumerate(batch.layers):
+        if layer.anchor is not None:
+            one = restored_factors(Basis(*(factor[i] for factor in new)), layer.anchor)
+            for factor, restored in zip(new, one, strict=True):
+                factor[i].copy_(restored)
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
     turn_(states_K, states_L, (U, V), (new.U, new.V))

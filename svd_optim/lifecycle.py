@@ -15,24 +15,40 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from . import factor_step, linalg, moments
+from . import factor_step, inventory, linalg, moments, planner
 from .config import SubspaceConfig
+from .descent import MAX_EXTENSIONS, Landed, descend_, exact_bases
+from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
 from .policy import Policy, ThresholdPolicy
-from .records import Action, Decision, Event, LayerReport, LayerState, LeftAlone, Summary, break_even_rank
+from .records import (
+    Action,
+    Condition,
+    Decision,
+    Event,
+    LayerReport,
+    LayerState,
+    LeftAlone,
+    Plan,
+    PlannedLayer,
+    Summary,
+    break_even_rank,
+)
 from .selection import Selection, first_match
-from .switching import replace_parameters_, to_dense_, to_factors_
-from .tracker import FollowedLayer, SubspaceTracker, target_rank
+from .switching import replace_parameters_, resize_, to_dense_, to_factors_
+from .tracker import PLAN_HYSTERESIS, RANK_HYSTERESIS, FollowedLayer, SubspaceTracker, target_rank
 
 logger = logging.getLogger(__name__)
 
+_Event = tuple[str, str, str, LayerState | None, LayerState | None, dict[str, float]]  # the arguments of emit
+
 STATE_VERSION = 1
-MAX_EXTENSIONS = 3  # how often the end of a descent is put off before the layer gives up
-LOUD = frozenset({"stalled", "nonfinite", "descent_failed", "unsupported"})
+MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
+LOUD = frozenset({"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed"})
 
 
 class Lifecycle:
@@ -54,6 +70,8 @@ class Lifecycle:
         self.left_alone: list[LeftAlone] = []
         self.decisions: dict[str, Decision] = {}
         self.events: list[Event] = []
+        self.guard = LossGuard()
+        self.guarded: dict[str, int] = {}  # layer -> step of its switch, while the loss guard watches it
         self.steps = 0
         self.analyses = 0
         self.acted = False
@@ -95,6 +113,8 @@ class Lifecycle:
                 rank = target_rank(name, shape, self.config, override)
             thresholds = override.thresholds or self.config.thresholds
             layer = FollowedLayer(name, module, len(self.layers), thresholds, rank, energy_target=energy)
+            own = override.rank is not None or override.budget is not None or energy is not None
+            layer.explicit = own or self.config.rank is not None
             self.layers[name] = layer
             if isinstance(module, FactorizedLinear):
                 self._adopt(layer, module)
@@ -105,7 +125,6 @@ class Lifecycle:
         self.base.state.pop(module.S, None)
         replace_parameters_(self.base, [module.U, module.S, module.V], [module.U, module.V], ["U", "V"])
         layer.factored = factor_step.Factored(layer.name, module)
-        layer.basis = linalg.Basis(*(t.clone() for t in factor_step.masters(module, None)))
         layer.state = LayerState.FACTORIZED
         self.own(layer)
 
@@ -130,8 +149,7 @@ class Lifecycle:
                 to_dense_(layer, self.base)
                 layer.state = LayerState.DENSE
             if rank is not None and layer.factored is None:
-                layer.rank = rank
-                layer.reset_history()
+                layer.set_rank(rank)
                 basis = linalg.exact_basis(linalg.working(layer.module.weight), rank)
                 to_factors_(layer, self.base, basis)
                 layer.state, layer.descent_end = LayerState.FACTORIZED, None
@@ -149,7 +167,7 @@ class Lifecycle:
         due = step % self.config.measure_every == 0 or step % self.config.interval == 0
         with self.clock("measure"):
             for layer in list(self.layers.values()):
-                if layer.weight.grad is None or (layer.basis is not None and not due):
+                if layer.weight.grad is None or not (due or (layer.cached is None and layer.factored is None)):
                     continue
                 if layer.weight.grad.is_sparse:
                     self._stop_following(layer, "its gradient is sparse")
@@ -178,8 +196,11 @@ class Lifecycle:
             for batch in entered:
                 factor_step.finish_(batch, self.base.state)
             self.drop_sketches()
+            for layer in self.layers.values():
+                layer.hold_anchor()
         with self.clock("descend"):
-            self.descend()
+            landed = descend_(list(self.layers.values()), self.steps, self.config.interval)
+        self._switch_landed(landed)
         if self.steps % self.config.interval == 0:
             self.analyse()
 
@@ -189,77 +210,23 @@ class Lifecycle:
             if layer.factored is not None and layer.factored.module.sketch is not None:
                 layer.factored.module.sketch.grad = None
 
-    def descend(self) -> None:
-        """Fade the minor-minor blocks of descending layers; those whose time has come switch."""
-        left = {}
-        for name, layer in self.layers.items():
-            if layer.state == LayerState.DESCENDING and layer.descent_end is not None:
-                if layer.descent_end <= self.steps and layer.history and not layer.history[-1].measured:
-                    layer.descent_end = self.steps + self.config.interval  # no gradient, no decision
-                left[name] = layer.descent_end - self.steps
-        # The step before the last: what turned since the last analysis would leave a rank of up to 2k.
-        bases, _ = self.exact_bases([self.layers[name] for name, steps in left.items() if steps == 1])
-        for name, basis in bases.items():
-            self.layers[name].basis, self.layers[name].basis_step = basis, self.steps
-        for name, steps in left.items():
-            if steps > 0:
-                self._fade(self.layers[name], 1.0 if self.layers[name].extensions else 1.0 / steps)
-        due = [self.layers[name] for name, steps in left.items() if steps <= 0]
-        if due:
-            self._finish_descents(due)
-
-    def _fade(self, layer: FollowedLayer, share: float) -> None:
-        assert layer.basis is not None
-        U, _, V = layer.basis.leading(layer.rank)
-        W = layer.module.weight
-        faded = W if W.dtype == U.dtype else W.to(U.dtype)
-        linalg.fade_minor_(faded, U, V, share)
-        if faded is not W:
-            W.copy_(faded)
-
-    def _finish_descents(self, due: list[FollowedLayer]) -> None:
-        for layer in due:  # this step's own update: no factored step would have followed it
-            self._fade(layer, 1.0)
-        bases, errors = self.exact_bases(due)
-        ready: list[FollowedLayer] = []
-        for layer in due:
-            error = errors[layer.name]
-            if error < layer.thresholds.reconstruction_safe:
-                ready.append(layer)
-                continue
-            numbers = {
-                "reconstruction_error": error,
-                "reconstruction_safe": layer.thresholds.reconstruction_safe,
-            }
-            if layer.extensions < MAX_EXTENSIONS:
-                layer.extensions += 1
-                layer.descent_end = self.steps + self.config.interval
-                layer.basis, layer.basis_step = bases[layer.name], self.steps
+    def _switch_landed(self, landed: Landed) -> None:
+        """Install the factors of layers whose descent is done, and say what became of the others."""
+        for layer in (*landed.extended, *landed.failed):
+            safe = layer.thresholds.reconstruction_safe
+            numbers = {"reconstruction_error": landed.errors[layer.name], "reconstruction_safe": safe}
+            if layer in landed.extended:
                 self.emit(layer.name, "descent_extended", "not exact enough yet", numbers=numbers)
-            else:
-                self.end_descent(layer, LayerState.DENSE)
-                reason = f"not exact enough after {MAX_EXTENSIONS} extensions"
-                self.emit(layer.name, "descent_failed", reason, LayerState.DESCENDING, LayerState.DENSE, numbers)
-        self.switch({layer.name: bases[layer.name] for layer in ready}, (), errors, "descent done")
+                continue
+            self.end_descent(layer, LayerState.DENSE)
+            reason = f"not exact enough after {MAX_EXTENSIONS} extensions"
+            self.emit(layer.name, "descent_failed", reason, LayerState.DESCENDING, LayerState.DENSE, numbers)
+        self.switch(landed.ready, (), landed.errors, "descent done")
 
     def end_descent(self, layer: FollowedLayer, state: LayerState) -> None:
         """Leave a descent (or any other state) for ``state``, with a new history."""
         layer.state, layer.descent_end, layer.extensions = state, None, 0
-        layer.reset_history()
-
-    def exact_bases(self, layers: Sequence[FollowedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
-        """Exact bases of dense layers at their ranks, and the error of keeping only those ranks."""
-        bases, errors = {}, []
-        for layer in layers:
-            W = linalg.working(layer.module.weight)
-            finite = torch.isfinite(W).all()
-            q = min(layer.rank + linalg.OVERSAMPLING, *layer.shape)
-            bases[layer.name] = linalg.exact_basis(torch.where(finite, W, 0.0), q)
-            error = linalg.reconstruction_error(bases[layer.name].S[: layer.rank], linalg.energy(W))
-            zero = bases[layer.name].S[0] == 0
-            errors.append(torch.where(finite, torch.where(zero, 0.0, error), torch.inf))
-        values = torch.stack(errors).tolist() if errors else []
-        return bases, dict(zip(bases, values, strict=True))
+        layer.start_line()
 
     # ---- every interval ------------------------------------------------------------------------------
 
@@ -272,14 +239,18 @@ class Lifecycle:
             self.analyses += 1
             for name in metrics:
                 self._decide(self.layers[name])
-        if boundary and self.config.mode == "auto":
-            self._act()
+            risen = self._check_loss()
+        if self.config.mode == "auto":
+            self._send_back(risen)
+            if boundary:
+                self._act()
+        if boundary or self.steps < self.config.warmup:
+            self._revise_ranks()
         for layer in self.layers.values():
             module = layer.module
+            layer.outside = None
             if isinstance(module, FactorizedLinear) and module.Omega is not None:
                 module.Omega.copy_(self.tracker.draw_sketch(layer, self.steps))
-            elif boundary and layer.energy_target is not None and layer.state in (LayerState.WARMUP, LayerState.DENSE):
-                self.tracker.update_energy_rank(layer)
         self._note_stall()
         if self.listeners:
             summary = self.summary()
@@ -289,24 +260,66 @@ class Lifecycle:
     def _decide(self, layer: FollowedLayer) -> None:
         if layer.state == LayerState.WARMUP and self.steps >= self.config.warmup:
             layer.state = LayerState.DENSE
-        info = layer.info(self.base_reason(layer))
-        decision = self.policy.decide(info, layer.state, tuple(layer.history), layer.thresholds)
-        if not isinstance(decision, Decision):
-            raise TypeError(f"policy.decide must return a Decision, got {decision!r} for layer {layer.name!r}")
-        self.decisions[layer.name] = decision
+        decision = self.decisions[layer.name] = self._ask_policy(layer)
         last = layer.history[-1]
         if last.nonfinite and not layer.nonfinite:
             reason = "NaN or Inf in gradient or weight: not measured, basis kept"
             self.emit(layer.name, "nonfinite", reason, numbers={"measurements": last.nonfinite})
         layer.nonfinite = bool(last.nonfinite)
-        # A history that has just started anew says nothing about danger.
-        if decision.danger != layer.danger and len(layer.history) >= self.config.patience:
+        # A line that has just started says nothing about danger, nor does warmup, nor an interval without gradients.
+        recent = [m for m in layer.line[-self.config.patience :] if m.principal_excess is not None]
+        ready = layer.state != LayerState.WARMUP and len(recent) == self.config.patience
+        if ready and decision.danger != layer.danger:
             layer.danger = decision.danger
             kind = "danger" if decision.danger else "danger_over"
             reason = "the gradient attacks" if decision.danger else "the gradient leaves alone"
             excess = {} if last.principal_excess is None else {"principal_excess": last.principal_excess}
             numbers = {**excess, "principal_danger": layer.thresholds.principal_danger}
             self.emit(layer.name, kind, f"{reason} what the layer has learned", numbers=numbers)
+            if self.config.on_danger == "protect" and self.config.mode == "auto":
+                self.protect(layer, decision.danger, "in danger" if decision.danger else "the danger is over")
+                self.decisions[layer.name] = self._ask_policy(layer)
+
+    def _ask_policy(self, layer: FollowedLayer) -> Decision:
+        info = layer.info(self.base_reason(layer), self.steps)
+        decision = self.policy.decide(info, layer.state, layer.line, layer.thresholds)
+        if not isinstance(decision, Decision):
+            raise TypeError(f"policy.decide must return a Decision, got {decision!r} for layer {layer.name!r}")
+        return decision
+
+    def protect(
+        self,
+        layer: FollowedLayer,
+        begin: bool,
+        reason: str,
+        by_hand: bool = False,
+        principal: linalg.Basis | None = None,
+    ) -> None:
+        """Begin or end the protection of a layer's principal block; what was begun by hand ends by hand."""
+        anchor = layer.anchor
+        if begin == (anchor is not None) or (layer.protected_by_hand and not by_hand):
+            return
+        if begin:
+            if layer.state == LayerState.DESCENDING:
+                self.end_descent(layer, LayerState.DENSE)
+                stopped = (LayerState.DESCENDING, LayerState.DENSE)
+                self.emit(layer.name, "descent_stopped", "its principal block is protected", *stopped)
+            layer.protect(by_hand, principal)
+            anchor = layer.anchor
+        else:
+            layer.release()
+        if anchor is not None:
+            self.emit(layer.name, "protect" if begin else "release", reason, numbers={"rank": len(anchor.block)})
+
+    def protect_by_hand(self, layer: FollowedLayer, rank: int | None) -> None:
+        """Protect a layer on the exact leading directions of its weight, as of now."""
+        principal = None
+        if layer.factored is None:
+            W = linalg.working(layer.module.weight)
+            principal = linalg.exact_basis(W, layer.rank if rank is None else rank)
+        layer.release()
+        self.protect(layer, True, "by hand", by_hand=True, principal=principal)
+        self.forget_decisions([layer.name])
 
     def base_reason(self, layer: FollowedLayer) -> str:
         """Why this layer can't go into factors under this base optimizer; empty if it can."""
@@ -321,11 +334,14 @@ class Lifecycle:
         return moments.not_understood(state, layer.weight)
 
     def _act(self) -> None:
-        """Carry out the decisions, all in one event: starts of descents, switches, merges."""
+        """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
         wanted: dict[Action, list[FollowedLayer]] = {action: [] for action in Action}
         for name, decision in self.decisions.items():
             if name in self.layers:
                 wanted[decision.action].append(self.layers[name])
+        planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
+        for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
+            layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget
         for layer in wanted[Action.DESCEND]:
             if layer.state == LayerState.DENSE:
                 layer.state = LayerState.DESCENDING
@@ -336,10 +352,79 @@ class Lifecycle:
                 self.emit(layer.name, "descend", reason, LayerState.DENSE, LayerState.DESCENDING, numbers)
         dense = [layer for layer in wanted[Action.FACTORIZE] if layer.factored is None]
         dense = [layer for layer in dense if not self.base_reason(layer) and layer.rank < break_even_rank(*layer.shape)]
-        bases, errors = self.exact_bases(dense)
+        bases, errors = exact_bases(dense)
         bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
         merges = [layer for layer in wanted[Action.MERGE] if layer.factored is not None]
-        self.switch(bases, merges, errors, "decided")
+        ranks, outgrown = self._new_ranks(wanted[Action.SHRINK], wanted[Action.GROW], merges)
+        self.switch(bases, [*merges, *outgrown], errors, "decided", ranks)
+
+    def _new_ranks(
+        self, shrinking: Sequence[FollowedLayer], growing: Sequence[FollowedLayer], merging: Sequence[FollowedLayer]
+    ) -> tuple[dict[str, int], list[FollowedLayer]]:
+        """Ranks to change inside factors, and layers to make dense as they want more than break-even.
+
+        What one layer lets go another may have; beyond the budget, and what ``merging`` takes of it, nothing grows.
+        """
+        ranks: dict[str, int] = {}
+        dense: list[FollowedLayer] = []
+        now = self.plan()
+        room = self.config.budget * now.parameters_dense - now.parameters
+        room -= sum(info.dense_numel - info.factored_numel for info in (layer.info() for layer in merging))
+        for layer in (*shrinking, *growing):
+            rank = self.decisions[layer.name].rank
+            if layer.factored is None or layer.anchor is not None or rank is None or rank < 1:
+                continue  # of a protected core nothing is cut off
+            m, n = layer.shape
+            beyond = rank >= break_even_rank(m, n)
+            cost = (m * n if beyond else rank * (m + n + 1)) - layer.rank * (m + n + 1)
+            if cost > 0 and (layer.explicit or cost > room):
+                continue
+            room -= cost
+            if beyond:
+                dense.append(layer)
+            else:
+                ranks[layer.name] = rank
+        return ranks, dense
+
+    # ---- the way back --------------------------------------------------------------------------------
+
+    def _check_loss(self) -> Condition | None:
+        """Whether the training loss has risen since a switch by more than its noise; ``None``: it has not."""
+        over = [name for name, step in self.guarded.items() if self.steps - step > self.config.guard_steps]
+        for name in over:
+            del self.guarded[name]
+        verdict = self.guard.verdict()
+        if not self.guarded:
+            self.guard.end()
+        return verdict if verdict is not None and not verdict.holds else None
+
+    def _send_back(self, risen: Condition | None) -> None:
+        """Layers that trip a guard become dense again now, whatever the cohort."""
+        back: dict[str, tuple[str, str, dict[str, float]]] = {}
+        last_switch = max(self.guarded.values(), default=0)
+        for name, layer in self.layers.items():
+            last = layer.history[-1] if layer.history else None
+            if layer.factored is None or last is None:
+                continue
+            if risen is not None and self.guarded.get(name) == last_switch:
+                numbers = {} if risen.value is None else {"standard_errors": risen.value, "noise": risen.threshold}
+                back[name] = "loss_rose", "the training loss rose after its switch", numbers
+            elif last.skew is not None and last.skew > MAX_SKEW:
+                back[name] = "skewed", "its factors are no longer orthonormal", {"skew": last.skew}
+            elif self._keeps_failing(layer):
+                back[name] = "nonfinite", "its steps are NaN or Inf again and again: optimizer state dropped", {}
+        if not back:
+            return
+        for name, (kind, reason, numbers) in back.items():
+            self.emit(name, kind, reason, numbers=numbers)
+        self.switch({}, [self.layers[name] for name in back], {}, "a guard tripped")
+        if risen is not None:
+            self.guard.switched()  # earlier switches are not to blame for this level
+        self.forget_decisions(back)
+
+    def _keeps_failing(self, layer: FollowedLayer) -> bool:
+        recent = layer.line[-self.config.patience :]
+        return len(recent) == self.config.patience and all(m.nonfinite and m.skew is not None for m in recent)
 
     def forget_decisions(self, names: Iterable[str]) -> None:
         """What was decided before somebody stepped in by hand says nothing any more."""
@@ -352,39 +437,117 @@ class Lifecycle:
         merges: Sequence[FollowedLayer],
         errors: Mapping[str, float],
         reason: str,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
-        """Install factors and merge layers, all in one event."""
-        names = (*bases, *(layer.name for layer in merges))
+        """Install factors, merge layers and change ranks inside factors, all in one event."""
+        ranks = ranks or {}
+        names = (*bases, *(layer.name for layer in merges), *ranks)
         if not names:
             return
         for listener in self.listeners:
             listener.before_switch(self.steps, names)
-        events = []
         with self.clock("switch"), torch.no_grad():
-            for name, basis in bases.items():
-                layer = self.layers[name]
-                before = layer.state
-                to_factors_(layer, self.base, basis)
-                layer.basis_step = self.steps
-                self.end_descent(layer, LayerState.FACTORIZED)
-                self.own(layer)
-                info = layer.info()
-                numbers = {
-                    "rank": layer.rank,
-                    "reconstruction_error": errors[name],
-                    "parameters_before": info.dense_numel,
-                    "parameters_after": info.factored_numel,
-                }
-                events.append((name, "factorize", reason, before, LayerState.FACTORIZED, numbers))
-            for layer in merges:
-                to_dense_(layer, self.base)
-                self.end_descent(layer, LayerState.DENSE)
-                events.append((layer.name, "merge", reason, LayerState.FACTORIZED, LayerState.DENSE, {}))
+            events = [self._install(self.layers[name], basis, errors[name], reason) for name, basis in bases.items()]
+            events += [self._merge(layer, reason) for layer in merges]
+            events += [self._resize(self.layers[name], rank) for name, rank in ranks.items()]
         self.acted = True
+        if bases and self.config.guard_steps:
+            self.guard.switched()
+            self.guarded.update(dict.fromkeys(bases, self.steps))
         for event in events:
             self.emit(*event)
         for listener in self.listeners:
             listener.after_switch(self.steps, names)
+
+    def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> _Event:
+        before, protected = layer.state, layer.anchor is not None
+        by_hand, layer.dense_anchor = layer.protected_by_hand, None
+        to_factors_(layer, self.base, basis)
+        self.end_descent(layer, LayerState.FACTORIZED)
+        self.own(layer)
+        self.tracker.keep_images(layer, self.steps)
+        if protected:
+            layer.protect(by_hand)
+        info = layer.info()
+        numbers: dict[str, float] = {
+            "rank": layer.rank,
+            "reconstruction_error": error,
+            "parameters_before": info.dense_numel,
+            "parameters_after": info.factored_numel,
+        }
+        return layer.name, "factorize", reason, before, LayerState.FACTORIZED, numbers
+
+    def _merge(self, layer: FollowedLayer, reason: str) -> _Event:
+        decision = self.decisions.get(layer.name)
+        if reason == "decided" and decision is not None:
+            reason = decision.reason
+        anchor = layer.anchor
+        to_dense_(layer, self.base, keep_state=not self._keeps_failing(layer))
+        layer.dense_anchor, layer.basis_step = anchor, self.steps
+        self.end_descent(layer, LayerState.DENSE)
+        layer.cooldown_until = self.steps + self.config.cooldown
+        self.guarded.pop(layer.name, None)
+        numbers: dict[str, float] = {"rank": layer.rank, "cooldown": self.config.cooldown}
+        return layer.name, "merge", reason, LayerState.FACTORIZED, LayerState.DENSE, numbers
+
+    def _resize(self, layer: FollowedLayer, rank: int) -> _Event:
+        before, factors = layer.rank, layer.basis
+        assert factors is not None
+        if rank <= before:
+            resize_(layer, self.base, linalg.Basis(*(t.clone() for t in factors.leading(rank))))
+        else:
+            resize_(layer, self.base, self.tracker.grown(layer, rank, self.steps))
+        layer.start_line()
+        layer.cooldown_until = self.steps + self.config.cooldown
+        kind, reason = "grow" if rank > before else "shrink", self.decisions[layer.name].reason
+        return layer.name, kind, reason, layer.state, layer.state, {"rank_before": before, "rank": layer.rank}
+
+    # ---- the budget ----------------------------------------------------------------------------------
+
+    def _revise_ranks(self) -> None:
+        """Target ranks of layers that have not started: by energy, or by the plan over all of them."""
+        waiting = (LayerState.WARMUP, LayerState.DENSE)
+        hysteresis = RANK_HYSTERESIS if self.steps < self.config.warmup else PLAN_HYSTERESIS
+        for layer in self.layers.values():
+            if layer.energy_target is not None and layer.state in waiting:
+                self.tracker.update_energy_rank(layer)
+        for planned in self.plan().layers:
+            layer = self.layers[planned.name]
+            if planned.fixed:
+                continue
+            layer.keep_dense = planned.rank is None
+            if planned.rank is not None and abs(planned.rank - layer.rank) > hysteresis * layer.rank:
+                layer.set_rank(planned.rank)
+
+    def plan(self) -> Plan:
+        """How the budget is spread as of now; layers that can't be chosen for any more keep what they have."""
+        fixed: dict[str, tuple[int | None, str]] = {}
+        free: list[planner.Candidate] = []
+        for name, layer in self.layers.items():
+            if layer.state in (LayerState.DESCENDING, LayerState.FACTORIZED):
+                fixed[name] = layer.rank, str(layer.state)
+            elif layer.cooldown_until > self.steps:
+                fixed[name] = None, "came back"
+            elif layer.anchor is not None:
+                fixed[name] = None, "protected"
+            elif layer.explicit:
+                fixed[name] = layer.rank if layer.rank < break_even_rank(*layer.shape) else None, "explicit"
+            else:
+                free.append(planner.Candidate(name=name, shape=layer.shape, capture=layer.capture))
+        shapes = {name: layer.shape for name, layer in self.layers.items()}
+        whole = sum(m * n for m, n in shapes.values())
+        spent = planner.planned_cost(
+            {name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()}
+        )
+        chosen = planner.spread(free, self.config.budget * whole - spent, self.config.budget)
+        rows = []
+        for name, layer in self.layers.items():
+            rank, why = fixed[name] if name in fixed else (chosen[name], "")
+            candidate = planner.Candidate(name=name, shape=layer.shape, capture=layer.capture)
+            missed = 0.0 if rank is None else planner.missed(candidate, rank)
+            row = PlannedLayer(name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed)
+            rows.append(row)
+        return Plan(step=self.steps, budget=self.config.budget, layers=tuple(rows))
 
     def _note_stall(self) -> None:
         """A run that can't act says so, loudly, with the numbers."""
@@ -422,31 +585,7 @@ class Lifecycle:
 
     def layer_report(self, layer: FollowedLayer) -> LayerReport:
         """A layer as of now, as a plain record."""
-        m, n = layer.shape
-        first = layer.weight
-        size = first.element_size()
-        dense_state = now_state = 0
-        parameters = [first] if layer.factored is None else [layer.factored.module.U, layer.factored.module.V]
-        for parameter in parameters:
-            for value in self.base.state.get(parameter, {}).values():
-                if isinstance(value, Tensor):
-                    now_state += value.numel() * value.element_size()
-        for value in self.base.state.get(first, {}).values():
-            if isinstance(value, Tensor):
-                dense_state += (m * n if value.ndim >= 2 else value.numel()) * value.element_size()
-        weights = grads = m * n * size
-        if layer.factored is not None:
-            module = layer.factored.module
-            kept = layer.factored.kept or ()
-            weights = (module.U.numel() + module.S.numel() + module.V.numel()) * size
-            grads = (module.U.numel() + module.V.numel()) * size
-            weights += sum(t.numel() * t.element_size() for t in kept)
-        return LayerReport(
-            name=layer.name, shape=layer.shape, state=layer.state, rank=layer.rank,
-            metrics=layer.history[-1] if layer.history else None, decision=self.decisions.get(layer.name),
-            weight_bytes=weights, grad_bytes=grads, state_bytes=now_state,
-            weight_bytes_dense=m * n * size, grad_bytes_dense=m * n * size, state_bytes_dense=dense_state,
-        )  # fmt: skip
+        return inventory.report(layer, self.base, self.decisions.get(layer.name))
 
     def summary(self) -> Summary:
         """The run as of now, as a plain record."""
@@ -485,6 +624,8 @@ class Lifecycle:
             "steps": self.steps,
             "analyses": self.analyses,
             "acted": self.acted,
+            "guard": self.guard.state_dict(),
+            "guarded": dict(self.guarded),
             "events": [event.as_plain() for event in self.events],
             "layers": {name: self.tracker.layer_state(layer) for name, layer in self.layers.items()},
         }
@@ -523,6 +664,8 @@ class Lifecycle:
         self.steps, self.analyses, self.acted = saved["steps"], saved["analyses"], saved["acted"]
         self.events = [Event.from_plain(values) for values in saved["events"]]
         self.decisions = {}
+        self.guard.load_state_dict(saved["guard"])
+        self.guarded = dict(saved["guarded"])
         for name, state in saved["layers"].items():
             layer = self.layers[name]
             self.tracker.load_layer_state(layer, state)

@@ -90,18 +90,32 @@ def refresh_basis(W: Tensor, old: Basis) -> Basis:
 
 
 class GradientEnergies(NamedTuple):
-    """Squared Frobenius norms of a gradient G (m, n) and of its projections, float64 scalars."""
+    """Squared Frobenius norms of a gradient G (m, n) and of its projections, float64.
 
-    total: Tensor  # ||G||^2
-    left: Tensor  # ||U^T G||^2
-    right: Tensor  # ||G V||^2
-    core: Tensor  # ||U^T G V||^2
+    Given for each singular direction, so that their running sums are those of every rank up to k.
+    """
+
+    total: Tensor  # ||G||^2, a scalar
+    left: Tensor  # ||u_i^T G||^2, (k,)
+    right: Tensor  # ||G v_i||^2, (k,)
+    core: Tensor  # of the entries (a, b) of U^T G V with max(a, b) = i, (k,)
+
+
+def _shells(C: Tensor) -> Tensor:
+    """Energy of the entries (a, b) with max(a, b) = i of C (k, k): what rank i + 1 adds to the core. (k,)"""
+    squares = C.double().square()
+    return squares.tril().sum(-1) + squares.triu(1).sum(-2)
+
+
+def _column_energies(X: Tensor) -> Tensor:
+    """Squared norms of the columns of X (a, b), (b,) in float64."""
+    return torch.linalg.vector_norm(X, dim=-2, dtype=torch.float64).square()
 
 
 def gradient_energies(G: Tensor, U: Tensor, V: Tensor) -> GradientEnergies:
     """Energies of a dense gradient against orthonormal U (m, k), V (n, k)."""
     A = U.mT @ G  # (k, n)
-    return GradientEnergies(energy(G), energy(A), energy(G @ V), energy(A @ V))
+    return GradientEnergies(energy(G), _column_energies(A.mT), _column_energies(G @ V), _shells(A @ V))
 
 
 def factored_gradient_energies(
@@ -131,15 +145,18 @@ def factored_gradient_energies(
     scale = torch.where(seen_energy > 0, inner / seen_energy, 0.0)
     matches = energy(expected - scale * seen) <= 0.01 * energy(expected)
     R = scale * (sketch - U @ seen) - (G_K - U @ C) @ (V.mT @ Omega)  # (m, s)
-    core, right, lower = energy(C), energy(G_K), energy(G_L)
+    right, lower = _column_energies(G_K), _column_energies(G_L)
     outside = energy(R) / Omega.shape[-1]
-    return GradientEnergies(right + lower + outside, core + lower, right, core), matches
+    left = _column_energies(C.mT) + lower
+    return GradientEnergies(right.sum() + lower.sum() + outside, left, right, _shells(C)), matches
 
 
 def alignments(e: GradientEnergies) -> Tensor:
-    """(principal_alignment, input_alignment, tangent_capture) in [0, 1]; NaN where G is zero. (3,)"""
-    parts = torch.stack([e.left, e.right, e.left + e.right - e.core])
-    return (parts / e.total).clamp(0.0, 1.0)
+    """(principal, input, tangent capture) as shares of ||G||^2, each direction's own; NaN where G is zero. (3, k)
+
+    Sums over all k directions are the alignments at rank k, running sums those at every rank below.
+    """
+    return torch.stack([e.left, e.right, e.left + e.right - e.core]) / e.total
 
 
 def chance_corrected(value: float | None, chance: float) -> float | None:
@@ -201,3 +218,10 @@ def retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Basis:
 def project_off(X: Tensor, V: Tensor) -> Tensor:
     """(I - V V^T) X for X (..., n, j) and orthonormal V (..., n, k)."""
     return X - V @ (V.mT @ X)
+
+
+def complement(X: Tensor, V: Tensor) -> Tensor:
+    """Orthonormal columns, as many as X (n, j) has, that span (I - V V^T) X for orthonormal V (n, k)."""
+    for _ in range(2):  # the second pass takes out what rounding left of V in the first
+        X, _ = torch.linalg.qr(project_off(X, V))
+    return X

@@ -120,6 +120,37 @@ def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: 
     return v_K @ (V.mT @ V1).square(), v_L @ (U.mT @ U1).square()
 
 
+def resize(
+    state_K: Mapping[str, Any], state_L: Mapping[str, Any], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> tuple[Moments, Moments]:
+    """The states of K and L in bases with more or fewer columns, the common ones being the same.
+
+    First moments keep all that the new tangent space holds of them, so growing and then cutting the
+    same columns off again changes nothing of them. Variances of new columns are the means of the old
+    ones. Old ones stay, but where M_L has got a part of what moved between columns and v_L has not:
+    an input that was always zero has v_L = 0, and M_L only as long as it is orthogonal to the old V.
+
+    Args:
+        old, new: (U, V), (m, k) and (n, k) with the k of before and after.
+    """
+    k0, k1 = old[0].shape[-1], new[0].shape[-1]
+    resized: tuple[Moments, Moments] = ({}, {})
+    for key, value in state_K.items():
+        if not (_is_moment(key, value) and key in state_L):
+            for after, state in zip(resized, (state_K, state_L), strict=True):
+                if key in state:
+                    after[key] = _copied(state[key])
+        elif key in FIRST:
+            turned = turn_first(working(value), working(state_L[key]), *old, *new)
+            for after, M in zip(resized, turned, strict=True):
+                after[key] = M.to(value.dtype).contiguous()
+        else:
+            for after, v in zip(resized, (value, state_L[key]), strict=True):
+                extra = v.mean(-1, keepdim=True).expand(-1, max(0, k1 - k0))
+                after[key] = torch.cat([v[:, :k1], extra], dim=-1).contiguous()
+    return _finished(resized[0], state_K, state_L), _finished(resized[1], state_K, state_L)
+
+
 def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Moments]:
     """A dense weight's state -> the states of K and L."""
     state_K: Moments = {}

@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from . import factor_step
 from .config import SubspaceConfig
+from .descent import exact_bases
+from .inventory import watching_bytes
 from .layers import FactorizedLinear
 from .lifecycle import Lifecycle
 from .listeners import Listener
-from .records import Event, LayerReport, LayerState, Summary, break_even_rank
+from .records import Event, LayerReport, LayerState, Plan, Summary, break_even_rank
 from .selection import select_layers
 from .tracker import FollowedLayer
 
@@ -259,9 +261,21 @@ class SubspaceAwareOptimizer(Optimizer):
                     batch.restore_()
             raise
         if entered is not None:
+            if closure is not None:
+                life.guard.observe(loss)
             with torch.no_grad():
                 life.advance(entered)
         return loss
+
+    def observe_loss(self, loss: torch.Tensor | float) -> None:
+        """Tell the loss guard this step's training loss; not needed where ``step`` is given a closure.
+
+        Nothing is read from the device here: losses are looked at once an analysis.
+
+        Args:
+            loss: a number or a tensor of one element, before or after ``step()``, once a step.
+        """
+        self._life.guard.observe(loss)
 
     def _base_step(self, closure: Callable[[], Any] | None, prepare: Callable[[], None]) -> Any:
         """The base's step, with ``prepare`` between its gradients and its update."""
@@ -331,7 +345,7 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
         for layer in chosen:
-            if rank is None and layer.basis is None and layer.energy_target is not None:
+            if rank is None and layer.cached is None and layer.energy_target is not None:
                 self._life.tracker.update_energy_rank(layer)
             k = layer.rank if rank is None else rank
             if isinstance(k, bool) or not isinstance(k, int):
@@ -348,7 +362,7 @@ class SubspaceAwareOptimizer(Optimizer):
         for layer in chosen:
             layer.rank = layer.rank if rank is None else rank
         with torch.no_grad():
-            bases, errors = self._life.exact_bases(chosen)
+            bases, errors = exact_bases(chosen)
         broken = [name for name, error in errors.items() if error == float("inf")]
         if broken:
             for layer in chosen:
@@ -381,6 +395,61 @@ class SubspaceAwareOptimizer(Optimizer):
         self._life.forget_decisions(layer.name for layer in chosen)
         return [layer.name for layer in merges]
 
+    def protect_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
+        """Keep the principal blocks of layers from moving, from now until :meth:`release_`.
+
+        U_k^T W V_k stays what it is at this moment, with U_k, V_k the leading singular vectors of now:
+        whatever the base optimizer does, weight decay included, everything else trains. For
+        fine-tuning a model that is to keep what it knows.
+
+        Args:
+            layers: names or globs, or ``"all"``.
+            rank: how many directions to protect; default: the layers' target ranks. In factors the
+                whole core is protected, and no other rank can be.
+
+        Returns:
+            The names of the layers.
+
+        Raises:
+            RuntimeError: in observe mode.
+            ValueError: no layer matches, a rank is out of range, or a weight holds NaN or Inf. Nothing
+                was changed.
+        """
+        chosen = self._by_name(layers, "protect_")
+        for layer in chosen:
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+                raise TypeError(f"protect_: rank must be an integer, got {rank!r}")
+            if rank is not None and not 1 <= rank <= min(layer.shape):
+                raise ValueError(
+                    f"protect_: layer {layer.name!r} of shape {layer.shape} can't have rank {rank}: give 1 to "
+                    f"{min(layer.shape)}"
+                )
+            if rank is not None and layer.factored is not None and rank != layer.rank:
+                raise ValueError(
+                    f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, all of which is "
+                    f"protected; leave out rank, or merge_ it first"
+                )
+            if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
+                raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
+        for layer in chosen:
+            self._life.protect_by_hand(layer, rank)
+        return [layer.name for layer in chosen]
+
+    def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
+        """End the protection of layers, whoever began it.
+
+        Returns:
+            The names of the layers that were protected.
+
+        Raises:
+            RuntimeError: in observe mode.
+            ValueError: no layer matches.
+        """
+        chosen = [layer for layer in self._by_name(layers, "release_") if layer.anchor is not None]
+        for layer in chosen:
+            self._life.protect(layer, False, "by hand", by_hand=True)
+        return [layer.name for layer in chosen]
+
     def _by_name(self, layers: str | Iterable[str], method: str) -> list[FollowedLayer]:
         if self.config.mode == "observe":
             raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
@@ -399,6 +468,17 @@ class SubspaceAwareOptimizer(Optimizer):
     def add_listener(self, listener: Listener) -> None:
         """Call ``listener`` from now on. Listeners are not copied, pickled or saved with the optimizer."""
         self._life.listeners.append(listener)
+
+    def plan(self) -> Plan:
+        """How the parameter budget is spread over the layers as of now: ``svd_optim.report`` renders it.
+
+        Revised until a layer starts its descent. Before anything was measured it is nearly uniform.
+        """
+        return self._life.plan()
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes that watching each followed layer keeps resident, besides weight, gradient and optimizer state."""
+        return {name: watching_bytes(layer) for name, layer in self.layers.items()}
 
     def why(self) -> list[LayerReport]:
         """Per layer: state, the condition that blocks, its value, threshold and distance."""

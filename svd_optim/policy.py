@@ -9,11 +9,13 @@ A policy is any object with a pure ``decide``; put your own into ``SubspaceConfi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .config import Thresholds
+from .planner import quantum
 from .records import Action, Condition, Decision, LayerInfo, LayerMetrics, LayerState
 
 
@@ -80,6 +82,12 @@ def _reconstruction_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
     )
 
 
+STRUCTURAL = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even")
+_REASONS = {
+    "in_plan": "in_plan: the plan keeps it dense, where a parameter does most",
+    "unprotected": "unprotected: its principal block is being kept from moving",
+}
+
 RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
     # Factorizing drops the minor-minor block: the question is how much gradient factors can follow.
     "capture": (_stable, _capture_safe),
@@ -112,20 +120,50 @@ class ThresholdPolicy:
     ) -> Decision:
         """See :class:`Policy`."""
         danger = self._in_danger(history, thresholds)
+        if state == LayerState.FACTORIZED and history:
+            return self._inside(layer, history, thresholds, danger)
         if state != LayerState.DENSE or not history:
             waiting = "no analysis yet" if not history else str(state)
             return Decision(action=Action.HOLD, reason=waiting, danger=danger)
         conditions = self._conditions(layer, history, thresholds)
         blocked = next((c for c in conditions if not c.holds), None)
         if blocked is not None:
-            reason = str(blocked)
+            reason = _REASONS.get(blocked.name, "") or str(blocked)
             if blocked.name == "base_understood":
                 reason = f"base_understood: {layer.base_reason}"
             return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
         exact = _reconstruction_safe(history[-1], thresholds).holds
         action = Action.FACTORIZE if exact or not self.descend else Action.DESCEND
-        reason = "; ".join(str(c) for c in conditions if c.name not in ("below_break_even", "base_understood"))
+        reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)
         return Decision(action=action, reason=reason, conditions=conditions, danger=danger)
+
+    def _inside(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds, danger: bool) -> Decision:
+        """Shrink, grow, go back or stay: only what ``patience`` analyses in a row agree on."""
+        hold = Decision(action=Action.HOLD, reason=str(LayerState.FACTORIZED), danger=danger)
+        recent = history[-self.patience :]
+        if len(recent) < self.patience:
+            return hold
+        captures = [c for m in recent if (c := m.capture_excess) is not None and not math.isnan(c)]
+        if len(captures) < len(recent):
+            return hold  # undefined: says nothing, for it or against it
+        highest = max(captures)
+        kept = Condition(name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True)
+        if not kept.holds:
+            return replace(hold, action=Action.MERGE, reason=f"factors can't follow: {kept}", conditions=(kept,))
+        if layer.cooldown > 0:
+            return hold
+        step = quantum(*layer.shape)
+        exact = [m.exact_rank or m.rank for m in recent]
+        rank = -(-max(exact) // step) * step
+        if rank <= layer.rank - step:
+            reason = f"all but {rank} of {layer.rank} directions are negligible"
+            return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)
+        free = Condition(name="capture_safe", value=highest, threshold=t.capture_safe, above=True, margin=t.warn_margin)
+        if not free.holds:
+            return replace(
+                hold, action=Action.GROW, reason=f"held back: {free}", conditions=(free,), rank=layer.rank + step
+            )
+        return hold
 
     def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
         recent = history[-self.patience :]
@@ -149,6 +187,9 @@ class ThresholdPolicy:
                 above=True,
                 or_equal=True,
             ),
+            Condition(name="in_plan", value=float(not layer.keep_dense), threshold=1, above=True, or_equal=True),
+            Condition(name="unprotected", value=float(not layer.protected), threshold=1, above=True, or_equal=True),
+            Condition(name="cooldown", value=layer.cooldown, threshold=0, above=False, or_equal=True),
             Condition(name="below_break_even", value=layer.rank, threshold=layer.break_even, above=False),
             *(test(history[-1], t) for test in tests),
             Condition(name="patience", value=streak, threshold=self.patience, above=True, or_equal=True),

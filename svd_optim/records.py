@@ -27,6 +27,8 @@ class Action(StrEnum):
     HOLD = "hold"
     DESCEND = "descend"
     FACTORIZE = "factorize"
+    SHRINK = "shrink"
+    GROW = "grow"
     MERGE = "merge"
 
 
@@ -49,6 +51,9 @@ class LayerInfo:
     rank: int  # number of leading singular directions kept
     base_understood: bool = True  # can the base optimizer's state be moved into factors?
     base_reason: str = ""  # if not: why
+    keep_dense: bool = False  # the plan over all layers leaves it dense
+    protected: bool = False  # its principal block is kept from moving
+    cooldown: int = 0  # steps for which it is to be left as it is
 
     @property
     def break_even(self) -> float:
@@ -88,6 +93,8 @@ class LayerMetrics:
     reconstruction_error: float | None = None  # relative Frobenius error of keeping rank k
     stable_rank: float | None = None
     effective_rank: int | None = None  # components for 95 % of the energy, if within rank k
+    exact_rank: int | None = None  # components that hold all but a negligible tail, if within rank k
+    skew: float | None = None  # ||U^T U - I|| or that of V, the larger: 0 but for rounding
     nonfinite: int = 0  # gradients since the last analysis that held NaN or Inf
 
     @property
@@ -146,6 +153,7 @@ class Decision:
     reason: str
     conditions: tuple[Condition, ...] = ()
     danger: bool = False  # what the layer has learned is under attack (alerts; never blocks capture)
+    rank: int | None = None  # to grow or shrink to
 
     @property
     def blocker(self) -> Condition | None:
@@ -195,6 +203,52 @@ class LeftAlone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """What the plan has in mind for one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    state: LayerState
+    rank: int | None  # None: stays dense
+    fixed: str  # why the plan can't choose ("explicit", "descending", "factorized", ...); empty if it can
+    missed: float  # expected share of the gradient's energy that factors of this rank can't follow
+
+    @property
+    def parameters_dense(self) -> int:
+        """Numbers in the dense weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the layer keeps."""
+        return self.parameters_dense if self.rank is None else self.rank * (sum(self.shape) + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a parameter budget is spread over the followed layers: what ``optimizer.plan()`` returns."""
+
+    step: int
+    budget: float
+    layers: tuple[PlannedLayer, ...]
+
+    @property
+    def parameters_dense(self) -> int:
+        """Numbers in all followed weights, were they dense."""
+        return sum(layer.parameters_dense for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the plan keeps."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """The share that the plan keeps; above ``budget`` where what is fixed leaves no room."""
+        return self.parameters / max(1, self.parameters_dense)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One followed layer as of now: a row of the table, an answer of ``optimizer.why()``."""
 
@@ -202,11 +256,13 @@ class LayerReport:
     shape: tuple[int, int]
     state: LayerState
     rank: int
+    protected: bool  # its principal block is kept from moving
     metrics: LayerMetrics | None  # of the last analysis
     decision: Decision | None  # of the last analysis
     weight_bytes: int  # resident now: parameters, and float32 masters under lower precision
     grad_bytes: int  # resident now, when gradients are there
     state_bytes: int  # resident now: what the base optimizer remembers
+    watching_bytes: int  # resident now: bases, sketches and sums of ours
     weight_bytes_dense: int  # the same three, were the layer dense
     grad_bytes_dense: int
     state_bytes_dense: int

@@ -3,7 +3,7 @@
 Renders plain records and is the only module that imports rich. Everything that comes from outside
 (names, reasons, conditions of a user's policy) goes through :func:`_clean` into ``Text``: rich would
 take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
-(``~`` near a threshold, ``!`` in danger, ``–`` undefined); colour only repeats it.
+(``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined); colour only repeats it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from rich.table import Table
 from rich.text import Text
 
 from .listeners import Listener
-from .records import Action, Condition, Event, LayerReport, LayerState, Summary
+from .records import Action, Condition, Event, LayerReport, LayerState, Plan, Summary
 
-_ALARMS = ("danger", "stalled", "nonfinite", "descent_failed", "unsupported")  # kinds of events
+_ALARMS = ("danger", "stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed")  # events
 _NARROW = 100  # below so many columns: abbreviations, and a gap of one
+_ALWAYS = 99  # importance of a column that is never left out
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
 _NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
 _ASCII = str.maketrans("–…→─·", "-.>-,")
+# Conditions that are plain facts, as a word; the policy's reason says the rest.
+_FACTS = {"base_understood": "unsupported", "in_plan": "kept dense", "unprotected": "protected"}
 
 
 def _clean(text: object) -> str:
@@ -93,9 +96,11 @@ def _number(value: object, digits: int = 3) -> str:
 
 def _blocker(condition: Condition) -> str:
     """A condition that does not hold, in short: ``stable .21>.10`` (the value, then the threshold)."""
-    if condition.name == "base_understood":
-        return "unsupported"
+    if condition.name in _FACTS:
+        return _FACTS[condition.name]
     value, threshold = condition.value, condition.threshold
+    if condition.name == "cooldown":
+        return f"cooldown {_number(value)}"
     name = _clean(condition.name).removesuffix("_safe").removeprefix("below_")
     name = ("~" if condition.near else "") + _shorten(name.replace("reconstruction", "recon"), 12)
     if value is None:
@@ -113,15 +118,21 @@ def _blocker(condition: Condition) -> str:
 def _decision(layer: LayerReport) -> str:
     """The last column: what happens to a layer, or what blocks it."""
     decision = layer.decision
-    if layer.state in (LayerState.FACTORIZED, LayerState.DESCENDING):
-        text = "merge" if decision and decision.action == Action.MERGE else str(layer.state)
+    if layer.state == LayerState.DESCENDING:
+        text = str(layer.state)
+    elif decision is not None and decision.action != Action.HOLD:
+        text = str(decision.action) if decision.rank is None else f"{decision.action} to {_number(decision.rank)}"
+    elif layer.state == LayerState.FACTORIZED:
+        text = str(layer.state)
     elif decision is None:
         text = "not analysed yet"
-    elif decision.action != Action.HOLD:
-        text = str(decision.action)
     else:
         text = _blocker(decision.blocker) if decision.blocker else _shorten(_clean(decision.reason), 22, 21)
     return f"! {text}" if decision and decision.danger else text
+
+
+def _state(state: LayerState, narrow: bool) -> str:
+    return _STATE_SHORT[state] if narrow else str(state)
 
 
 class _Column(NamedTuple):
@@ -153,7 +164,7 @@ _LEGEND_WIDE = f"excess, capt.exc: principal, capture above chance  {_SIGNS}"
 
 def _cell(column: _Column, layer: LayerReport, narrow: bool) -> str:
     if column.field == "state":
-        return _STATE_SHORT[layer.state] if narrow else str(layer.state)
+        return _state(layer.state, narrow) + ("*" if layer.protected else "")
     if column.field in ("shape", "rank"):
         return "x".join(map(str, layer.shape)) if column.field == "shape" else str(layer.rank)
     conditions = layer.decision.conditions if layer.decision else ()
@@ -169,52 +180,116 @@ def _plain_table(title: str, gap: int = 2) -> Table:
     return table
 
 
+class _Strip(NamedTuple):
+    """A column of a table as it is printed."""
+
+    header: str
+    cells: Sequence[str]
+    importance: int
+    left: bool = False
+    least: int = 0  # width
+    styles: Sequence[str] = ()
+
+    @property
+    def width(self) -> int:
+        return max(self.least, *map(cell_len, [self.header, *self.cells]))
+
+
+def _name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence[_Strip], width: int) -> Table:
+    """Rows of layers. Where ``width`` does not hold all of it, names are cut and strips left out."""
+    narrow = width < _NARROW
+    gap = 1 if narrow else 2
+    names = [_name(name) for name in names]
+    widest = max(map(cell_len, ["layer", *names]))
+    shown = list(strips)
+
+    def room() -> int:
+        return width - sum(strip.width + gap for strip in shown)
+
+    for strip in sorted(strips, key=lambda s: s.importance):
+        if room() >= min(widest, 18 if narrow else 30) or strip.importance == _ALWAYS:
+            break
+        shown = [s for s in shown if s is not strip]
+    caption_width = min(width, max(map(cell_len, caption.plain.split("\n"))))  # it would wrap at the table's
+    name_width = max(5, min(room(), widest), room() - width + caption_width)
+
+    table = _plain_table(title, gap)
+    table.caption = caption
+    table.add_column("layer", no_wrap=True, width=name_width)
+    for strip in shown:
+        fixed = None if strip.importance == _ALWAYS else strip.width  # else that one is cut where nothing helps
+        justify: JustifyMethod = "left" if strip.left else "right"
+        table.add_column(strip.header, no_wrap=True, width=fixed, justify=justify, overflow="ellipsis")
+    for i, name in enumerate(_shorten_names(names, name_width)):
+        table.add_row(Text(name), *(Text(s.cells[i], s.styles[i] if s.styles else "") for s in shown))
+    return table
+
+
 def layer_table(summary: Summary, width: int | None = None) -> Table:
     """One row per followed layer, in model order.
 
     Columns: name, state, shape, target rank, principal and minor alignment (fractions of ‖G‖²), excess
     (principal alignment above chance), drift (sine per 20 steps), angle (radians), reconstruction
     error (relative), tangent capture, the same above chance, and the decision or what blocks it.
-    ``~`` marks a value within the warning margin of its threshold, ``!`` a layer in danger, ``–`` an
-    undefined value. Where ``width`` (columns; default: the terminal's) does not hold all of it, names are
-    cut in the middle and the least important columns are left out; numbers never wrap.
+    ``~`` marks a value within the warning margin of its threshold, ``!`` a layer in danger, ``*`` one
+    whose principal block is protected, ``–`` an undefined value. Where ``width`` (columns; default: the
+    terminal's) does not hold all of it, names are cut in the middle and the least important columns are
+    left out; numbers never wrap.
     """
     width = rich.get_console().width if width is None else width
     narrow = width < _NARROW
-    gap = 1 if narrow else 2
     layers = summary.layers
-    names = [_name(layer.name) for layer in layers]
-    decisions = [_decision(layer) for layer in layers]
-    cells = {c: [c.short if narrow else c.header, *(_cell(c, r, narrow) for r in layers)] for c in _COLUMNS}
-    widths = {column: max(map(cell_len, texts)) for column, texts in cells.items()}
-    for column in filter(lambda c: c.condition, _COLUMNS):  # so that columns do not come and go with the marks
-        widths[column] = max(widths[column], len("~0.") + (column.digits if narrow else 3))
-    widest = max(map(cell_len, ["layer", *names]))
-    last = max(map(cell_len, ["decision", *decisions]))
-
-    def room() -> int:
-        return width - last - sum(widths.values()) - gap * (len(widths) + 1)
-
-    for column in sorted(_COLUMNS, key=lambda c: c.importance):
-        if room() >= min(widest, 18 if narrow else 30):
-            break
-        del widths[column]
-    name_width = max(5, min(room(), widest))
-
+    strips = []
+    for column in _COLUMNS:
+        state = column.field == "state"
+        strips.append(
+            _Strip(
+                column.short if narrow else column.header,
+                [_cell(column, layer, narrow) for layer in layers],
+                column.importance,
+                left=state or column.field == "shape",
+                # so that columns do not come and go with the marks
+                least=len("~0.") + (column.digits if narrow else 3) if column.condition else 0,
+                styles=[_STATE_STYLE[layer.state] for layer in layers] if state else (),
+            )
+        )
+    alarms = ["bold red" if x.decision and x.decision.danger else _STATE_STYLE[x.state] for x in layers]
+    strips.append(_Strip("decision", [_decision(layer) for layer in layers], _ALWAYS, left=True, styles=alarms))
     title = f"step {summary.step} · analysis {summary.analyses} · {_clean(summary.mode)}"
-    table = _plain_table(title, gap)
-    table.caption = Text(_LEGEND if narrow else _LEGEND_WIDE, style="dim")
-    table.add_column("layer", no_wrap=True, width=name_width)
-    for column, cell_width in widths.items():
-        justify: JustifyMethod = "left" if column.field in ("state", "shape") else "right"
-        table.add_column(cells[column][0], no_wrap=True, width=cell_width, justify=justify)
-    table.add_column("decision", no_wrap=True, overflow="ellipsis")
-    for i, (layer, name) in enumerate(zip(layers, _shorten_names(names, name_width), strict=True)):
-        style = _STATE_STYLE[layer.state]
-        middle = (Text(cells[c][i + 1], style if c.field == "state" else "") for c in widths)
-        alarm = "bold red" if layer.decision and layer.decision.danger else style
-        table.add_row(Text(name), *middle, Text(decisions[i], alarm))
-    return table
+    legend = _LEGEND if narrow else _LEGEND_WIDE
+    if any(layer.protected for layer in layers):
+        legend += "\n* principal block protected: kept from moving"
+    return _name_table(title, Text(legend, style="dim"), [layer.name for layer in layers], strips, width)
+
+
+def plan_table(plan: Plan, width: int | None = None) -> Table:
+    """How ``optimizer.plan()`` spreads the parameter budget: one row per followed layer, in model order.
+
+    Columns: name, shape, state, planned rank or ``dense``, the share of its dense parameters that the
+    layer keeps, what factors of that rank are expected to miss of its gradient's energy, and why the plan
+    can't choose, where it can't. The last lines sum up, and say so if the plan is above the budget.
+    ``width`` is as in :func:`layer_table`.
+    """
+    width = rich.get_console().width if width is None else width
+    narrow = width < _NARROW
+    rows = plan.layers
+    strips = [
+        _Strip("shape", ["x".join(map(str, row.shape)) for row in rows], 0, left=True),
+        _Strip("state", [_state(row.state, narrow) for row in rows], 1, left=True,
+               styles=[_STATE_STYLE[row.state] for row in rows]),
+        _Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
+        _Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
+        _Strip("missed", [_number(row.missed) for row in rows], 2),
+        _Strip("fixed", [_shorten(_clean(row.fixed), 22, 21) for row in rows], _ALWAYS, left=True),
+    ]  # fmt: skip
+    caption = Text("share: of its parameters  missed: of the gradient's energy, expected", style="dim")
+    kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
+    caption.append(f"\n{kept} (budget {plan.budget:.1%})", style="not dim")
+    over = math.ceil(round(plan.parameters - plan.budget * plan.parameters_dense, 3))  # 0.7 * 180 < 126
+    if over > 0:
+        caption.append(f"\n! above the budget by {over:,}: fixed layers and least ranks take more", style="bold red")
+    title = f"step {plan.step} · plan for a budget of {plan.budget:.1%}"
+    return _name_table(title, caption, [row.name for row in rows], strips, width)
 
 
 def event_line(event: Event) -> Text:
@@ -233,13 +308,14 @@ def event_line(event: Event) -> Text:
 
 
 def _sizes(summary: Summary) -> Table:
-    """Parameters and resident bytes of the followed layers: all dense, and now."""
+    """Parameters and resident bytes of the followed layers: all dense under the bare optimizer, and now."""
     table = _plain_table("followed layers")
     for header in ("", "before", "after", "after/before"):
         table.add_column(header, no_wrap=True, justify="right" if header else "left")
     rows = {"parameters": summary.parameters(), "bytes": (0, 0)}
-    for label, kind in (("weights", "weight"), ("gradients", "grad"), ("optimizer state", "state")):
-        before = sum(getattr(layer, f"{kind}_bytes_dense") for layer in summary.layers)
+    kinds = {"weights": "weight", "gradients": "grad", "optimizer state": "state", "watching": "watching"}
+    for label, kind in kinds.items():
+        before = sum(getattr(layer, f"{kind}_bytes_dense", 0) for layer in summary.layers)  # unwatched before
         after = sum(getattr(layer, f"{kind}_bytes") for layer in summary.layers)
         rows[f"  {label}"] = before, after
         rows["bytes"] = rows["bytes"][0] + before, rows["bytes"][1] + after
@@ -269,7 +345,7 @@ def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
         blocker = decision.blocker if decision else None
         if layer.state == LayerState.DESCENDING:
             text = "still descending"
-        elif blocker is not None and blocker.name != "base_understood":  # of that the reason says more
+        elif blocker is not None and blocker.name not in _FACTS:  # of those the reason says more
             text = ("~" if blocker.near else "") + str(blocker)
         elif decision is not None and decision.action != Action.HOLD:
             text = f"would {decision.action}: {decision.reason}"
@@ -323,8 +399,8 @@ def _left_alone(summary: Summary, names: int = 4) -> Text:
 
 
 def summary_renderable(summary: Summary, width: int | None = None) -> Group:
-    """The run at its end: states, parameters and bytes before and after, the share of the time spent in
-    analysis, why layers did not switch, and what was left alone.
+    """The run at its end: states, parameters and bytes before and after (what watching keeps resident
+    included), the share of the time spent in analysis, why layers did not switch, and what was left alone.
 
     If no layer ever acted in ``auto`` mode, it says so, with the conditions that blocked and the layer
     that came nearest: loudly after ``stall_after`` analyses or a ``"stalled"`` event. ``width`` is

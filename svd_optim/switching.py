@@ -61,11 +61,41 @@ def to_factors_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, basis: B
         module.V.grad = project_off(G.mT @ U, V).to(W.dtype)
     layer.factored = Factored(layer.name, module)
     write_(layer.factored, Basis(U, S, V))
-    layer.basis = Basis(U.clone(), S.clone(), V.clone())
+    layer.cached = layer.sums = None
 
 
-def to_dense_(layer: FollowedLayer, optimizer: torch.optim.Optimizer) -> None:
-    """Merge a factorized layer back, with its moments and the tangent part of a pending gradient."""
+def resize_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, new: Basis) -> None:
+    """Give a factorized layer more or fewer columns, the common ones being the same, with its moments.
+
+    Args:
+        new: the factors from now on; where there are more columns than before, these have S = 0.
+    """
+    module = layer.module
+    assert isinstance(module, FactorizedLinear) and layer.factored is not None and layer.basis is not None
+    old, requires_grad = layer.basis, module.U.requires_grad
+    parameters = [module.U, module.V]
+    states = [optimizer.state.pop(p, None) for p in parameters]
+    gradients = [p.grad for p in parameters]
+    bases = (old.U, old.V), (new.U, new.V)
+    module.install(*new, dtype=module.U.dtype)
+    for factor in (module.U, module.S, module.V):
+        factor.requires_grad_(requires_grad)
+    replace_parameters_(optimizer, parameters, [module.U, module.V], ["U", "V"])
+    if states[0] is not None and states[1] is not None:
+        optimizer.state[module.U], optimizer.state[module.V] = moments.resize(states[0], states[1], *bases)
+    if gradients[0] is not None and gradients[1] is not None:
+        turned = moments.turn_first(working(gradients[0]), working(gradients[1]), *bases[0], *bases[1])
+        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in turned)
+    write_(layer.factored, new)
+    layer.rank, layer.sums = module.rank, None
+
+
+def to_dense_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, keep_state: bool = True) -> None:
+    """Merge a factorized layer back, with the tangent part of a pending gradient.
+
+    Args:
+        keep_state: move the moments too; else the base optimizer starts anew with this weight.
+    """
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factored is not None
     old = [module.U, module.S, module.V]
@@ -74,9 +104,9 @@ def to_dense_(layer: FollowedLayer, optimizer: torch.optim.Optimizer) -> None:
     G_K, G_L, tangent = module.U.grad, module.V.grad, module.tangent
     dense: nn.Linear = merge_(module, (U * S) @ V.mT)
     replace_parameters_(optimizer, old, [dense.weight], ["weight"])
-    if state_K is not None and state_L is not None:
+    if keep_state and state_K is not None and state_L is not None:
         optimizer.state[dense.weight] = moments.join(state_K, state_L, U, V)
     if tangent and G_K is not None and G_L is not None:
         dense.weight.grad = moments.join_first(working(G_K), working(G_L), U, V).to(dense.weight.dtype)
-    layer.factored = None
-    layer.basis = Basis(U, S, V)
+    layer.factored = layer.images = layer.sums = None
+    layer.cached = Basis(U, S, V)

@@ -2,7 +2,7 @@
 
 It owns all analysis state, in float32 beside the optimizer (inside ``optimizer.state`` loading would
 cast it to the parameters' type). Per layer that is one basis, k (m + n) numbers and a few extra
-columns, five running sums and a short history.
+columns (a factorized layer is its own basis), five running sums and a short history.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -20,11 +21,15 @@ from .config import LayerOverride, SubspaceConfig, Thresholds
 from .factor_step import Factored, masters
 from .layers import SKETCH_SIZE, FactorizedLinear
 from .linalg import Basis, working
-from .records import LayerInfo, LayerMetrics, LayerState, largest_useful_rank
+from .planner import uniform_rank
+from .protection import Anchor, anchor_dense, anchor_factors, restore_dense_
+from .records import LayerInfo, LayerMetrics, LayerState
 
 HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
+SCALARS = 7  # of a layer's analysis, before the running sums
 RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
+PLAN_HYSTERESIS = 0.25  # and so does the plan, once warmup is over: a new rank starts a layer's analyses anew
 
 
 @dataclass
@@ -37,12 +42,21 @@ class FollowedLayer:
     thresholds: Thresholds
     rank: int
     energy_target: float | None = None
+    explicit: bool = False  # the user gave its rank, share or energy: no plan changes it
+    keep_dense: bool = False  # what the plan says of it
+    cooldown_until: int = 0  # before that step it is left as it is
+    protected_by_hand: bool = False
+    dense_anchor: Anchor | None = None  # while it is dense and protected
     state: LayerState = LayerState.WARMUP
-    basis: Basis | None = None
+    cached: Basis | None = None  # of the dense weight, as of basis_step
+    images: tuple[Tensor, Tensor] | None = None  # of a factorized weight then: W Omega (m, s), W^T Psi (n, s)
     basis_step: int = 0
-    sums: Tensor | None = None  # (5,) float64 on the device: measured, three alignments, nonfinite
-    history: list[LayerMetrics] = field(default_factory=list)
+    sums: Tensor | None = None  # (2 + 3k,) float64 on the device: measured, nonfinite, three alignments
+    capture: list[float] = field(default_factory=list)  # of the last analyses, at every rank from 1 to k
+    history: list[LayerMetrics] = field(default_factory=list)  # its analyses, oldest first
+    line_start: int = -1  # analyses up to this step were of another rank or state: no decision rests on them
     factored: Factored | None = None
+    outside: Tensor | None = None  # (m, s): sum of a factorized layer's sketches since the last analysis
     descent_end: int | None = None  # the step at which the factors are due
     extensions: int = 0  # how often that was put off
     danger: bool = False
@@ -54,27 +68,92 @@ class FollowedLayer:
         return self.module.U if isinstance(self.module, FactorizedLinear) else self.module.weight
 
     @property
+    def basis(self) -> Basis | None:
+        """Leading singular triplets: the factors themselves, or those of the dense weight at the last refresh."""
+        if self.factored is not None:
+            return masters(self.factored.module, self.factored.kept)
+        return self.cached
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """What its principal block is kept at while it is protected."""
+        return self.factored.anchor if self.factored is not None else self.dense_anchor
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(m, n) = (out_features, in_features)."""
         return self.module.out_features, self.module.in_features
 
-    def info(self, base_reason: str = "") -> LayerInfo:
-        """What a policy may know."""
+    def info(self, base_reason: str = "", step: int = 0) -> LayerInfo:
+        """What a policy may know at a step."""
         return LayerInfo(
             name=self.name,
             shape=self.shape,
             rank=self.rank,
             base_understood=not base_reason,
             base_reason=base_reason,
+            keep_dense=self.keep_dense,
+            protected=self.anchor is not None,
+            cooldown=max(0, self.cooldown_until - step),
         )
 
-    def reset_history(self) -> None:
-        """A new rank or a new state's line: decisions start from nothing."""
-        self.history = []
+    @property
+    def line(self) -> tuple[LayerMetrics, ...]:
+        """The analyses that decisions rest on: those at the present rank and in the present state."""
+        return tuple(metrics for metrics in self.history if metrics.step > self.line_start)
+
+    def start_line(self) -> None:
+        """A new rank or state: decisions start from nothing."""
+        self.line_start = self.history[-1].step if self.history else -1
+
+    @torch.no_grad()
+    def protect(self, by_hand: bool, principal: Basis | None = None) -> None:
+        """From now on the principal block stays what it is: the whole core in factors, else that of ``principal``.
+
+        Args:
+            principal: leading singular triplets of a dense weight; default: those known, at the layer's rank.
+        """
+        self.protected_by_hand = by_hand
+        if self.factored is not None:
+            factors = self.basis
+            assert factors is not None
+            self.factored.anchor = anchor_factors(factors)
+            return
+        if principal is None and self.cached is not None:
+            principal = self.cached.leading(self.rank)
+        if principal is not None:
+            self.dense_anchor = anchor_dense(working(self.module.weight), principal.U, principal.V)
+
+    def release(self) -> None:
+        """End the protection."""
+        self.protected_by_hand, self.dense_anchor = False, None
+        if self.factored is not None:
+            self.factored.anchor = None
+
+    def hold_anchor(self) -> None:
+        """After a step of the base optimizer: put a protected dense weight's principal block back."""
+        if self.dense_anchor is not None:
+            W = self.module.weight
+            held = W if W.dtype == self.dense_anchor.U.dtype else W.to(self.dense_anchor.U.dtype)
+            restore_dense_(held, self.dense_anchor)
+            if held is not W:
+                W.copy_(held)
+
+    def set_rank(self, rank: int) -> None:
+        """Another rank: what was measured at the old one says nothing of it, but for the plan."""
+        if rank != self.rank:
+            self.rank, self.sums = rank, None
+            enough = self.cached is not None and rank <= len(self.cached.S)
+            self.cached = self.cached if enough else None
+            self.start_line()
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:
-    """The rank to bring a layer to: by number, by fraction of min(m, n), or by parameter budget.
+    """The rank to bring a layer to: by number, by fraction of min(m, n), or by its share of its parameters.
 
     Raises:
         ValueError: an explicit rank above min(m, n).
@@ -91,8 +170,7 @@ def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, overr
         return rank
     if rank is not None:
         return max(1, round(rank * min(m, n)))
-    budget = override.budget if override.budget is not None else config.budget
-    return max(1, min(largest_useful_rank(m, n), math.floor(budget * m * n / (m + n + 1))))
+    return uniform_rank(m, n, override.budget if override.budget is not None else config.budget)
 
 
 def _private_generator(config: SubspaceConfig, layer: FollowedLayer, step: int) -> torch.Generator:
@@ -114,7 +192,9 @@ class SubspaceTracker:
 
     def ensure_basis(self, layer: FollowedLayer, step: int) -> bool:
         """Make a first basis if there is none. Returns whether there is one now."""
-        if layer.basis is None:
+        if layer.factored is not None:
+            return True  # it is its own basis
+        if layer.cached is None:
             W = layer.module.weight
             layer.nonfinite = not bool(torch.isfinite(W).all())
             if layer.nonfinite:
@@ -122,10 +202,10 @@ class SubspaceTracker:
             if layer.energy_target is not None:
                 self.update_energy_rank(layer)
             generator = _private_generator(self.config, layer, step)
-            layer.basis = linalg.first_basis(working(W), layer.rank, generator)
+            layer.cached = linalg.first_basis(working(W), layer.rank, generator)
             layer.basis_step = step
-        elif layer.basis.U.device != layer.weight.device:
-            layer.basis = Basis(*(t.to(layer.weight.device) for t in layer.basis))
+        elif layer.cached.U.device != layer.weight.device:
+            layer.cached = Basis(*(t.to(layer.weight.device) for t in layer.cached))
             layer.sums = None
         return True
 
@@ -141,17 +221,20 @@ class SubspaceTracker:
             if energies is None:
                 return
             e, usable = energies
-            finite = torch.isfinite(e.left + e.right)  # of the sketch we don't speak: it may be stale
+            finite = torch.isfinite(e.left + e.right).all()  # of the sketch we don't speak: it may be stale
         else:
             G = module.weight.grad
-            if G is None or G.is_sparse or layer.basis is None:
+            if G is None or G.is_sparse or layer.cached is None:
                 return
-            U, _, V = layer.basis.leading(layer.rank)
+            U, _, V = layer.cached.leading(layer.rank)
             e = linalg.gradient_energies(working(G), U, V)
             usable = finite = torch.isfinite(e.total)
         usable = usable & (e.total > 0) & torch.isfinite(e.total)
+        if isinstance(module, FactorizedLinear) and module.sketch is not None and module.sketch.grad is not None:
+            seen = torch.where(usable, working(module.sketch.grad), 0.0)
+            layer.outside = seen if layer.outside is None else layer.outside + seen
         values = torch.where(usable, linalg.alignments(e), 0.0)
-        add = torch.cat([usable.double()[None], values.double(), (~finite).double()[None]])
+        add = torch.cat([torch.stack([usable, ~finite]).double(), values.double().flatten()])
         layer.sums = add if layer.sums is None else layer.sums + add
 
     def _factored_energies(self, module: FactorizedLinear) -> tuple[linalg.GradientEnergies, Tensor] | None:
@@ -168,6 +251,40 @@ class SubspaceTracker:
         Omega = torch.randn(layer.shape[1], SKETCH_SIZE, generator=generator)
         return Omega.to(layer.weight)
 
+    def keep_images(self, layer: FollowedLayer, step: int) -> None:
+        """Remember a factorized weight W by its images W Omega (m, s) and W^T Psi (n, s) of random vectors.
+
+        They are what its drift is estimated from at the next analysis, in place of a second copy of U and V.
+        """
+        assert layer.basis is not None
+        U, S, V = layer.basis
+        generator = _private_generator(self.config, layer, step)
+        Omega, Psi = (torch.randn(len(X), SKETCH_SIZE, generator=generator).to(U) for X in (V, U))
+        layer.images = (U * S) @ (V.mT @ Omega), (V * S) @ (U.mT @ Psi)
+        layer.basis_step = step
+
+    def grown(self, layer: FollowedLayer, rank: int, step: int) -> Basis:
+        """The factors of a layer with new directions behind its own, where S = 0: W stays what it is.
+
+        The new columns of U span the range that the gradient outside the factors had since the last
+        analysis, as far as its sketch knows it (its :data:`SKETCH_SIZE` columns bound the growth);
+        those of V the vectors of the sketch, outside V.
+        """
+        factors, module = layer.basis, layer.module
+        assert factors is not None and isinstance(module, FactorizedLinear) and module.Omega is not None
+        U, S, V = factors
+        more = min(rank - layer.rank, SKETCH_SIZE)
+        generator = _private_generator(self.config, layer, step)
+        noise = torch.randn(len(U), more, generator=generator).to(U)
+        Y = noise if layer.outside is None else layer.outside[:, :more].to(U)
+        norm = torch.linalg.matrix_norm(Y)
+        Y = torch.where(norm > 0, Y / norm, 0.0) + 1e-6 * noise  # where there is no gradient, anywhere
+        return Basis(
+            torch.cat([U, linalg.complement(Y, U)], dim=1),
+            torch.cat([S, S.new_zeros(more)]),
+            torch.cat([V, linalg.complement(working(module.Omega[:, :more]).to(V), V)], dim=1),
+        )
+
     # ---- analyses --------------------------------------------------------------------------
 
     def update_energy_rank(self, layer: FollowedLayer) -> None:
@@ -180,10 +297,8 @@ class SubspaceTracker:
         if float(spectrum[-1]) == 0.0:
             return  # a zero matrix has no energy to keep
         rank = int((spectrum < layer.energy_target * spectrum[-1]).sum()) + 1
-        if layer.basis is None or abs(rank - layer.rank) > RANK_HYSTERESIS * layer.rank:
-            if rank != layer.rank:
-                layer.reset_history()
-            layer.rank, layer.basis = rank, None
+        if layer.cached is None or abs(rank - layer.rank) > RANK_HYSTERESIS * layer.rank:
+            layer.set_rank(rank)
 
     @torch.no_grad()
     def analyse(self, layers: Iterable[FollowedLayer], step: int) -> dict[str, LayerMetrics]:
@@ -191,15 +306,15 @@ class SubspaceTracker:
 
         A layer whose weight holds NaN or Inf keeps its basis and gets metrics with ``nonfinite`` > 0.
         """
-        layers = [layer for layer in layers if layer.basis is not None]
+        layers = [layer for layer in layers if layer.factored is not None or layer.cached is not None]
         if not layers:
             return {}
         flags = torch.stack([self._flags(layer) for layer in layers]).tolist()
         rows = [self._analyse_one(layer, ok, zero, step) for layer, (ok, zero) in zip(layers, flags, strict=True)]
-        values = torch.stack(rows).tolist()
+        values = iter(torch.cat(rows).tolist())
         metrics = {}
-        for layer, row, (finite, _) in zip(layers, values, flags, strict=True):
-            metrics[layer.name] = self._metrics(layer, row, finite, step)
+        for layer, row, (finite, _) in zip(layers, rows, flags, strict=True):
+            metrics[layer.name] = self._metrics(layer, list(islice(values, len(row))), finite, step)
             keep = max(HISTORY, self.config.patience)
             layer.history = [*layer.history, metrics[layer.name]][-keep:]
             layer.sums = None
@@ -207,53 +322,81 @@ class SubspaceTracker:
 
     def _flags(self, layer: FollowedLayer) -> Tensor:
         """[the weight is finite, the cached basis is that of a zero matrix], (2,) bool."""
-        assert layer.basis is not None
         module = layer.module
-        W = module.S if isinstance(module, FactorizedLinear) else module.weight
-        return torch.stack([torch.isfinite(W).all(), layer.basis.S[0] == 0])
+        if isinstance(module, FactorizedLinear):
+            finite = torch.stack([torch.isfinite(p).all() for p in (module.U, module.S, module.V)]).all()
+            return torch.stack([finite, torch.zeros_like(finite)])
+        assert layer.cached is not None
+        return torch.stack([torch.isfinite(module.weight).all(), layer.cached.S[0] == 0])
 
     def _analyse_one(self, layer: FollowedLayer, finite: bool, was_zero: bool, step: int) -> Tensor:
-        """[angle, drift, reconstruction error, stable rank, effective rank, *sums] on the device, (10,)."""
+        """[angle, drift, error, stable, effective and exact rank, skew, *sums] on the device, (7 + 2 + 3k,)."""
         device = layer.weight.device
-        sums = layer.sums if layer.sums is not None else torch.zeros(5, dtype=torch.float64, device=device)
+        sums = (
+            layer.sums
+            if layer.sums is not None
+            else torch.zeros(2 + 3 * layer.rank, dtype=torch.float64, device=device)
+        )
         if layer.factored is not None and layer.factored.nonfinite is not None:
-            sums = torch.cat([sums[:4], torch.maximum(sums[4:], layer.factored.nonfinite.double()[None])])
+            bad = torch.maximum(sums[1], layer.factored.nonfinite.double())
+            sums = torch.cat([sums[:1], bad[None], sums[2:]])
             layer.factored.nonfinite = None
-        old = layer.basis
-        assert old is not None
         if not finite:
-            return torch.cat([torch.full((5,), math.nan, dtype=torch.float64, device=device), sums])
-        new, total = self._current_basis(layer, old, was_zero)
+            return torch.cat([torch.full((SCALARS,), math.nan, dtype=torch.float64, device=device), sums])
         k = layer.rank
-        U0, U, S = old.U[:, :k], new.U[:, :k], new.S[:k]
-        angle_U, drift_U = linalg.subspace_change(U0, U, S)
-        angle_V, drift_V = linalg.subspace_change(old.V[:, :k], new.V[:, :k], S)
-        per = DRIFT_STEPS / max(1, step - layer.basis_step)
-        drift = (torch.maximum(drift_U, drift_V) * per).clamp(max=1.0)
-        squares = S.double().square()
-        effective = (squares.cumsum(0) < 0.95 * total).sum() + 1.0
-        stable = total / squares[0]
-        layer.basis, layer.basis_step = new, step
-        error = linalg.reconstruction_error(S, total)
-        angle = torch.maximum(angle_U, angle_V)
-        return torch.cat([torch.stack([angle, drift, error, stable, effective]).double(), sums])
+        if layer.factored is not None:
+            new, angle, drift, total, skew = self._analyse_factors(layer)
+            since = layer.basis_step
+            self.keep_images(layer, step)
+        else:
+            old = layer.cached
+            assert old is not None
+            W = working(layer.module.weight)
+            total, since = linalg.energy(W), layer.basis_step
+            # A basis of a zero matrix says nothing about what came after it.
+            new = linalg.exact_basis(W, old.S.shape[0]) if was_zero else linalg.refresh_basis(W, old)
+            angle_U, drift_U = linalg.subspace_change(old.U[:, :k], new.U[:, :k], new.S[:k])
+            angle_V, drift_V = linalg.subspace_change(old.V[:, :k], new.V[:, :k], new.S[:k])
+            angle, drift = torch.maximum(angle_U, angle_V), torch.maximum(drift_U, drift_V)
+            skew = torch.zeros_like(angle)
+            layer.cached, layer.basis_step = new, step
+        drift = (drift * DRIFT_STEPS / max(1, step - since)).clamp(max=1.0)
+        squares = new.S[:k].double().square()
+        error = linalg.reconstruction_error(new.S[:k], total)
+        kept = squares.cumsum(0)
+        effective = (kept < 0.95 * total).sum() + 1.0
+        exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1.0
+        scalars = (angle, drift, error, total / squares[0], effective, exact, skew)
+        return torch.cat([torch.stack([x.double() for x in scalars]), sums])
 
-    def _current_basis(self, layer: FollowedLayer, old: Basis, was_zero: bool) -> tuple[Basis, Tensor]:
-        """The basis of the weight as it is now, and the weight's energy at the same moment."""
-        if isinstance(layer.module, FactorizedLinear):
-            assert layer.factored is not None
-            now = Basis(*(t.clone() for t in masters(layer.module, layer.factored.kept)))
-            return now, now.S.double().square().sum()
-        W = working(layer.module.weight)
-        if was_zero:  # a basis of a zero matrix says nothing about what came after it
-            return linalg.exact_basis(W, old.S.shape[0]), linalg.energy(W)
-        return linalg.refresh_basis(W, old), linalg.energy(W)
+    def _analyse_factors(self, layer: FollowedLayer) -> tuple[Basis, Tensor, Tensor, Tensor, Tensor]:
+        """(factors, NaN for the angle, drift, energy, ||U^T U - I|| or that of V) of a factorized layer."""
+        factors = layer.basis
+        assert factors is not None
+        U, S, V = factors
+        total = S.double().square().sum()
+        unknown = torch.full_like(total, math.nan)
+        drift = unknown
+        if layer.images is not None:
+            # ||(I - U U^T) W_old|| by Hutchinson's estimator: the energy that left the present span.
+            left = [
+                linalg.energy(linalg.project_off(X, Q)) / SKETCH_SIZE for X, Q in zip(layer.images, (U, V), strict=True)
+            ]
+            drift = (torch.maximum(*left) / total).sqrt()
+        eye = torch.eye(layer.rank, dtype=U.dtype, device=U.device)
+        skew = torch.maximum(*(torch.linalg.matrix_norm(Q.mT @ Q - eye) for Q in (U, V)))
+        return factors, unknown, drift, total, skew
 
     def _metrics(self, layer: FollowedLayer, row: list[float], finite: bool, step: int) -> LayerMetrics:
-        angle, drift, error, stable, effective, count, *sums, bad = row
+        angle, drift, error, stable, effective, exact, skew, count, bad, *sums = row
         m, n = layer.shape
         k = layer.rank
-        principal, right, capture = (s / count if count else None for s in sums)
+        principal = right = capture = None
+        if count:
+            *sides, curve = ([min(1.0, x / count) for x in accumulate(sums[i * k : (i + 1) * k])] for i in range(3))
+            principal, right, capture = sides[0][-1], sides[1][-1], curve[-1]
+            before = layer.capture if len(layer.capture) == k else curve
+            layer.capture = [(a + b) / 2 for a, b in zip(before, curve, strict=True)]  # steadies the plan
         known = finite and not math.isnan(error)  # a zero matrix has no subspace
         return LayerMetrics(
             step=step,
@@ -265,11 +408,13 @@ class SubspaceTracker:
             principal_excess=linalg.chance_corrected(principal, k / m),
             input_excess=linalg.chance_corrected(right, k / n),
             capture_excess=linalg.chance_corrected(capture, 1 - (1 - k / m) * (1 - k / n)),
-            subspace_angle=angle if known else None,
-            subspace_drift=drift if known else None,
+            subspace_angle=_known(angle) if known else None,
+            subspace_drift=_known(drift) if known else None,
             reconstruction_error=error if known else None,
             stable_rank=stable if known else None,
             effective_rank=int(effective) if known and effective <= k else None,
+            exact_rank=int(exact) if known and exact <= k else None,
+            skew=_known(skew),
             nonfinite=int(bad) + (not finite),
         )
 
@@ -284,13 +429,21 @@ class SubspaceTracker:
             "factorized": factored,
             "shape": list(layer.shape),
             "rank": layer.rank,
-            "basis": None if layer.basis is None else list(layer.basis),
+            "basis": None if layer.cached is None else list(layer.cached),
+            "images": None if layer.images is None else list(layer.images),
             "basis_step": layer.basis_step,
             "sums": layer.sums,
+            "capture": list(layer.capture),
+            "line_start": layer.line_start,
             "history": [vars(metrics) for metrics in layer.history],
             "descent_end": layer.descent_end,
             "extensions": layer.extensions,
             "danger": layer.danger,
+            "keep_dense": layer.keep_dense,
+            "cooldown_until": layer.cooldown_until,
+            "protected_by_hand": layer.protected_by_hand,
+            "anchor": None if layer.anchor is None else list(layer.anchor),
+            "outside": layer.outside,
             "kept": None if kept is None else list(kept),
             "nonfinite": None if layer.factored is None else layer.factored.nonfinite,
         }
@@ -304,12 +457,23 @@ class SubspaceTracker:
 
         layer.state = LayerState(saved["state"])
         layer.rank = int(saved["rank"])
-        layer.basis, layer.basis_step = basis(saved["basis"]), int(saved["basis_step"])
+        layer.cached, layer.basis_step = basis(saved["basis"]), int(saved["basis_step"])
+        images = saved["images"]
+        layer.images = None if images is None else tuple(t.to(device, copy=True) for t in images)
+        layer.capture = [float(x) for x in saved["capture"]]
         layer.sums = None if saved["sums"] is None else saved["sums"].to(device, copy=True)
+        layer.line_start = int(saved["line_start"])
         layer.history = [LayerMetrics(**values) for values in saved["history"]]
         layer.descent_end, layer.extensions = saved["descent_end"], int(saved["extensions"])
         layer.danger = bool(saved["danger"])
+        layer.keep_dense, layer.cooldown_until = bool(saved["keep_dense"]), int(saved["cooldown_until"])
+        layer.protected_by_hand = bool(saved["protected_by_hand"])
+        anchor = saved["anchor"]
+        anchor = None if anchor is None else Anchor(*(t.to(device, copy=True) for t in anchor))
+        layer.dense_anchor = anchor if layer.factored is None else None
+        layer.outside = None if saved["outside"] is None else saved["outside"].to(device, copy=True)
         if layer.factored is not None:
+            layer.factored.anchor = anchor
             layer.factored.kept = basis(saved["kept"])
             bad = saved["nonfinite"]
             layer.factored.nonfinite = None if bad is None else bad.to(device, copy=True)

@@ -11,8 +11,9 @@ from muon import SingleDeviceMuonWithAuxAdam
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from svd_optim import FactorizedLinear, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim import FactorizedLinear, LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 
+optim = torch.optim
 D_IN, HIDDEN, D_OUT = 48, 64, 40
 
 
@@ -73,6 +74,56 @@ def train(model: nn.Module, optimizer: Optimizer, steps: Iterable[int] | int) ->
             optimizer.step()
 
 
+class Parallel(nn.Module):
+    """Linear layers side by side, each with a teacher of known rank: what is in their gradients is known too."""
+
+    def __init__(self, seed: int = 0, shape: tuple[int, int] = (48, 56), noise: float = 0.1, **ranks: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.seed, self.noise = seed, noise
+        self.teachers: dict[str, Tensor] = {}
+        for name, rank in ranks.items():
+            layer = nn.Linear(shape[1], shape[0], bias=False)
+            with torch.no_grad():
+                layer.weight.mul_(0.1)
+            self.add_module(name, layer)
+            self.teach(name, rank, seed)
+
+    def teach(self, name: str, rank: int, seed: int) -> None:
+        """Another teacher from now on."""
+        layer = nn.Linear(*reversed(self.get_submodule(name).weight.shape), bias=False)
+        low_rank_(layer, rank, seed=1000 * seed + len(self.teachers) + rank)
+        self.teachers[name] = layer.weight.detach()
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(10_000 * self.seed + step)
+        total = torch.zeros(())
+        for name, T in self.teachers.items():
+            x = torch.randn(64, T.shape[1], generator=generator)
+            y = x @ T.mT + self.noise * torch.randn(64, T.shape[0], generator=generator)
+            total = total + nn.functional.mse_loss(self.get_submodule(name)(x), y)
+        return total
+
+    def train_on(self, optimizer: Optimizer, steps: Iterable[int]) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            self.loss(step).backward()
+            optimizer.step()
+
+    def distance(self) -> float:
+        """From the teachers: the loss without its noise."""
+        with torch.no_grad():
+            pairs = [(self.get_submodule(name).weight, T) for name, T in self.teachers.items()]
+            return sum(float((W - T).square().sum()) / len(T) for W, T in pairs)
+
+
+PARALLEL: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "adamw": lambda m: optim.AdamW(m.parameters(), lr=3e-3),
+    "muon": lambda m: optim.Muon(m.parameters(), lr=0.02),
+    "sgd": lambda m: optim.SGD(m.parameters(), lr=0.5, momentum=0.9),
+}
+
+
 def matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.ndim == 2]
 
@@ -88,7 +139,6 @@ def keller(model: nn.Module) -> Optimizer:
     )
 
 
-optim = torch.optim
 BASES: dict[str, Callable[[nn.Module], Optimizer]] = {
     "muon": lambda m: optim.Muon(matrices(m), lr=0.02),
     "adamw": lambda m: optim.AdamW(m.parameters(), lr=3e-3),
@@ -105,6 +155,8 @@ MEASURED_ONLY: dict[str, Callable[[nn.Module], Optimizer]] = {
     "lbfgs": lambda m: optim.LBFGS(m.parameters(), lr=0.1, max_iter=3),
 }
 
+# A share of its own for each layer: no plan moves its rank.
+EACH: dict[str, Any] = {"overrides": {"*": LayerOverride(budget=0.5)}}
 # Every layer goes through its whole life in 90 steps: dense to 40, descending to 80.
 THRESHOLDS = Thresholds(angle_stable=0.5, capture_safe=0.1)
 QUICK: dict[str, Any] = {
@@ -118,12 +170,18 @@ QUICK: dict[str, Any] = {
 }
 
 
+def _with_shares(settings: dict[str, Any], changes: dict[str, Any]) -> SubspaceConfig:
+    """Each layer keeps half of itself, unless ``changes`` say what decides on ranks."""
+    own = any(key in changes for key in ("rank", "energy", "budget", "overrides"))
+    return SubspaceConfig(**(({} if own else EACH) | settings | changes))
+
+
 def quick(**changes: Any) -> SubspaceConfig:
-    return SubspaceConfig(**(QUICK | changes))
+    return _with_shares(QUICK, changes)
 
 
 def manual(**changes: Any) -> SubspaceConfig:
-    return SubspaceConfig(**({"mode": "manual", "interval": 5, "measure_every": 1} | changes))
+    return _with_shares({"mode": "manual", "interval": 5, "measure_every": 1}, changes)
 
 
 def make(base: str, config: SubspaceConfig | None = None, **net_args: Any) -> tuple[Net, SubspaceAwareOptimizer]:

@@ -174,6 +174,7 @@ def test_adams_update_of_l_is_brought_back_to_the_tangent_space():
     set_gradient(layer, G)
     optimizer = optimizer_of(torch.optim.AdamW, [layer], lr=1e-5, weight_decay=0.0)
     dK, dL = (-1e-5 * torch.sign(p.grad) for p in (layer.module.U, layer.module.V))
+    dK, dL = math.sqrt(7 / 3) * dK, math.sqrt(9 / 3) * dL  # the scale of an entrywise update
     assert norm(V.mT @ dL) > 0.1 * norm(dL)
     tangent_step(optimizer, [layer])
     expected = (U * S + dK) @ V.mT + U @ project_off(dL, V).mT
@@ -321,20 +322,39 @@ MUON_TABLE = [
 @pytest.mark.parametrize(("shape", "adjust", "K", "L"), MUON_TABLE)
 def test_muons_shape_factor_becomes_that_of_the_weight(shape, adjust, K, L):
     base = torch.optim.Muon([nn.Parameter(torch.zeros(4, 4))], lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)
-    scales = update_scales(base, base.param_groups[0], shape)
+    scales = update_scales(base, base.param_groups[0], {}, shape)
     assert scales.K == pytest.approx(K / math.sqrt(2))
     assert scales.L == pytest.approx(L / math.sqrt(2))
     assert scales.decay == pytest.approx(0.002)
 
 
-def test_element_wise_optimizers_are_left_alone_and_groups_may_say_what_they_are():
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_entrywise_updates_of_k_and_l_reach_the_spectral_norm_that_one_of_w_could_have(kind, stepped):
+    """An update of entries +-lr that all agree has the norm lr sqrt(mn) on W, lr sqrt(mk) on K, lr sqrt(nk) on L."""
     p = nn.Parameter(torch.zeros(4, 4))
-    adam, muon = torch.optim.AdamW([p], lr=0.02), torch.optim.Muon([p], lr=0.02)
-    assert update_scales(adam, adam.param_groups[0], (256, 1024, 64)) == (1.0, 1.0, 0.0)
-    mixed = muon.param_groups[0] | {"use_muon": False}
-    assert update_scales(muon, mixed, (256, 1024, 64)) == (1.0, 1.0, 0.0)
+    base = kind([p], lr=0.02, weight_decay=0.1)
+    if stepped:
+        p.grad = torch.ones(4, 4)
+        base.step()
+    m, n, k = 256, 1024, 64
+    scales = update_scales(base, base.param_groups[0], base.state.get(p, {}), (m, n, k))
+    norm_W, norm_K, norm_L = (float(torch.linalg.matrix_norm(torch.ones(*s), 2)) for s in ((m, n), (m, k), (n, k)))
+    assert scales.K * norm_K == pytest.approx(norm_W, rel=1e-4)
+    assert scales.L * norm_L == pytest.approx(norm_W, rel=1e-4)
+    assert scales.decay == pytest.approx(0.002 if kind is torch.optim.AdamW else 0.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_linear_optimizers_are_left_alone_and_groups_may_say_what_they_are(momentum):
+    p = nn.Parameter(torch.zeros(4, 4))
+    sgd, adam = torch.optim.SGD([p], lr=0.02, momentum=momentum), torch.optim.AdamW([p], lr=0.02)
+    p.grad = torch.ones(4, 4)
+    for _ in range(2):
+        assert update_scales(sgd, sgd.param_groups[0], sgd.state.get(p, {}), (256, 1024, 64)) == (1.0, 1.0, 0.0)
+        sgd.step()
     mixed = adam.param_groups[0] | {"use_muon": True, "weight_decay": 0.0}
-    assert update_scales(adam, mixed, (256, 256, 64)).K == pytest.approx(0.5 / math.sqrt(2))
+    assert update_scales(adam, mixed, {}, (256, 256, 64)).K == pytest.approx(0.5 / math.sqrt(2))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(32, 32, 8), (64, 16, 8), (16, 64, 8)])

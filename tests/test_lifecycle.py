@@ -210,7 +210,8 @@ def test_exact_layers_switch_without_a_descent() -> None:
         torch.optim.SGD(model.parameters(), lr=1e-4), model, quick(thresholds=Thresholds(capture_safe=0.0))
     )
     train(model, optimizer, 60)
-    assert [e.kind for e in optimizer.events if e.layer == "up" and e.after is not None] == ["factorize"]
+    kinds = [e.kind for e in optimizer.events if e.layer == "up" and e.after is not None]
+    assert kinds[0] == "factorize" and set(kinds[1:]) <= {"shrink"}  # 5 of 13 directions are all there is
 
 
 def test_descent_that_does_not_arrive_is_extended_and_then_given_up() -> None:
@@ -275,10 +276,10 @@ def test_alignment_rule_asks_for_minor_safe_and_stable() -> None:
         ({"rank": 7}, (7, 7)),
         ({"rank": 0.25}, (12, 10)),
         ({}, (13, 12)),  # floor(0.5 m n / (m + n + 1))
-        ({"budget": 0.2}, (5, 4)),
+        ({"overrides": {"*": LayerOverride(budget=0.2)}}, (5, 4)),
         ({"rank": 7, "overrides": {"mid": LayerOverride(rank=3)}}, (7, 3)),
         ({"rank": 7, "overrides": {"m*": LayerOverride(budget=0.5), "*": LayerOverride(rank=0.5)}}, (24, 12)),
-        ({"overrides": {"up": LayerOverride(thresholds=Thresholds(capture_safe=1.0))}}, (13, 12)),
+        ({"overrides": {"up": LayerOverride(thresholds=Thresholds(angle_stable=0.9, capture_safe=1.0))}}, (13, 12)),
     ],
 )
 def test_target_ranks(config: dict[str, Any], ranks: tuple[int, int]) -> None:

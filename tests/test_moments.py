@@ -247,6 +247,147 @@ def test_turning_a_batch_is_turning_each_in_place():
         assert batch[i][0]["exp_avg"] is tensors[i][0] and batch[i][1]["exp_avg_sq"] is tensors[i][1]
 
 
+# ---- more or fewer columns -----------------------------------------------------------------------
+
+
+@st.composite
+def growths(draw: st.DrawFn) -> tuple[int, int, int, int]:
+    """(m, n, k0, k1) with k0 < k1 <= min(m, n)."""
+    m, n = draw(st.integers(2, 16)), draw(st.integers(2, 16))
+    k1 = draw(st.integers(2, min(m, n)))
+    return m, n, draw(st.integers(1, k1 - 1)), k1
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def nested(seed: int, m: int, n: int, k0: int, k1: int, dtype: torch.dtype = torch.float64) -> tuple[Pair, Pair]:
+    """(U, V) with k0 columns, and with k1 the first of which are the same."""
+    U, V = (b.to(dtype) for b in bases(seed, m, n, k1))
+    return (U[:, :k0], V[:, :k0]), (U, V)
+
+
+def first(state_K: dict, state_L: dict, basis: Pair, key: str = "exp_avg") -> Tensor:
+    """The dense first moment that the two stand for."""
+    return moments.join_first(state_K[key], state_L[key], *basis)
+
+
+@given(growths(), SEEDS)
+def test_growing_keeps_the_first_moment(shape, seed):
+    m, n, k0, k1 = shape
+    old, new = nested(seed + 1, m, n, k0, k1)
+    before = moments.split(adam_state(seed, m, n, torch.float64), *old)
+    grown = moments.resize(*before, old, new)
+    assert grown[0]["exp_avg"].shape == (m, k1) and grown[1]["exp_avg"].shape == (n, k1)
+    same(first(*grown, new), first(*before, old))
+    same(new[1].mT @ grown[1]["exp_avg"], torch.zeros(k1, k1))  # M_L stays orthogonal to V
+
+
+@given(growths(), SEEDS)
+def test_cutting_keeps_all_of_the_first_moment_that_the_tangent_space_holds(shape, seed):
+    m, n, k0, k1 = shape
+    new, old = nested(seed + 1, m, n, k0, k1)  # from k1 columns to k0
+    before = moments.split(adam_state(seed, m, n, torch.float64), *old)
+    cut = moments.resize(*before, old, new)
+    assert cut[0]["exp_avg"].shape == (m, k0) and cut[1]["exp_avg"].shape == (n, k0)
+    same(first(*cut, new), tangent_part(first(*before, old), *new))
+    same(new[1].mT @ cut[1]["exp_avg"], torch.zeros(k0, k0))
+
+
+def settled(state: dict) -> dict:
+    """The same with variances far above the squares of the means: no guard has anything to do."""
+    return {k: v + 1e4 if k in moments.SECOND and isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+@given(growths(), SEEDS, st.sampled_from([torch.float32, torch.float64]))
+def test_growing_and_cutting_again_changes_nothing(shape, seed, dtype):
+    m, n, k0, k1 = shape
+    small, large = nested(seed + 1, m, n, k0, k1, dtype)
+    before = moments.split(settled(adam_state(seed, m, n, dtype)), *small)
+    after = moments.resize(*moments.resize(*before, small, large), large, small)
+    for state, old in zip(after, before, strict=True):
+        assert list(state) == list(old)
+        for key, value in old.items():
+            if key in moments.FIRST:
+                torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
+            else:
+                assert torch.equal(state[key], value), key  # to the last bit
+
+
+def test_new_columns_have_the_variance_of_the_others():
+    small, large = nested(1, 9, 7, 2, 5)
+    before = moments.split(settled(adam_state(0, 9, 7, torch.float64)), *small)
+    for state, old in zip(moments.resize(*before, small, large), before, strict=True):
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            assert torch.equal(state[key][:, :2], old[key])
+            same(state[key][:, 2:], old[key].mean(1, keepdim=True).expand(-1, 3))
+
+
+@given(growths(), SEEDS)
+def test_the_first_step_after_a_change_of_rank_is_no_longer_than_the_learning_rate(shape, seed):
+    m, n, k0, k1 = shape
+    small, large = nested(seed + 1, m, n, k0, k1, torch.float32)
+    for old, new in ((small, large), (large, small)):
+        for state in moments.resize(*moments.split(adam_state(seed, m, n), *old), old, new):
+            assert_safe(state, 1e-5)
+
+
+def test_an_input_that_was_always_zero_takes_no_giant_step_after_a_growth():
+    """There v_L = 0, and the part of M_L that moves into the new columns is not: M / sqrt(v) would be 1e8."""
+    m, n, k0, k1 = 12, 10, 3, 5
+    V = random(1, n, k1)
+    V[0, :k0] = 0.0  # the old directions don't look at that input
+    U, V = orthonormal(0, m, k1).float(), torch.linalg.qr(V)[0].float()
+    small, large = (U[:, :k0], V[:, :k0]), (U, V)
+    dense = adam_state(2, m, n)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        dense[key][:, 0] = 0.0
+    before = moments.split(dense, *small)
+    assert before[1]["exp_avg_sq"][0].max() < 1e-12 < 1e-2 < V[0, k0:].abs().max()
+    grown = moments.resize(*before, small, large)
+    assert grown[1]["exp_avg"][0].abs().max() > 1e-2
+    for state in grown:
+        assert_safe(state)
+
+
+def test_a_change_of_rank_leaves_a_young_adam_alone():
+    """Two steps old, v < M^2 is as it should be: v must not be raised to M^2."""
+    small, large = nested(0, 6, 5, 2, 4, torch.float32)
+    K, L = nn.Parameter(torch.zeros(6, 2)), nn.Parameter(torch.zeros(5, 2))
+    optimizer = torch.optim.AdamW([K, L])
+    for _ in range(2):
+        K.grad, L.grad = moments.split_first(random(3, 6, 5, dtype=torch.float32), *small)
+        optimizer.step()
+    before = [optimizer.state[p] for p in (K, L)]
+    assert (before[0]["exp_avg"].square() > 2 * before[0]["exp_avg_sq"]).all()
+    grown = moments.resize(*before, small, large)
+    assert torch.equal(grown[0]["exp_avg_sq"][:, :2], before[0]["exp_avg_sq"])  # K's old columns don't move at all
+    for state, old in zip(grown, before, strict=True):
+        most = (old["exp_avg"].square() / old["exp_avg_sq"]).max()
+        assert (state["exp_avg"].square() / state["exp_avg_sq"].clamp(min=1e-30)).max() < 1.001 * max(most, 1)
+
+
+def test_resized_moments_keep_their_types_and_layout_and_share_nothing():
+    small, large = nested(0, 6, 5, 2, 4, torch.float32)
+    dense = adam_state(1, 6, 5, torch.bfloat16) | {"count": 3, "buffer": None}
+    before = moments.split(dense, *small)
+    grown = moments.resize(*before, small, large)
+    cut = moments.resize(*grown, large, small)
+    for state in (*grown, *cut):
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+        assert state["step"].dtype == torch.float32 and state["step"] == 1e5
+        assert state["count"] == 3 and state["buffer"] is None
+        assert all(v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
+    pointers = [v.data_ptr() for s in (*before, *grown, *cut) for v in s.values() if isinstance(v, Tensor)]
+    assert len(pointers) == 24 == len(set(pointers))
+
+
+def test_a_moment_that_only_one_of_the_two_has_stays_with_it():
+    small, large = nested(0, 6, 5, 2, 4)
+    K, L = moments.resize({"step": 3, "note": "x"}, {"step": 3}, small, large)
+    assert (K, L) == ({"step": 3, "note": "x"}, {"step": 3})
+
+
 # ---- what real optimizers keep -------------------------------------------------------------------
 
 UNDERSTOOD = {
@@ -307,6 +448,55 @@ def test_states_that_move(name):
     assert all(v.shape == p.shape for v in back.values() if isinstance(v, Tensor) and v.ndim == 2)
 
 
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_states_that_change_rank(name):
+    """Growing keeps the first moment, cutting the same columns the state, and the optimizer can go on from both."""
+    kind, options = UNDERSTOOD[name]
+    m, n, k0, k1 = 6, 5, 2, 4
+    small, large = nested(3, m, n, k0, k1, torch.float32)
+    K, L = nn.Parameter(random(1, m, k0, dtype=torch.float32)), nn.Parameter(torch.zeros(n, k0))
+    optimizer = kind([K, L], **options)
+    for seed in (4, 5, 6):
+        K.grad, L.grad = moments.split_first(random(seed, m, n, dtype=torch.float32), *small)
+        optimizer.step()
+    before = tuple(dict(optimizer.state[p]) for p in (K, L))
+    grown = moments.resize(*before, small, large)
+    for key in before[0].keys() & moments.FIRST:
+        if before[0][key] is not None:
+            M = first(*before, small, key)
+            torch.testing.assert_close(first(*grown, large, key), M, rtol=1e-5, atol=1e-6 * float(M.abs().max()))
+    cut = moments.resize(*grown, large, small)
+    for state, old in zip(cut, before, strict=True):
+        assert list(state) == list(old)
+        for key, value in old.items():
+            if key in moments.SECOND:
+                assert (state[key] >= value * (1 - 1e-6)).all()  # raised where it must be, else untouched
+            elif key not in moments.FIRST:
+                assert torch.equal(state[key], value) if isinstance(value, Tensor) else state[key] == value
+            elif value is not None and not (kind is torch.optim.RMSprop and key == "momentum_buffer"):
+                # RMSprop's is of normalised gradients, which may lie in span(V): only the dense one is kept.
+                torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+    for key in before[0].keys() & moments.FIRST:
+        if before[0][key] is not None:
+            M = first(*before, small, key)
+            torch.testing.assert_close(first(*cut, small, key), M, rtol=1e-5, atol=1e-6 * float(M.abs().max()))
+    for states, basis in ((grown, large), (cut, small)):
+        k = basis[0].shape[1]
+        parameters = [nn.Parameter(torch.zeros(d, k)) for d in (m, n)]
+        again = kind(parameters, **options)
+        for p, state in zip(parameters, states, strict=True):
+            if state:
+                again.state[p] = state
+        G = random(9, m, n, dtype=torch.float32)
+        for p, g in zip(parameters, moments.split_first(G, *basis), strict=True):
+            p.grad = g
+        again.step()
+        for p in parameters:
+            assert torch.isfinite(p).all() and p.abs().max() > 0
+            if name != "Muon" and "SGD" not in name:
+                assert p.abs().max() < 100 * again.param_groups[0]["lr"]
+
+
 def test_buffers_that_are_none_stay_none():
     """What SGD without momentum keeps in a state that was loaded from a file."""
     p = nn.Parameter(torch.zeros(6, 5))
@@ -315,6 +505,8 @@ def test_buffers_that_are_none_stay_none():
     U, V = bases(0, 6, 5, 2)
     assert moments.split(state, U, V) == (state, state)
     assert moments.join(state, dict(state), U, V) == state
+    assert moments.resize(state, dict(state), *nested(0, 6, 5, 2, 4)) == (state, state)
+    assert moments.resize({}, {}, *nested(0, 6, 5, 2, 4)) == ({}, {})
 
 
 @pytest.mark.parametrize("name", NOT_UNDERSTOOD)

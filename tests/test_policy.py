@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import svd_optim
 from svd_optim.config import Thresholds
+from svd_optim.planner import quantum
 from svd_optim.policy import RULES, ThresholdPolicy
 from svd_optim.records import (
     Action,
@@ -72,7 +73,7 @@ def test_without_descent_the_layer_has_to_be_exact():
 
 
 @pytest.mark.parametrize("state", [s for s in LayerState if s != LayerState.DENSE])
-def test_only_dense_layers_move(state):
+def test_only_dense_layers_go_in(state):
     decision = decide(safe(3), state=state)
     assert decision.action == Action.HOLD and decision.reason == str(state) and not decision.conditions
 
@@ -149,6 +150,165 @@ def test_a_base_optimizer_that_is_not_understood_blocks_and_says_why():
     decision = decide(safe(3), layer=layer)
     assert decision.action == Action.HOLD
     assert decision.reason == "base_understood: the optimizer keeps 'row_var'"
+
+
+STRUCTURE = {
+    "in_plan": ({"keep_dense": True}, "in_plan: the plan keeps it dense"),
+    "unprotected": ({"protected": True}, "unprotected: its principal block is being kept from moving"),
+    "cooldown": ({"cooldown": 120}, "cooldown: 120, needs <= 0"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_what_is_to_stay_dense_stays_dense_and_says_why(rule, name):
+    changes, reason = STRUCTURE[name]
+    decision = decide(safe(9), ThresholdPolicy(rule=rule), layer=dataclasses.replace(LAYER, **changes))
+    assert decision.action == Action.HOLD and decision.blocker.name == name
+    assert decision.reason.startswith(reason)
+    assert all(c.holds for c in decision.conditions if c.name != name)
+
+
+def test_the_reasons_of_a_move_are_measurements():
+    decision = decide(safe(3))
+    assert [c.name for c in decision.conditions][:5] == [
+        "base_understood",
+        "in_plan",
+        "unprotected",
+        "cooldown",
+        "below_break_even",
+    ]
+    assert decision.reason == "stable: 0.02 < 0.1; capture_safe: 0.7 > 0.4; patience: 3 >= 3"
+
+
+# ---- inside factors: shrink, grow, go back, or stay ------------------------------------------
+
+
+INSIDE = LayerInfo(name="mlp", shape=(256, 192), rank=48)  # its ranks go in steps of 8
+LIMITS = Thresholds(capture_safe=0.4, capture_lost=0.1)
+
+
+def inside(history, layer=INSIDE, patience=3, thresholds=LIMITS):
+    return decide(history, ThresholdPolicy(patience=patience), LayerState.FACTORIZED, layer, thresholds)
+
+
+def runs(n: int, **changes) -> list[LayerMetrics]:
+    """n analyses of a layer that has what it needs, but for ``changes``."""
+    return [dataclasses.replace(metrics(i, **changes), rank=48) for i in range(n)]
+
+
+FREE, HELD_BACK, LOST = {"capture_excess": 0.7}, {"capture_excess": 0.2}, {"capture_excess": 0.05}
+ROOMY = {"exact_rank": 29}
+MOVES = [  # what was seen -> what is done
+    (FREE, Action.HOLD, None),
+    (ROOMY, Action.SHRINK, 32),
+    (HELD_BACK, Action.GROW, 56),
+    (LOST, Action.MERGE, None),
+    (HELD_BACK | ROOMY, Action.SHRINK, 32),  # more of the same would be negligible as well
+    (LOST | ROOMY, Action.MERGE, None),
+]
+
+
+@pytest.mark.parametrize(("seen", "action", "rank"), MOVES)
+def test_what_happens_inside_factors(seen, action, rank):
+    decision = inside(runs(3, **seen))
+    assert (decision.action, decision.rank) == (action, rank)
+    assert decision.reason
+    assert (decision.blocker is None) == (action in (Action.HOLD, Action.SHRINK))
+
+
+def test_the_reasons_inside_factors():
+    assert inside(runs(3)).reason == "factorized"
+    assert inside(runs(3, **ROOMY)).reason == "all but 32 of 48 directions are negligible"
+    assert inside(runs(3, **HELD_BACK)).reason == "held back: capture_safe: 0.2, needs > 0.4 (off by 0.2)"
+    lost = "factors can't follow: capture_kept: 0.05, needs >= 0.1 (off by 0.05)"
+    assert inside(runs(3, **LOST)).reason == lost
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+@pytest.mark.parametrize(("seen", "action", "rank"), [move for move in MOVES if move[1] != Action.HOLD])
+def test_only_what_all_of_the_last_analyses_agree_on(seen, action, rank, patience):
+    assert inside(runs(patience - 1, **seen), patience=patience).action == Action.HOLD
+    assert inside([*runs(9), *runs(patience, **seen)], patience=patience).action == action
+    for other in range(patience):  # one that saw nothing of the kind
+        history = runs(patience, **seen)
+        history[other] = runs(1)[0]
+        assert inside(history, patience=patience).action == Action.HOLD
+
+
+def test_the_largest_of_the_last_analyses_counts():
+    history = [runs(1, exact_rank=rank)[0] for rank in (9, 33, 17)]
+    assert inside(history).rank == 40
+    history = [runs(1, capture_excess=c)[0] for c in (0.02, 0.1, 0.03)]  # one of them is not below
+    assert inside(history).action == Action.GROW
+    history = [runs(1, capture_excess=c)[0] for c in (0.02, 0.41, 0.03)]
+    assert inside(history).action == Action.HOLD
+
+
+def test_ranks_change_by_whole_steps():
+    assert inside(runs(3, exact_rank=40)).rank == 40
+    assert inside(runs(3, exact_rank=41)).action == Action.HOLD  # 48 is what it has
+    assert inside(runs(3, exact_rank=1)).rank == 8
+    small = dataclasses.replace(INSIDE, shape=(64, 48), rank=10)
+    assert quantum(64, 48) == 3
+    assert inside(safe(3, exact_rank=4), small).rank == 6
+    assert inside(safe(3, **HELD_BACK), small).rank == 13
+
+
+def test_a_layer_is_left_alone_for_a_while_but_never_kept_where_it_is_lost():
+    resting = dataclasses.replace(INSIDE, cooldown=1)
+    for seen, action, _ in MOVES:
+        decision = inside(runs(3, **seen), resting)
+        assert decision.action == (Action.MERGE if action == Action.MERGE else Action.HOLD)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+@pytest.mark.parametrize("seen", [FREE, ROOMY, HELD_BACK, LOST])
+def test_undefined_capture_moves_nothing(seen, nothing):
+    for broken in range(3):
+        history = runs(3, **seen)
+        history[broken] = dataclasses.replace(history[broken], capture_excess=nothing)
+        assert inside(history).action == Action.HOLD
+    assert inside(runs(3, **(seen | {"capture_excess": nothing}))).action == Action.HOLD
+
+
+def test_a_layer_at_the_threshold_is_kept_so_zero_never_sends_back():
+    assert inside(runs(3, capture_excess=0.1)).action == Action.GROW
+    never = dataclasses.replace(LIMITS, capture_lost=0.0)
+    assert inside(runs(3, capture_excess=0.0), thresholds=never).action == Action.GROW
+
+
+def test_negligible_directions_beyond_the_rank_are_not_known():
+    """``exact_rank`` is undefined where all of the k directions count."""
+    assert inside([*runs(2, **ROOMY), runs(1, exact_rank=None)[0]]).action == Action.HOLD
+
+
+def test_danger_is_told_inside_factors_whatever_is_done():
+    for seen, action, rank in MOVES:
+        decision = inside(runs(3, **seen, principal_excess=0.9))
+        assert decision.danger and (decision.action, decision.rank) == (action, rank)
+
+
+@given(
+    st.lists(st.tuples(st.one_of(st.none(), st.floats(0, 1)), st.one_of(st.none(), st.integers(1, 48))), max_size=5),
+    st.integers(1, 3),
+    st.sampled_from([0, 7]),
+)
+def test_moves_inside_factors_are_those_of_the_twin(seen, patience, cooldown):
+    history = [runs(1, capture_excess=c, exact_rank=k)[0] for c, k in seen]
+    decision = inside(history, dataclasses.replace(INSIDE, cooldown=cooldown), patience)
+    recent = seen[-patience:]
+    expected: tuple[Action, int | None] = Action.HOLD, None
+    if len(recent) == patience and all(c is not None for c, _ in recent):
+        needed = max(math.ceil((k or 48) / 8) * 8 for _, k in recent)
+        if all(c < 0.1 for c, _ in recent):
+            expected = Action.MERGE, None
+        elif not cooldown and needed < 48:
+            expected = Action.SHRINK, needed
+        elif not cooldown and all(c <= 0.4 for c, _ in recent):
+            expected = Action.GROW, 56
+    assert (decision.action, decision.rank) == expected
+    assert decision == inside(tuple(history), dataclasses.replace(INSIDE, cooldown=cooldown), patience)  # pure
 
 
 # ---- patience --------------------------------------------------------------------------------
@@ -284,7 +444,7 @@ def test_break_even_is_where_factors_stop_being_smaller(m, n):
 # ---- no torch ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["policy", "records", "config"])
+@pytest.mark.parametrize("name", ["policy", "planner", "records", "config"])
 def test_decisions_need_no_torch(name):
     """By their source: importing them through the package would import torch anyway."""
     tree = ast.parse((Path(svd_optim.__file__).parent / f"{name}.py").read_text())
@@ -296,5 +456,5 @@ def test_decisions_need_no_torch(name):
             imported.add("." * node.level + (node.module or ""))
             imported |= {"." + alias.name for alias in node.names if node.level and not node.module}
     assert "__future__" in imported  # the walk sees something
-    standard = {"__future__", "ast", "collections.abc", "dataclasses", "enum", "math", "typing"}
-    assert imported - standard <= {".policy", ".records", ".config"}
+    standard = {"__future__", "ast", "collections.abc", "dataclasses", "enum", "itertools", "math", "typing"}
+    assert imported - standard <= {".policy", ".planner", ".records", ".config"}

@@ -7,9 +7,12 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
+from svd_optim import SubspaceAwareOptimizer
+from svd_optim.lifecycle import LOUD
 from svd_optim.records import (
     Action,
     Condition,
@@ -19,9 +22,11 @@ from svd_optim.records import (
     LayerReport,
     LayerState,
     LeftAlone,
+    Plan,
+    PlannedLayer,
     Summary,
 )
-from svd_optim.report import ConsoleReport, event_line, layer_table, summary_renderable
+from svd_optim.report import ConsoleReport, event_line, layer_table, plan_table, summary_renderable
 
 PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 GPT = [f"blocks.{block}.{part}" for block in range(4) for part in PARTS]
@@ -65,8 +70,9 @@ def layer(name: str = "a", state: LayerState = LayerState.DENSE, **metrics: floa
     sizes = {f"{kind}_bytes": now * 10**6 for kind in ("weight", "grad", "state")}
     dense = {f"{kind}_bytes_dense": 4 * 10**6 for kind in ("weight", "grad", "state")}
     return LayerReport(
-        name=name, shape=(128, 512), state=state, rank=42, metrics=m, decision=decision, **sizes, **dense
-    )
+        name=name, shape=(128, 512), state=state, rank=42, protected=False, metrics=m, decision=decision,
+        watching_bytes=10**6, **sizes, **dense,
+    )  # fmt: skip
 
 
 def summary(*layers: LayerReport, analyses: int = 60, **kwargs: object) -> Summary:
@@ -180,6 +186,177 @@ def test_decision_column_of_other_states():
     assert shown == [["descend"], ["descending"], ["factorized"], ["!", "factorized"]]
 
 
+@pytest.mark.parametrize(("width", "name"), [(140, "dense"), (80, "dense"), (140, "factorized"), (80, "factorized")])
+def test_protected_layers_are_marked_without_colour(width, name):
+    state = LayerState(name)
+    layers = [layer("free", state), replace(layer("kept", state), protected=True)]
+    lines = show(layer_table(summary(*layers), width), width)
+    shown = name if width == 140 else {"dense": "dense", "factorized": "fact"}[name]
+    assert row(lines, "free")[1] == shown and row(lines, "kept")[1] == shown + "*"
+    assert "* principal block protected: kept from moving" in lines
+    assert "*" not in " ".join(show(layer_table(summary(layers[0]), width), width))  # a sign nobody needs
+
+
+@pytest.mark.parametrize(
+    ("action", "rank", "text"),
+    [
+        (Action.GROW, 56, "grow to 56"),
+        (Action.SHRINK, 8, "shrink to 8"),
+        (Action.MERGE, None, "merge"),
+        (Action.HOLD, None, "factorized"),
+    ],
+)
+def test_decision_column_inside_factors(action, rank, text):
+    decision = Decision(action=action, reason="r", rank=rank)
+    one = replace(layer("a", LayerState.FACTORIZED), decision=decision)
+    for width in (80, 140):
+        lines = show(layer_table(summary(one), width), width)
+        assert next(line for line in lines if line.startswith("a ")).endswith(" " + text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "threshold", "above", "text", "why"),
+    [
+        ("in_plan", 0.0, 1, True, "kept dense", "the plan keeps it dense"),
+        ("unprotected", 0.0, 1, True, "protected", "being kept from moving"),
+        ("cooldown", 320, 0, False, "cooldown 320", "cooldown: 320, needs <= 0"),
+    ],
+)
+def test_decision_column_names_what_keeps_a_layer_out(name, value, threshold, above, text, why):
+    condition = Condition(name=name, value=value, threshold=threshold, above=above, or_equal=True)
+    decision = Decision(action=Action.HOLD, reason=f"{name}: {why}", conditions=(condition,))
+    one = summary(replace(layer("a"), decision=decision))
+    for width in (80, 140):
+        lines = show(layer_table(one, width), width)
+        assert next(line for line in lines if line.startswith("a ")).endswith(" " + text)
+        assert why in " ".join(show(summary_renderable(one, width), width))
+
+
+# ---- the plan ----------------------------------------------------------------------------------------
+
+
+def planned(name: str = "a", rank: int | None = 16, **values: object) -> PlannedLayer:
+    defaults = {"shape": (128, 512), "state": LayerState.DENSE, "fixed": "", "missed": 0.21234}
+    return PlannedLayer(name=name, rank=rank, **(defaults | values))
+
+
+def plan(*layers: PlannedLayer, budget: float = 0.5) -> Plan:
+    return Plan(step=1200, budget=budget, layers=layers)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_plan_table_holds_every_name_and_value(width):
+    state = LayerState.DESCENDING
+    layers = [planned(name) for name in GPT]
+    layers[1] = planned(GPT[1], None, missed=0.0)
+    layers[2] = planned(GPT[2], 40, state=state, fixed="descending", missed=math.nan)
+    lines = show(plan_table(plan(*layers), width), width)
+    assert lines[0] == "step 1200 · plan for a budget of 50.0%"
+    assert row(lines, "layer") == ["layer", "shape", "state", "rank", "share", "missed", "fixed"]
+    rows = [line.split() for line in lines if line.startswith("blocks.")]
+    assert [r[0] for r in rows] == GPT  # whole, and in model order
+    assert rows[0][1:] == ["128x512", "dense", "16", f"{16 * 641 / 128 / 512:.1%}", "0.212"]
+    assert rows[1][1:] == ["128x512", "dense", "dense", "100.0%", "0"]
+    short = "descending" if width == 140 else "desc"
+    assert rows[2][1:] == ["128x512", short, "40", f"{40 * 641 / 128 / 512:.1%}", "nan", "descending"]
+    assert any("share: of its parameters" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_last_line_of_the_plan_sums_up(width):
+    lines = show(plan_table(plan(planned("a", 16), planned("b", None)), width), width)
+    now, whole = 16 * 641 + 65536, 2 * 65536
+    assert lines[-3] == f"{now:,} of {whole:,} parameters kept: {now / whole:.1%} (budget 50.0%)"
+    assert lines[-2] == f"! above the budget by {now - 65536:,}: fixed layers and least ranks take more"
+    lines = show(plan_table(plan(planned("a", 16), planned("b", None), budget=0.6), width), width)
+    assert lines[-2] == f"{now:,} of {whole:,} parameters kept: {now / whole:.1%} (budget 60.0%)"
+    exactly = plan(planned("a", 16), budget=16 * 641 / 65536)
+    assert "above" not in " ".join(show(plan_table(exactly, width), width))
+    rounded = plan(planned("a", 3, shape=(5, 36)), budget=0.7)
+    assert rounded.parameters == 126 > 0.7 * rounded.parameters_dense  # by 1e-14
+    assert "above" not in " ".join(show(plan_table(rounded, width), width))
+    just = plan(planned("a", 16), budget=16 * 641 / 65536 - 1e-6)
+    assert "! above the budget by 1:" in " ".join(show(plan_table(just, width), width))
+
+
+def test_a_plan_for_nothing():
+    lines = show(plan_table(plan(), 80), 80)
+    assert lines[-2] == "0 of 0 parameters kept: 0.0% (budget 50.0%)"
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_in_a_plan_are_text(name, width):
+    file = io.StringIO()
+    table = plan_table(plan(planned(name, fixed=name)), width)
+    Console(file=file, width=width, force_terminal=True, color_system="truecolor").print(table)
+    printed = file.getvalue()
+    assert printed.count(HOSTILE[name]) == (2 if name else 1)
+    assert "\x1b[31m" not in printed and "\x1b]8" not in printed
+    assert "\r" not in printed and "\u202e" not in printed
+
+
+@pytest.mark.parametrize("width", [30, 50, 80, 99, 100, 140])
+def test_rows_of_a_plan_are_single_lines_and_long_names_stay_apart(width):
+    layers = [planned(name, 10**9, shape=(10**6, 10**6), fixed="explicit " + "x" * 80) for name in LONG]
+    lines = show(plan_table(plan(*layers), width), width)
+    start = next(i for i, line in enumerate(lines) if line.startswith("──")) + 1
+    rows = lines[start : start + len(LONG)]
+    assert all(line.startswith("m") for line in rows)
+    if width >= 50:
+        assert len({line.split()[0] for line in rows}) == len(LONG)
+        assert all("explicit" in line for line in rows)
+    if width >= 140:
+        assert all("1000000x1000000" in line and "1000000000" in line for line in rows)
+
+
+def test_a_plan_table_without_a_width_uses_the_terminals(monkeypatch):
+    for width in (80, 140):
+        monkeypatch.setattr("rich.get_console", lambda width=width: Console(file=io.StringIO(), width=width))
+        whole = plan(*map(planned, GPT))
+        assert show(plan_table(whole), 140) == show(plan_table(whole, width), 140)
+
+
+def test_the_plan_of_a_real_optimizer_can_be_printed():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 48))
+    optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    lines = show(plan_table(optimizer.plan(), 80), 80)
+    assert row(lines, "0 ")[1:3] == ["96x64", "warm"] and row(lines, "2 ")[1:3] == ["48x96", "warm"]
+    assert "(budget 50.0%)" in lines[-2]
+
+
+# ---- events ------------------------------------------------------------------------------------------
+
+
+EVENTS = {  # kind -> before, after, numbers, as printed
+    "grow": ("factorized", "factorized", {"rank_before": 48, "rank": 56}, "held  [rank_before=48, rank=56]"),
+    "shrink": ("factorized", "factorized", {"rank_before": 48, "rank": 32}, "held  [rank_before=48, rank=32]"),
+    "protect": (None, None, {"rank": 42}, "held  [rank=42]"),
+    "release": (None, None, {}, "held"),
+    "loss_rose": (None, None, {"standard_errors": math.inf, "noise": 4.0}, "held  [standard_errors=inf, noise=4.0000]"),
+    "skewed": (None, None, {"skew": 0.25}, "held  [skew=0.2500]"),
+    "merge": ("factorized", "dense", {}, "factorized → dense  held"),
+}
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_every_kind_of_event_has_its_line(kind):
+    before, after, numbers, text = EVENTS[kind]
+    states = {key: LayerState(s) if s else None for key, s in (("before", before), ("after", after))}
+    line = event_line(Event(step=7, layer="a[/b]", kind=kind, reason="held", numbers=numbers, **states))
+    assert line.plain == f"step 7  a[/b]  {kind}  {text}"
+    loud = kind in ("loss_rose", "skewed")
+    assert loud == any("red" in str(span.style) for span in line.spans)
+    assert show(line, 140)[0] == line.plain
+
+
+def test_what_the_log_says_loudly_the_terminal_says_in_red():
+    for kind in LOUD:
+        line = event_line(Event(step=7, layer="a", kind=kind, reason="r"))
+        assert any("red" in str(span.style) for span in line.spans), kind
+
+
 def test_event_lines():
     event = Event(
         step=20,
@@ -206,7 +383,8 @@ def test_summary_counts_sizes_and_time():
     now = 128 * 512 + 42 * (128 + 512 + 1)
     assert row(lines, "parameters") == ["parameters", "131,072", f"{now:,}", f"{now / 131072:.1%}"]
     assert row(lines, "  gradients") == ["gradients", "8.0", "MB", "6.0", "MB", "75.0%"]
-    assert row(lines, "bytes") == ["bytes", "24.0", "MB", "18.0", "MB", "75.0%"]
+    assert row(lines, "  watching") == ["watching", "0", "bytes", "2.0", "MB", "–"]  # the bare optimizer has none
+    assert row(lines, "bytes") == ["bytes", "24.0", "MB", "20.0", "MB", "83.3%"]
     assert "analysis took 3.5% of 100.0 s: base 40.0 s (40.0%) · measure 2.00 s (2.0%)" in text
     assert "not a matrix (9): norm0, norm1, norm2, norm3 and 5 more" in text
 

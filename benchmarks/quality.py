@@ -1,0 +1,438 @@
+"""What does training in fewer parameters cost in quality? Ours, the ways around it, and a smaller dense model.
+
+    python benchmarks/quality.py --quick          # one seed, the headline rows, shorter runs
+    python benchmarks/quality.py                  # everything; hours. Stop and start again at will
+    python benchmarks/quality.py --report         # only the table of what is there
+
+Every row trains the model of ``examples/train_gpt.py`` on its data for equal steps and tokens, at each
+learning rate of one grid with the first seed and at its best one with the others. Finished runs are
+kept in a JSON Lines file, one record each, and not repeated. GaLore comes with the extra ``rivals``
+(``pip install -c constraints.txt -e ".[rivals]"``); without it its row is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from corpus import batches, load_corpus, split, validation_batches
+from gpt import GPT, GPTConfig
+from rivals import Core, ThreeFactors, TwoFactors, truncate_
+from svd_optim import LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
+from train_gpt import bits_per_byte, warm_down
+
+GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}
+VALIDATION_TOKENS = 32_768
+FULL_STEPS = 800
+SCALES = factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train."""
+
+    budget: float = 1.0  # share of the dense matrix parameters it ends with
+    width: float = 1.0  # of the model
+    config: dict[str, Any] | None = None  # of SubspaceConfig: ours
+    at_once: bool = False  # ours, but truncated at once by hand
+    form: type[torch.nn.Module] | None = None  # a rival's replacement of nn.Linear
+    galore: bool = False
+    scale: float = 1.0  # of the factored step, beside the library's own
+    headline: bool = False
+    optimizers: tuple[str, ...] = ("muon", "adamw")
+
+
+def uniform(budget: float) -> dict[str, Any]:
+    return {"overrides": {"*": LayerOverride(budget=budget)}}
+
+
+ROWS: dict[str, Row] = {
+    "dense": Row(headline=True),
+    "smaller dense 0.5": Row(budget=0.5, width=0.5**0.5, headline=True),
+    "ours 0.5": Row(budget=0.5, config={"budget": 0.5}, headline=True),
+    "smaller dense 0.25": Row(budget=0.25, width=0.5, headline=True),
+    "ours 0.25": Row(budget=0.25, config={"budget": 0.25}, headline=True),
+    "ours 0.5, uniform": Row(budget=0.5, config=uniform(0.5)),
+    "ours 0.25, uniform": Row(budget=0.25, config=uniform(0.25)),
+    "ours 0.5, no descent": Row(budget=0.5, config={"budget": 0.5}, at_once=True),
+    "ours 0.25, no descent": Row(budget=0.25, config={"budget": 0.25}, at_once=True),
+    "U, S, V as parameters 0.5": Row(budget=0.5, form=ThreeFactors),
+    "two factors 0.5": Row(budget=0.5, form=TwoFactors),
+    "core only 0.5": Row(budget=0.5, form=Core),
+    "ours 0.5, step x 0.7": Row(budget=0.5, config={"budget": 0.5}, scale=0.5**0.5),
+    "ours 0.5, step x 1.4": Row(budget=0.5, config={"budget": 0.5}, scale=2**0.5),
+    "GaLore, rank of 0.5": Row(galore=True, optimizers=("adamw",)),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model and the run."""
+
+    steps: int = FULL_STEPS
+    depth: int = 4
+    width: int = 256
+    sequence_length: int = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    optimizer: str
+    row: str
+    lr: float
+    seed: int
+    sizes: Sizes = field(default_factory=Sizes)
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+class Jumps(Listener):
+    """Validation before and after each switch event."""
+
+    def __init__(self, validate: Callable[[], float]) -> None:
+        self.validate, self.percent, self.seconds = validate, [], 0.0
+
+    def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
+        self._before = self._timed()
+
+    def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
+        self.percent.append(100 * (self._timed() / self._before - 1))
+
+    def _timed(self) -> float:
+        start = time.perf_counter()
+        value = self.validate()
+        self.seconds += time.perf_counter() - start
+        return value
+
+
+def heads_and_width(sizes: Sizes, share: float) -> tuple[int, int]:
+    """The width nearest to a share of the full one (from above) that the same number of heads divides evenly."""
+    heads = max(1, sizes.width // 128)
+    step = 2 * heads
+    return heads, max(step, -(-round(sizes.width * share) // step) * step)
+
+
+def build_optimizers(kind: str, model: GPT, lr: float, galore_rank: int | None = None) -> list[torch.optim.Optimizer]:
+    """[that of the matrices, ..., that of the rest]; the first and the last may be the same."""
+    matrices, rest = list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight]
+    if kind == "muon":
+        others = torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+        return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), others]
+    if galore_rank is not None:
+        from galore_torch import GaLoreAdamW
+
+        # scale=1: the grid of learning rates is everybody's.
+        low_rank = {"params": matrices, "rank": galore_rank, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
+        return [GaLoreAdamW([low_rank, {"params": rest}], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)]
+    return [torch.optim.AdamW([*matrices, *rest], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def resident_bytes(
+    model: GPT, optimizers: Sequence[torch.optim.Optimizer], wrapper: SubspaceAwareOptimizer | None
+) -> int:
+    """Weights, gradients and optimizer state of the blocks' matrices, and all that the wrapper keeps for them."""
+    parameters = list(model.blocks.parameters())
+    tensors: list[Tensor] = list(parameters)
+    tensors += [p.grad if p.grad is not None else torch.empty(0) for p in parameters]
+    for optimizer in optimizers:
+        for p in parameters:
+            for value in optimizer.state.get(p, {}).values():
+                parts = [value] if isinstance(value, Tensor) else list(getattr(value, "__dict__", {}).values())
+                tensors += [part for part in parts if isinstance(part, Tensor)]
+    total = sum(t.numel() * t.element_size() for t in tensors)
+    return total + (sum(wrapper.resident_bytes().values()) if wrapper else 0)
+
+
+def train(job: Job) -> dict[str, Any]:
+    """One run from start to end; the figures of its line in the table."""
+    row, sizes = ROWS[job.row], job.sizes
+    torch.manual_seed(job.seed)
+    heads, width = heads_and_width(sizes, row.width)
+    training, held_out = split(load_corpus(None))
+    validation = validation_batches(held_out, sizes.sequence_length, VALIDATION_TOKENS)
+    model = GPT(GPTConfig(depth=sizes.depth, width=width, heads=heads, sequence_length=sizes.sequence_length))
+    at = sizes.steps * 3 // 8  # when those truncate who do it at once: in the middle of our descents
+    galore_rank = max(1, int(0.5 * width * width / (2 * width + 1))) if row.galore else None
+    optimizers = build_optimizers(job.optimizer, model, job.lr, galore_rank)
+    jumps = Jumps(lambda: bits_per_byte(model, validation))
+    wrapper = None
+    if row.config is not None:
+        mode = "manual" if row.at_once else "auto"
+        config = SubspaceConfig(mode=mode, seed=job.seed, **row.config, **schedule(sizes.steps))
+        wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[jumps])
+    factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE = (scale * row.scale for scale in SCALES)
+    schedulers = [warm_down(optimizer, sizes.steps) for optimizer in optimizers]
+    stepping = [wrapper or optimizers[0], *optimizers[1:]]
+    stream = batches(training, 1, sizes.sequence_length, job.seed)
+    seconds, losses = [], []
+    for step in range(sizes.steps):
+        if step == at and row.at_once and wrapper is not None:
+            wrapper.factorize_([layer.name for layer in wrapper.plan().layers if layer.rank is not None])
+        if step == at and row.form is not None:
+            jumps.before_switch(step, ())
+            truncate_(model.blocks, optimizers[0], optimizers[-1], row.form, row.budget)
+            jumps.after_switch(step, ())
+        start, paused = time.perf_counter(), jumps.seconds
+        inputs, targets = next(stream)
+        for optimizer in stepping:
+            optimizer.zero_grad()
+        loss = model(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, scheduler in zip(stepping, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        seconds.append(time.perf_counter() - start - (jumps.seconds - paused))
+        losses.append(loss.item())
+    last = seconds[-max(1, len(seconds) // 5) :]  # all switches are behind
+    return {
+        "bpb": bits_per_byte(model, validation),
+        "parameters": sum(p.numel() for p in model.blocks.parameters()),
+        "factorized": wrapper.summary().count(LayerState.FACTORIZED) if wrapper else 0,
+        "resident_bytes": resident_bytes(model, optimizers, wrapper),
+        "seconds_per_step": statistics.median(last),
+        "jump_percent": max(jumps.percent, default=0.0),
+        "ranks": {name: layer.rank for name, layer in wrapper.layers.items()} if wrapper else {},
+        "events": [str(event) for event in wrapper.events] if wrapper else [],
+    }
+
+
+def schedule(steps: int) -> dict[str, int]:
+    """The wrapper's own defaults for a run of full length; in proportion for a shorter one."""
+    if steps >= FULL_STEPS:
+        return {}
+    share = steps / FULL_STEPS
+    defaults = SubspaceConfig()
+    names = ("interval", "warmup", "descent_steps", "cohort", "guard_steps", "cooldown")
+    return {name: max(1, round(getattr(defaults, name) * share)) for name in names}
+
+
+# ---- which runs ------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs by key; a line that a killed run left unfinished is skipped."""
+    runs = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        runs[record["key"]] = record["result"]
+    return runs
+
+
+def best_lr(runs: Mapping[str, dict[str, Any]], kind: str, row: str, sizes: Sizes) -> float | None:
+    """The learning rate of the lowest bits per byte with the first seed; ``None`` before all were tried."""
+    tried = {lr: runs.get(Job(kind, row, lr, 0, sizes).key) for lr in GRID[kind]}
+    if any(result is None for result in tried.values()):
+        return None
+    return min(GRID[kind], key=lambda lr: tried[lr]["bpb"])  # type: ignore[index]
+
+
+def open_jobs(runs: Mapping[str, dict[str, Any]], rows: Sequence[str], args: argparse.Namespace) -> list[Job]:
+    """What can be run now, the grid of the first seed before the other seeds, headline rows before the others."""
+    pairs = [(kind, row) for row in rows for kind in args.optimizers if kind in ROWS[row].optimizers]
+    jobs = [Job(kind, row, lr, 0, args.sizes) for kind, row in pairs for lr in GRID[kind]]
+    for seed in range(1, args.seeds):
+        for kind, row in pairs:
+            lr = best_lr(runs, kind, row, args.sizes)
+            if lr is not None and (ROWS[row].headline or seed == 1):  # where a difference is small: more seeds
+                jobs.append(Job(kind, row, lr, seed, args.sizes))
+    headline_first = sorted(jobs, key=lambda job: not ROWS[job.row].headline)
+    return [job for job in headline_first if job.key not in runs]
+
+
+def run_all(args: argparse.Namespace, rows: Sequence[str], console: Console) -> None:
+    """Run what is missing, each run in a process of its own, ``--jobs`` at a time."""
+    lock = threading.Lock()
+    running: set[str] = set()
+
+    def work(progress: Progress, bar: TaskID) -> None:
+        while True:
+            with lock:
+                left = [job for job in open_jobs(load(args.results), rows, args) if job.key not in running]
+                if not left:
+                    return
+                job = left[0]
+                running.add(job.key)
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--run", job.key]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                console.print(f"failed: {job.key}", markup=False)
+                continue  # the key stays in `running`: not tried again
+            with lock:
+                result = json.loads(done.stdout.splitlines()[-1])
+                with args.results.open("a") as file:
+                    file.write(json.dumps({"key": job.key, "result": result}, sort_keys=True) + "\n")
+                progress.advance(bar)
+            shown = f"{job.optimizer}, {job.row}, lr {job.lr:g}, seed {job.seed}: {result['bpb']:.4f} bits per byte"
+            progress.console.print(shown, markup=False, highlight=False)
+
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    with Progress(console=console) as progress:
+        bar = progress.add_task("runs", total=len(open_jobs(load(args.results), rows, args)))
+        workers = [threading.Thread(target=work, args=(progress, bar)) for _ in range(args.jobs)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+
+# ---- what came out ---------------------------------------------------------------------------------
+
+
+def summarize(runs: Mapping[str, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A line for each optimizer and row of which anything is there, at its best learning rate so far."""
+    lines = []
+    for kind in args.optimizers:
+        for row in ROWS:
+            first = {lr: runs.get(Job(kind, row, lr, 0, args.sizes).key) for lr in GRID[kind]}
+            tried = {lr: result for lr, result in first.items() if result is not None}
+            if not tried:
+                continue
+            lr = min(tried, key=lambda lr: tried[lr]["bpb"])
+            seeds = [runs.get(Job(kind, row, lr, seed, args.sizes).key) for seed in range(args.seeds)]
+            results = {seed: result for seed, result in enumerate(seeds) if result is not None}
+            lines.append({"optimizer": kind, "row": row, "lr": lr, "tried": sorted(tried), "results": results})
+    for line in lines:
+        dense = next((x for x in lines if x["optimizer"] == line["optimizer"] and x["row"] == "dense"), None)
+        common = set(line["results"]) & set(dense["results"] if dense else ())
+        line["to_dense"] = [
+            100 * (line["results"][seed]["bpb"] / dense["results"][seed]["bpb"] - 1) for seed in sorted(common) if dense
+        ]
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]]) -> Table:
+    """Means over seeds."""
+    columns = ("run", "lr", "seeds", "bits per byte", "spread", "to dense, %", "matrix parameters", "resident bytes",
+               "s / step", "largest jump, %")  # fmt: skip
+    made = Table(*columns, title="Quality of training in fewer parameters")
+    for line in lines:
+        results = list(line["results"].values())
+
+        def mean(key: str, results: list[dict[str, Any]] = results) -> float:
+            return statistics.mean(result[key] for result in results)
+
+        bpb = [result["bpb"] for result in results]
+        tried = "" if len(line["tried"]) == len(GRID[line["optimizer"]]) else f" (of {len(line['tried'])})"
+        made.add_row(
+            f"{line['optimizer']}, {line['row']}", f"{line['lr']:g}{tried}", str(len(results)), f"{mean('bpb'):.4f}",
+            f"{max(bpb) - min(bpb):.4f}", f"{statistics.mean(line['to_dense']):+.2f}" if line["to_dense"] else "–",
+            f"{mean('parameters'):,.0f}", f"{mean('resident_bytes'):,.0f}", f"{mean('seconds_per_step'):.3f}",
+            f"{mean('jump_percent'):+.3f}",
+        )  # fmt: skip
+    return made
+
+
+def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits per byte over matrix parameters, a panel for each optimizer."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    kinds = sorted({line["optimizer"] for line in lines})
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False, layout="constrained")
+    for kind, axis in zip(kinds, axes[0], strict=True):
+        for line in lines:
+            if line["optimizer"] == kind:
+                results = list(line["results"].values())
+                x = [result["parameters"] / 1e6 for result in results]
+                axis.plot(x, [result["bpb"] for result in results], "o", label=line["row"])
+        axis.set(title=kind, xlabel="matrix parameters, millions", ylabel="validation, bits per byte")
+        axis.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options; ``--quick`` and ``--smoke`` set several of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--optimizers", nargs="+", choices=tuple(GRID), default=tuple(GRID))
+    add("--rows", nargs="+", choices=tuple(ROWS), default=None, metavar="ROW", help="only these")
+    add("--seeds", type=int, default=3)
+    add("--steps", type=int, default=FULL_STEPS)
+    add("--jobs", type=int, default=2, help="runs at the same time")
+    add("--threads", type=int, default=1, help="of each run")
+    add("--results", type=Path, default=Path("runs/quality.jsonl"), help="finished runs, kept and not repeated")
+    add("--json", type=Path, help="write the table's figures here")
+    add("--plot", type=Path, help="draw them here (needs matplotlib)")
+    add("--report", action="store_true", help="run nothing")
+    add("--quick", action="store_true", help="one seed, the headline rows, half as many steps")
+    add("--smoke", action="store_true", help="a tiny job, as CI runs it")
+    add("--run", help=argparse.SUPPRESS)  # what a worker does: one job, its result on the last line
+    args = parser.parse_args()
+    args.sizes = Sizes(steps=args.steps)
+    if args.quick:
+        args.seeds, args.sizes = 1, Sizes(steps=FULL_STEPS // 2)
+        args.rows = args.rows or [name for name, row in ROWS.items() if row.headline]
+    args.rows = args.rows or list(ROWS)
+    if importlib.util.find_spec("galore_torch") is None:
+        args.rows = [name for name in args.rows if not ROWS[name].galore]
+    return args
+
+
+def smoke(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every row once, tiny, in this process."""
+    args.sizes, args.seeds = Sizes(steps=40, depth=1, width=64, sequence_length=64), 1
+    runs = {}
+    for row in args.rows:
+        for kind in ROWS[row].optimizers:
+            job = Job(kind, row, GRID[kind][1], 0, args.sizes)
+            runs[job.key] = train(job)
+    return runs
+
+
+def main() -> int:
+    """Run what is missing, print the table."""
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    if args.run:
+        fields = json.loads(args.run)
+        print(json.dumps(train(Job(**{**fields, "sizes": Sizes(**fields["sizes"])}))))
+        return 0
+    console = Console(width=180 if not sys.stdout.isatty() else None)
+    if args.smoke:
+        runs = smoke(args)
+    else:
+        if not args.report:
+            run_all(args, args.rows, console)
+        runs = load(args.results)
+    lines = summarize(runs, args)
+    console.print(table(lines))
+    machine = f"{platform.machine()}, torch {torch.__version__}, {args.jobs} runs at a time of {args.threads} threads"
+    console.print(f"{args.sizes.steps} steps of {args.sizes.sequence_length} tokens; {machine}", highlight=False)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1, sort_keys=True) + "\n")
+    if args.plot:
+        plot(lines, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

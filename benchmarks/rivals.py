@@ -1,0 +1,92 @@
+"""Other ways to train in fewer matrix parameters, as their users would write them: what we compare with.
+
+Each turns every ``nn.Linear`` of a module into low rank at one moment, truncating at once, and hands
+the pieces to the same base optimizer as ordinary parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from svd_optim.records import largest_useful_rank
+
+
+def uniform_rank(weight: Tensor, budget: float, numbers: Callable[[int, int, int], int]) -> int:
+    """The largest rank whose ``numbers(m, n, k)`` fit into a share of the weight's."""
+    m, n = weight.shape
+    fitting = [k for k in range(1, min(m, n) + 1) if numbers(m, n, k) <= budget * m * n]
+    return max(fitting, default=1)
+
+
+class ThreeFactors(nn.Module):
+    """W = U diag(S) V^T, all three trained."""
+
+    def __init__(self, weight: Tensor, budget: float) -> None:
+        super().__init__()
+        rank = uniform_rank(weight, budget, lambda m, n, k: k * (m + n + 1))
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        self.U = nn.Parameter(U[:, :rank].contiguous())
+        self.S = nn.Parameter(S[:rank].clone())
+        self.V = nn.Parameter(Vh[:rank].mT.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.V.mT) * self.S, self.U)
+
+
+class TwoFactors(nn.Module):
+    """W = A B with A = U sqrt(S), B = sqrt(S) V^T: balanced, as in LoRA-like and Cuttlefish-like training."""
+
+    def __init__(self, weight: Tensor, budget: float) -> None:
+        super().__init__()
+        rank = uniform_rank(weight, budget, lambda m, n, k: k * (m + n))
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        self.A = nn.Parameter(U[:, :rank] * S[:rank].sqrt())
+        self.B = nn.Parameter(S[:rank, None].sqrt() * Vh[:rank])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.B), self.A)
+
+
+class Core(nn.Module):
+    """W = U C V^T with U, V frozen: only the (k, k) core is trained, as in OIALR between its updates."""
+
+    def __init__(self, weight: Tensor, budget: float) -> None:
+        super().__init__()
+        m, n = weight.shape
+        rank = uniform_rank(weight, budget, lambda m, n, k: k * (m + n + 1))
+        rank = min(rank, largest_useful_rank(m, n))
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        self.U = nn.Parameter(U[:, :rank].contiguous(), requires_grad=False)
+        self.C = nn.Parameter(torch.diag(S[:rank]))
+        self.V = nn.Parameter(Vh[:rank].mT.contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(F.linear(x, self.V.mT), self.C), self.U)
+
+
+@torch.no_grad()
+def truncate_(model: nn.Module, matrices: Optimizer, vectors: Optimizer, form: type[nn.Module], budget: float) -> None:
+    """Put ``form(weight, budget)`` in the place of every ``nn.Linear`` in ``model``, and train its parameters.
+
+    Args:
+        matrices: the optimizer of the weights; it takes the two-dimensional pieces, in their place.
+        vectors: the optimizer that takes one-dimensional pieces (Muon can't); may be the same one.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            new = form(child.weight, budget)
+            setattr(parent, name, new)
+            matrices.state.pop(child.weight, None)
+            trained = [p for p in new.parameters() if p.requires_grad]
+            for group in matrices.param_groups:
+                at = next((i for i, p in enumerate(group["params"]) if p is child.weight), None)
+                if at is not None:
+                    group["params"][at : at + 1] = [p for p in trained if p.ndim == 2]
+            vectors.param_groups[0]["params"].extend(p for p in trained if p.ndim == 1)

@@ -1,0 +1,154 @@
+"""A parameter budget over the whole model: which layer keeps how many singular directions.
+
+Plain Python: this file does not import torch. A layer of shape (m, n) that keeps k directions costs
+k (m + n + 1) numbers, a dense one m n. What it loses is taken to be
+
+    damage(k) = m n (1 - c(k))^2,
+
+with c(k) a mean of two shares of the gradient's energy that rank-k factors can follow: the measured one
+(capture, a quarter) and that of a gradient without preferred direction. Capture alone misleads: it is highest where a
+layer starts from zero and has not yet found its directions (``benchmarks/thresholds.py``). The plan
+minimizes the sum of the damages within the budget, over ranks and "stays dense" (a multiple-choice
+knapsack, solved greedily on each layer's lower convex hull: Sinha and Zoltners, Operations Research 27
+(1979)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from .records import largest_useful_rank
+
+QUANTUM = 8  # ranks are multiples of it where layers are large enough: kernels like that, and plans rest
+TRUST = 0.25  # in the measured capture; the rest in that of a gradient without preferred direction
+FLOOR = 0.75  # no layer gets less than this share of what a uniform budget would give it
+
+
+class Choice(NamedTuple):
+    """A rank (``None``: dense), the numbers it costs and the damage it does."""
+
+    rank: int | None
+    cost: int
+    damage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layer whose rank is to be found."""
+
+    name: str
+    shape: tuple[int, int]
+    capture: Sequence[float] = ()  # measured, at the ranks 1, 2, ...; empty: that of a random gradient
+
+
+def quantum(m: int, n: int) -> int:
+    """The step between ranks of an (m, n) layer: 8, or less where the layer is small."""
+    return max(1, min(QUANTUM, min(m, n) // 16))
+
+
+def uniform_rank(m: int, n: int, budget: float) -> int:
+    """The largest rank whose factors fit into a share of the dense (m, n) weight's numbers, at least 1."""
+    return max(1, min(largest_useful_rank(m, n), math.floor(budget * m * n / (m + n + 1))))
+
+
+def missed(candidate: Candidate, k: int) -> float:
+    """The share of the gradient's energy that rank-k factors can't follow, in [0, 1].
+
+    Above the measured ranks what is left is taken to have no preferred direction.
+    """
+    m, n = candidate.shape
+    known = min(k, len(candidate.capture))
+    rest = 1.0 - candidate.capture[known - 1] if known else 1.0
+    if k > known:
+        rest *= (m - k) * (n - k) / ((m - known) * (n - known))
+    return min(1.0, max(0.0, rest))
+
+
+def _doubted(candidate: Candidate, k: int) -> float:
+    """What rank-k factors will miss, believing what was measured only in part."""
+    m, n = candidate.shape
+    return TRUST * missed(candidate, k) + (1 - TRUST) * (1 - k / m) * (1 - k / n)
+
+
+def _choices(candidate: Candidate, budget: float) -> list[Choice]:
+    """All that a layer may become, cheapest first."""
+    m, n = candidate.shape
+    step = quantum(m, n)
+    least = max(1, math.floor(FLOOR * uniform_rank(m, n, budget) / step) * step)
+    ranks = [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0]
+    choices = [Choice(k, k * (m + n + 1), m * n * _doubted(candidate, k) ** 2) for k in ranks]
+    return [*choices, Choice(None, m * n, 0.0)]
+
+
+def _lower_hull(choices: Sequence[Choice]) -> list[Choice]:
+    """Those choices, cheapest first, between which each further number saves less than the one before."""
+    hull: list[Choice] = []
+    for new in choices:
+        if hull and new.damage >= hull[-1].damage:
+            continue
+        while len(hull) > 1 and _saving(hull[-2], hull[-1]) <= _saving(hull[-1], new):
+            hull.pop()
+        hull.append(new)
+    return hull
+
+
+def _saving(cheap: Choice, dear: Choice) -> float:
+    """Damage avoided per number spent, between two choices of a layer."""
+    return (cheap.damage - dear.damage) / (dear.cost - cheap.cost)
+
+
+def spread(candidates: Sequence[Candidate], numbers: float, budget: float) -> dict[str, int | None]:
+    """Ranks for all candidates (``None``: stays dense) that cost at most ``numbers`` in all, where that is possible.
+
+    Args:
+        numbers: what they may cost together.
+        budget: the share that a uniform plan would give each, from which the least ranks follow.
+    """
+    choices = {c.name: _choices(c, budget) for c in candidates}
+    factors = {name: options[:-1] or options for name, options in choices.items()}
+    uniform = {}
+    for c in candidates:
+        most = uniform_rank(*c.shape, budget)
+        uniform[c.name] = [x for x in factors[c.name] if x.rank is None or x.rank <= most][-1]
+    # Dense is a step so long that the greedy walk may do better without it, with a few layers only.
+    plans = [_walked(choices, numbers), _walked(factors, numbers), uniform]
+    plans = [plan for plan in plans if sum(choice.cost for choice in plan.values()) <= numbers] or plans[:1]
+    for plan in plans:
+        _use_rest_(plan, choices, numbers)
+    best = min(plans, key=lambda plan: math.fsum(choice.damage for choice in plan.values()))
+    return {name: choice.rank for name, choice in best.items()}
+
+
+def _walked(choices: Mapping[str, Sequence[Choice]], numbers: float) -> dict[str, Choice]:
+    """From the cheapest choices up the layers' hulls, always the step that saves most per number."""
+    chosen = {name: options[0] for name, options in choices.items()}
+    left = numbers - sum(choice.cost for choice in chosen.values())
+    steps = [(-_saving(a, b), name, b) for name, options in choices.items() for a, b in pairwise(_lower_hull(options))]
+    full: set[str] = set()
+    for _, name, choice in sorted(steps, key=lambda step: step[:2]):
+        extra = choice.cost - chosen[name].cost
+        if name in full or extra > left:
+            full.add(name)  # its next steps lie beyond this one
+            continue
+        chosen[name], left = choice, left - extra
+    return chosen
+
+
+def _use_rest_(chosen: dict[str, Choice], choices: Mapping[str, Sequence[Choice]], numbers: float) -> None:
+    """Spend what no whole step could use, on the layers that lose most."""
+    left = numbers - sum(choice.cost for choice in chosen.values())
+    for name in sorted(chosen, key=lambda name: (-chosen[name].damage, name)):
+        better = [c for c in choices[name] if 0 < c.cost - chosen[name].cost <= left]
+        if better:
+            best = min(better, key=lambda c: c.damage)
+            left -= best.cost - chosen[name].cost
+            chosen[name] = best
+
+
+def planned_cost(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int | None]) -> int:
+    """Numbers in all layers at these ranks (``None``: dense)."""
+    return sum(m * n if (k := ranks[name]) is None else k * (m + n + 1) for name, (m, n) in shapes.items())

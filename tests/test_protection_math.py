@@ -1,0 +1,263 @@
+"""protection.py: the anchored block is put back exactly, and nothing else is touched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svd_optim.linalg import Basis, exact_basis
+from svd_optim.protection import FARTHEST, Anchor, anchor_dense, anchor_factors, restore_dense_, restored_factors
+
+SEEDS = st.integers(0, 10_000)
+STEPS = st.sampled_from([1e-6, 1e-3, 0.1, 1.0, 30.0])  # of a step, in units of the weight
+
+
+@st.composite
+def shapes(draw: st.DrawFn, largest: int = 40) -> tuple[int, int, int]:
+    m, n = draw(st.integers(1, largest)), draw(st.integers(1, largest))
+    return m, n, draw(st.integers(1, min(m, n)))
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def norm(X: Tensor) -> float:
+    return float(torch.linalg.vector_norm(X.double()))
+
+
+def block(W: Tensor, anchor: Anchor) -> Tensor:
+    return anchor.U.double().mT @ W.double() @ anchor.V.double()
+
+
+def product(factors: Basis) -> Tensor:
+    U, S, V = (t.double() for t in factors)
+    return (U * S) @ V.mT
+
+
+def leading(W: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    basis = exact_basis(W, k)
+    return basis.U, basis.V
+
+
+def orthonormality(Q: Tensor) -> float:
+    return float((Q.double().mT @ Q.double() - torch.eye(Q.shape[1])).abs().max())
+
+
+# ---- dense weights ---------------------------------------------------------------------------------
+
+
+@given(shapes(), SEEDS, STEPS, st.sampled_from([1e-12, 1.0, 1e12]))
+def test_the_block_is_what_it_was_after_any_step(shape, seed, step, scale):
+    m, n, k = shape
+    W = random(seed, m, n) * scale
+    anchor = anchor_dense(W, *leading(W, k))
+    W += step * scale * random(seed + 1, m, n)
+    moved = norm(W)
+    restore_dense_(W, anchor)
+    # One rounding of the block, and one of what was taken out of a weight that had moved far.
+    assert norm(block(W, anchor) - anchor.block.double()) <= 2e-6 * max(norm(anchor.block), moved)
+
+
+@given(shapes(), SEEDS)
+def test_the_block_of_an_ordinary_step_is_restored_to_one_in_a_million(shape, seed):
+    m, n, k = shape
+    W = random(seed, m, n)
+    anchor = anchor_dense(W, *leading(W, k))
+    W -= 0.02 * random(seed + 1, m, n)
+    restore_dense_(W, anchor)
+    assert norm(block(W, anchor) - anchor.block.double()) <= 1e-6 * norm(anchor.block)
+
+
+@given(shapes(), SEEDS, STEPS)
+def test_everything_outside_the_block_is_as_the_step_left_it(shape, seed, step):
+    m, n, k = shape
+    W = random(seed, m, n)
+    U, V = leading(W, k)
+    anchor = anchor_dense(W, U, V)
+    W += step * random(seed + 1, m, n)
+    stepped = W.double()
+    restore_dense_(W, anchor)
+    U, V = (torch.linalg.qr(X.double())[0] for X in (U, V))
+    P, R = U @ U.mT, V @ V.mT
+    E, J = torch.eye(m).double() - P, torch.eye(n).double() - R
+    for left, right in ((P, J), (E, R), (E, J)):
+        assert norm(left @ (W.double() - stepped) @ right) <= 1e-6 * norm(stepped)
+
+
+def test_restoring_twice_is_restoring_once():
+    W = random(0, 20, 15)
+    anchor = anchor_dense(W, *leading(W, 5))
+    W += random(1, 20, 15)
+    restore_dense_(W, anchor)
+    once = W.clone()
+    restore_dense_(W, anchor)
+    torch.testing.assert_close(W, once, rtol=0, atol=2e-6)
+
+
+def test_a_thousand_steps_leave_the_block_where_it_was():
+    """Weight decay included, which alone would take the block to a third."""
+    W = random(0, 24, 18)
+    anchor = anchor_dense(W, *leading(W, 6))
+    start = W.clone()
+    for step in range(1000):
+        W.mul_(0.999).add_(random(step, 24, 18), alpha=0.01)
+        restore_dense_(W, anchor)
+    assert norm(block(W, anchor) - anchor.block.double()) <= 1e-6 * norm(anchor.block)
+    assert norm(W - start) > 0.3 * norm(start)
+
+
+def test_the_nearest_matrix_with_that_block():
+    """Whatever else has the anchored block lies farther from the stepped weight."""
+    W = random(0, 12, 9, dtype=torch.float64)
+    U, V = leading(W, 4)
+    anchor = anchor_dense(W, U, V)
+    stepped = W + random(1, 12, 9, dtype=torch.float64)
+    nearest = stepped.clone()
+    restore_dense_(nearest, anchor)
+    for seed in range(20):
+        X = random(10 + seed, 12, 9, dtype=torch.float64)
+        other = nearest + X - U @ (U.mT @ X @ V) @ V.mT
+        assert norm(block(other, anchor) - anchor.block) < 1e-12
+        assert norm(other - stepped) > norm(nearest - stepped)
+
+
+def test_an_anchor_does_not_move_with_what_it_was_taken_from():
+    W = random(0, 8, 6)
+    U, V = leading(W, 3)
+    anchor = anchor_dense(W, U, V)
+    before = [t.clone() for t in anchor]
+    for t in (W, U, V):
+        t.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(anchor, before, strict=True))
+    factors = exact_basis(random(1, 8, 6), 3)
+    anchor = anchor_factors(factors)
+    before = [t.clone() for t in anchor]
+    for t in factors:
+        t.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(anchor, before, strict=True))
+
+
+# ---- factors ---------------------------------------------------------------------------------------
+
+
+def turned(factors: Basis, seed: int, step: float) -> Basis:
+    """Factors some step away: other spans, another core."""
+    U, S, V = factors
+    W = (U * S) @ V.mT + step * random(seed, len(U), len(V), dtype=U.dtype)
+    return exact_basis(W, len(S))
+
+
+def well_conditioned(anchor: Anchor, factors: Basis) -> bool:
+    cosines = [
+        torch.linalg.svdvals(A.double().mT @ B.double())[-1] for A, B in zip(anchor[:2], factors[::2], strict=True)
+    ]
+    return bool(min(cosines) > 0.3)
+
+
+@given(shapes(), SEEDS, st.sampled_from([1e-4, 0.01, 0.05]), st.sampled_from([1e-12, 1.0, 1e12]))
+def test_the_anchored_block_is_that_of_the_factors_and_their_spans_stay(shape, seed, step, scale):
+    m, n, k = shape
+    start = exact_basis(random(seed, m, n) * scale, k)
+    anchor = anchor_factors(start)
+    moved = turned(start, seed + 1, step * scale)
+    restored = restored_factors(moved, anchor)
+    assert [t.shape for t in restored] == [t.shape for t in moved]
+    for Q, old in ((restored.U, moved.U), (restored.V, moved.V)):
+        assert Q.dtype == torch.float32 and orthonormality(Q) < 5e-6
+        assert norm(Q.double() - old.double() @ (old.double().mT @ Q.double())) < 1e-5  # the same span
+    assert (restored.S >= 0).all()
+    assert all(a >= b for a, b in itertools.pairwise(restored.S.tolist()))
+    if well_conditioned(anchor, moved):
+        assert norm(block(product(restored), anchor) - anchor.block.double()) <= 5e-6 * norm(anchor.block)
+
+
+@given(shapes(), SEEDS)
+def test_in_float64_the_block_is_exact(shape, seed):
+    m, n, k = shape
+    start = exact_basis(random(seed, m, n, dtype=torch.float64), k)
+    anchor = anchor_factors(start)
+    moved = turned(start, seed + 1, 0.01)
+    if not well_conditioned(anchor, moved):
+        return
+    restored = restored_factors(moved, anchor)
+    assert norm(block(product(restored), anchor) - anchor.block) <= 1e-12 * norm(anchor.block)
+
+
+def test_factors_that_have_not_moved_stay_the_same_matrix():
+    start = exact_basis(random(0, 15, 12), 5)
+    restored = restored_factors(start, anchor_factors(start))
+    assert norm(product(restored) - product(start)) < 2e-6 * norm(start.S)
+
+
+def test_shrinking_of_the_core_is_undone():
+    start = exact_basis(random(0, 15, 12), 5)
+    anchor = anchor_factors(start)
+    decayed = Basis(start.U, 0.9 * start.S, start.V)
+    assert norm(product(restored_factors(decayed, anchor)) - product(start)) < 2e-6 * norm(start.S)
+
+
+def test_a_thousand_steps_in_factors_leave_the_block_where_it_was():
+    factors = exact_basis(random(0, 24, 18), 5)
+    anchor = anchor_factors(factors)
+    for step in range(1000):
+        factors = restored_factors(turned(factors, step, 3e-4), anchor)
+    assert norm(block(product(factors), anchor) - anchor.block.double()) <= 5e-6 * norm(anchor.block)
+    assert norm(factors.U - anchor.U @ (anchor.U.mT @ factors.U)) > 0.01  # and the spans did turn
+
+
+def directions(seed: int, m: int, k: int) -> Tensor:
+    return torch.linalg.qr(random(seed, m, m))[0][:, :k]
+
+
+@pytest.mark.parametrize("side", ["U", "V", "both"])
+def test_where_a_span_has_turned_away_the_factors_stay_as_they_are(side):
+    """Orthogonal to what is anchored, exactly or but for rounding: no core gives the block then."""
+    Q, R = torch.linalg.qr(random(0, 12, 12))[0], torch.linalg.qr(random(1, 10, 10))[0]
+    S = torch.tensor([3.0, 2.0, 1.0])
+    anchor = anchor_factors(Basis(Q[:, :3], S, R[:, :3]))
+    U = Q[:, [0, 1, 7]] if side in ("U", "both") else Q[:, :3]
+    V = R[:, [0, 5, 6]] if side in ("V", "both") else R[:, :3]
+    moved = Basis(U, torch.tensor([4.0, 1.0, 0.5]), V)
+    for new, old in zip(restored_factors(moved, anchor), moved, strict=True):
+        assert torch.equal(new, old)
+
+
+def test_how_far_a_span_may_turn():
+    """By an angle whose cosine is c, the core has to be 1 / c as large: up to FARTHEST."""
+    Q, V = torch.linalg.qr(random(0, 6, 6))[0], directions(1, 5, 1)
+    anchor = anchor_factors(Basis(Q[:, :1], torch.tensor([2.0]), V))
+    for c, usable in ((0.5, True), (1.01 / FARTHEST, True), (0.99 / FARTHEST, False), (0.0, False)):
+        U = c * Q[:, :1] + math.sqrt(1 - c * c) * Q[:, 1:2]
+        moved = Basis(U, torch.tensor([1.0]), V)
+        restored = restored_factors(moved, anchor)
+        if usable:
+            assert float(restored.S) == pytest.approx(2.0 / c, rel=1e-5)
+            assert norm(block(product(restored), anchor) - anchor.block) < 1e-5
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(restored, moved, strict=True))
+
+
+def test_a_block_of_zeros_is_kept_at_zero():
+    start = Basis(directions(0, 9, 3), torch.zeros(3), directions(1, 7, 3))
+    anchor = anchor_factors(start)
+    moved = Basis(start.U, torch.tensor([0.3, 0.2, 0.1]), start.V)
+    restored = restored_factors(moved, anchor)
+    assert torch.equal(restored.S, torch.zeros(3))
+    assert orthonormality(restored.U) < 5e-6 and orthonormality(restored.V) < 5e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_anchor_that_is_broken_moves_nothing(bad):
+    start = exact_basis(random(0, 9, 7), 3)
+    U, V, B = anchor_factors(start)
+    B = B.clone()
+    B[0, 0] = bad
+    for new, old in zip(restored_factors(start, Anchor(U, V, B)), start, strict=True):
+        assert torch.equal(new, old)
