@@ -155,14 +155,14 @@ class ThresholdPolicy:
         step = quantum(*layer.shape)
         exact = [m.exact_rank or m.rank for m in recent]
         rank = -(-max(exact) // step) * step
-        if rank <= layer.rank - step:
+        spare = rank <= layer.rank - step
+        free = Condition(name="capture_safe", value=highest, threshold=t.capture_safe, above=True, margin=t.warn_margin)
+        if free.holds and spare:
             reason = f"all but {rank} of {layer.rank} directions are negligible"
             return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)
-        free = Condition(name="capture_safe", value=highest, threshold=t.capture_safe, above=True, margin=t.warn_margin)
-        if not free.holds:
-            return replace(
-                hold, action=Action.GROW, reason=f"held back: {free}", conditions=(free,), rank=layer.rank + step
-            )
+        if not free.holds and not spare:  # held back, and using all the directions that it has
+            reason, rank = f"held back: {free}", layer.rank + step
+            return replace(hold, action=Action.GROW, reason=reason, conditions=(free,), rank=rank)
         return hold
 
     def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:

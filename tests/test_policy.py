@@ -204,7 +204,7 @@ MOVES = [  # what was seen -> what is done
     (ROOMY, Action.SHRINK, 32),
     (HELD_BACK, Action.GROW, 56),
     (LOST, Action.MERGE, None),
-    (HELD_BACK | ROOMY, Action.SHRINK, 32),  # more of the same would be negligible as well
+    (HELD_BACK | ROOMY, Action.HOLD, None),  # it has room that it does not use
     (LOST | ROOMY, Action.MERGE, None),
 ]
 
@@ -303,10 +303,12 @@ def test_moves_inside_factors_are_those_of_the_twin(seen, patience, cooldown):
         needed = max(math.ceil((k or 48) / 8) * 8 for _, k in recent)
         if all(c < 0.1 for c, _ in recent):
             expected = Action.MERGE, None
-        elif not cooldown and needed < 48:
-            expected = Action.SHRINK, needed
-        elif not cooldown and all(c <= 0.4 for c, _ in recent):
-            expected = Action.GROW, 56
+        elif not cooldown:
+            held_back = all(c <= 0.4 for c, _ in recent)
+            if needed < 48 and not held_back:
+                expected = Action.SHRINK, needed
+            elif needed == 48 and held_back:
+                expected = Action.GROW, 56
     assert (decision.action, decision.rank) == expected
     assert decision == inside(tuple(history), dataclasses.replace(INSIDE, cooldown=cooldown), patience)  # pure
 
