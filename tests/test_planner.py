@@ -270,7 +270,8 @@ def test_equal_layers_get_equal_ranks_but_for_one_step(budget):
         assert abs(min(ranks) - uniform_rank(256, 192, budget)) <= 2 * quantum(256, 192)
 
 
-def test_a_layer_without_hope_stays_dense_where_the_others_leave_room():
+def test_a_layer_without_hope_stays_dense_where_the_others_leave_room(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planner, "FLOOR", 0.5)
     shape = (128, 128)
     good = [Candidate(name=f"good{i}", shape=shape, capture=saturating(0.98, 0.5, 60)) for i in range(3)]
     hopeless = Candidate(name="hopeless", shape=shape, capture=[0.0] * 60)
