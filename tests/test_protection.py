@@ -1,0 +1,466 @@
+"""Protection: the principal block of a weight does not move while everything else trains."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BASES,
+    Net,
+    check_factors,
+    everything,
+    factorized,
+    frozen_copy,
+    loss_of,
+    manual,
+    matrices,
+    net,
+    quick,
+    same_bits,
+    train,
+    weights,
+)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer
+from svd_optim.factor_step import masters
+
+optim = torch.optim
+DECAYING: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "adamw": lambda m: optim.AdamW(m.parameters(), lr=3e-3, weight_decay=0.1),
+    "muon": lambda m: optim.Muon(matrices(m), lr=0.02, weight_decay=0.1),
+    "sgd": lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2),
+}
+LAYERS = ("up", "mid")
+
+
+def weight_of(optimizer: SubspaceAwareOptimizer, name: str) -> Tensor:
+    """W in float64, from the masters where there are any."""
+    layer = optimizer.layers[name]
+    if layer.factored is None:
+        return layer.module.weight.detach().double()
+    U, S, V = (t.double() for t in masters(layer.factored.module, layer.factored.kept))
+    return (U * S) @ V.mT
+
+
+class Block:
+    """The principal block of a weight as of now, by an SVD of its own."""
+
+    def __init__(self, optimizer: SubspaceAwareOptimizer, name: str, rank: int) -> None:
+        self.optimizer, self.name = optimizer, name
+        self.W = weight_of(optimizer, name)
+        U, S, Vh = torch.linalg.svd(self.W)
+        self.U, self.V, self.block = U[:, :rank], Vh[:rank].mT, torch.diag(S[:rank])
+
+    def off(self) -> float:
+        """How far the block has moved, relative to its size."""
+        now = self.U.mT @ weight_of(self.optimizer, self.name) @ self.V
+        return float(torch.linalg.matrix_norm(now - self.block) / torch.linalg.matrix_norm(self.block))
+
+    def elsewhere(self) -> float:
+        """How far the rest has moved, relative to the weight."""
+        moved = weight_of(self.optimizer, self.name) - self.W
+        rest = moved - self.U @ (self.U.mT @ moved @ self.V) @ self.V.mT
+        return float(torch.linalg.matrix_norm(rest) / torch.linalg.matrix_norm(self.W))
+
+
+def wrapped(
+    base: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> tuple[Net, SubspaceAwareOptimizer]:
+    model = net(seed, dtype=dtype)
+    return model, SubspaceAwareOptimizer((DECAYING | BASES)[base](model), model, manual(**config))
+
+
+def told(optimizer: SubspaceAwareOptimizer, *kinds: str) -> list[tuple[str, str]]:
+    return [(e.layer, e.kind) for e in optimizer.events if e.kind in (kinds or ("protect", "release"))]
+
+
+# ---- the block stays, the rest trains --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["dense", "factors"])
+@pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("adamw", 1), ("muon", 2), ("muon", 3), ("sgd", 4)])
+def test_the_block_does_not_move_and_everything_else_does(base: str, where: str, seed: int) -> None:
+    model, optimizer = wrapped(base, seed)
+    train(model, optimizer, 10)
+    if where == "factors":
+        optimizer.factorize_("all")
+    assert optimizer.protect_("all") == ["up", "mid"]
+    blocks = [Block(optimizer, name, optimizer.layers[name].rank) for name in LAYERS]
+    others = weights(model.head)
+    before = loss_of(model, 10_000, 512).item()
+    for step in range(10, 110):
+        train(model, optimizer, [step])
+        for block in blocks:
+            assert block.off() < 1e-5, (block.name, step)
+    check_factors(model)
+    for block in blocks:
+        assert block.elsewhere() > 0.1, block.name
+    assert loss_of(model, 10_000, 512).item() < 0.97 * before
+    if base != "muon":  # which trains matrices only, but all of them
+        assert not torch.equal(others["bias"], model.head.bias)
+    assert [(row.name, row.protected) for row in optimizer.why()] == [("up", True), ("mid", True)]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+    optimizer.release_("all")
+    train(model, optimizer, range(110, 130))
+    assert all(block.off() > 1e-3 for block in blocks)
+    assert not any(row.protected for row in optimizer.why())
+
+
+@pytest.mark.parametrize("where", ["dense", "factors"])
+def test_without_protection_the_same_steps_move_the_block(where: str) -> None:
+    model, optimizer = wrapped("adamw")
+    train(model, optimizer, 10)
+    if where == "factors":
+        optimizer.factorize_("all")
+    block = Block(optimizer, "up", 13)
+    train(model, optimizer, range(10, 60))
+    assert block.off() > 0.05
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
+def test_decay_alone_does_not_move_the_block(base: str) -> None:
+    """Gradients of zero: the rest shrinks by lr times weight_decay a step, the block not at all."""
+    model, optimizer = wrapped(base)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.01 / group["lr"]
+    optimizer.protect_("up")
+    block = Block(optimizer, "up", 13)
+    for _ in range(40):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert block.off() < 1e-6
+    P, Q = torch.eye(64).double() - block.U @ block.U.mT, torch.eye(48).double() - block.V @ block.V.mT
+    shrunk = torch.linalg.matrix_norm(P @ weight_of(optimizer, "up") @ Q) / torch.linalg.matrix_norm(P @ block.W @ Q)
+    expected = 0.99**40
+    assert float(shrunk) == pytest.approx(expected, rel=1e-3) if base != "sgd" else shrunk < 2 * expected
+
+
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_any_number_of_directions_can_be_protected(rank: int) -> None:
+    model, optimizer = wrapped("adamw")
+    train(model, optimizer, 5)
+    before = {name: layer.rank for name, layer in optimizer.layers.items()}
+    assert optimizer.protect_("m*", rank=rank) == ["mid"]
+    blocks = [Block(optimizer, "mid", rank), Block(optimizer, "up", 13)]
+    train(model, optimizer, range(5, 45))
+    assert blocks[0].off() < 1e-5 and blocks[1].off() > 1e-3
+    [event] = [event for event in optimizer.events if event.kind == "protect"]
+    assert (event.layer, event.reason, event.numbers["rank"]) == ("mid", "by hand", rank)
+    assert {name: layer.rank for name, layer in optimizer.layers.items()} == before  # of the layer, not of the block
+    optimizer.release_("mid")
+    assert {name: layer.rank for name, layer in optimizer.layers.items()} == before
+
+
+def test_protecting_again_protects_what_is_there_now() -> None:
+    model, optimizer = wrapped("adamw")
+    optimizer.protect_("up", rank=4)
+    train(model, optimizer, 20)
+    optimizer.protect_("up", rank=6)
+    block = Block(optimizer, "up", 6)
+    train(model, optimizer, range(20, 40))
+    assert block.off() < 1e-5 and told(optimizer) == [("up", "protect")] * 2
+    assert optimizer.release_("up") == ["up"] and optimizer.release_("up") == []
+
+
+# bfloat16 keeps 8 bits: a dense weight can be put back only to its own rounding, 2^-9 of each entry;
+# that does not add up over steps. Factors have float32 masters, so there it is as exact as in float32.
+@pytest.mark.parametrize(("where", "tolerance"), [("dense", 2e-3), ("factors", 1e-5)])
+def test_bfloat16_weights(where: str, tolerance: float) -> None:
+    model, optimizer = wrapped("adamw", dtype=torch.bfloat16)
+    train(model, optimizer, 10)
+    if where == "factors":
+        optimizer.factorize_("all")
+    optimizer.protect_("all")
+    blocks = [Block(optimizer, name, optimizer.layers[name].rank) for name in LAYERS]
+    worst = 0.0
+    for step in range(10, 110):
+        train(model, optimizer, [step])
+        worst = max(worst, *(block.off() for block in blocks))
+    assert worst < tolerance and all(block.elsewhere() > 0.1 for block in blocks)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# ---- by itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon", "sgd_nesterov"])
+def test_protection_begins_and_ends_with_danger(base: str) -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES[base](model), model, quick(on_danger="protect"))
+    blocks: dict[str, Block] = {}
+    ends = 0
+    for step in range(270 if base == "adamw" else 170):
+        train(model, optimizer, [step])
+        for name, layer in optimizer.layers.items():
+            assert (layer.anchor is not None) == layer.danger
+            if layer.anchor is None:
+                ends += blocks.pop(name, None) is not None
+            elif name not in blocks:
+                blocks[name] = Block(optimizer, name, layer.rank)
+                held = blocks[name]
+                held.U, held.V, held.block = (t.double().clone() for t in layer.anchor)
+            assert name not in blocks or blocks[name].off() < 1e-5, (name, step)
+            assert layer.anchor is None or layer.state == LayerState.DENSE
+        for row in optimizer.why():
+            if row.protected and row.decision is not None and row.decision.conditions:
+                assert row.decision.action == Action.HOLD
+    assert ends >= 1
+    for name in LAYERS:
+        pairs = [(e.kind, e.step) for e in optimizer.events if e.layer == name and "danger" in e.kind]
+        said = [(e.kind, e.step) for e in optimizer.events if e.layer == name and e.kind in ("protect", "release")]
+        assert said == [({"danger": "protect", "danger_over": "release"}[kind], at) for kind, at in pairs]
+        for event in optimizer.events:
+            if event.layer == name and event.kind == "protect":
+                assert event.reason == "in danger" and event.numbers["rank"] == optimizer.layers[name].rank
+
+
+def test_alert_only_says_so() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick())
+    train(model, optimizer, 60)
+    assert told(optimizer, "danger") and not told(optimizer)
+
+
+def test_danger_stops_a_descent() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(on_danger="protect"))
+    train(model, optimizer, 30)
+    kinds = [event.kind for event in optimizer.events if event.layer == "up"]
+    assert kinds == ["descend", "danger", "descent_stopped", "protect"]
+    assert optimizer.layers["up"].state == LayerState.DENSE and optimizer.layers["up"].descent_end is None
+
+
+def test_what_was_protected_by_hand_is_not_released_when_the_danger_is_over() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(on_danger="protect"))
+    train(model, optimizer, 35)
+    assert [row.protected for row in optimizer.why()] == [True, False]  # "up" by itself
+    optimizer.protect_("up")
+    block = Block(optimizer, "up", 13)
+    train(model, optimizer, range(35, 330))
+    assert ("up", "danger_over") in told(optimizer, "danger_over")
+    assert block.off() < 1e-5 and optimizer.why()[0].protected and ("up", "release") not in told(optimizer)
+    assert optimizer.release_("up") == ["up"]
+    [event] = [event for event in optimizer.events if (event.layer, event.kind) == ("up", "release")]
+    assert event.reason == "by hand"
+
+
+def test_what_began_by_itself_can_be_ended_by_hand_and_stays_ended() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["muon"](model), model, quick(on_danger="protect"))
+    train(model, optimizer, 45)
+    assert optimizer.release_("all") == ["up", "mid"]
+    train(model, optimizer, range(45, 100))
+    assert told(optimizer).count(("mid", "protect")) == 1  # until the danger is over and begins again
+
+
+def test_protected_layers_do_not_descend_and_say_so() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick())
+    optimizer.protect_("up")
+    train(model, optimizer, 110)
+    assert factorized(model) == ["mid"]
+    up = optimizer.why()[0]
+    assert up.state == LayerState.DENSE and up.condition == "unprotected"
+    assert "principal block" in up.reason
+    assert (up.value, up.threshold, up.distance) == (0, 1, -1) and up.protected
+    assert "descend" not in {event.kind for event in optimizer.events if event.layer == "up"}
+    optimizer.release_("up")
+    train(model, optimizer, range(110, 200))
+    assert set(factorized(model)) == {"up", "mid"}
+
+
+# ---- by hand, in and out of factors ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
+def test_factorizing_and_merging_by_hand_keep_a_layer_protected(base: str) -> None:
+    model, optimizer = wrapped(base)
+    train(model, optimizer, 5)
+    optimizer.protect_("up")
+    train(model, optimizer, range(5, 15))
+    optimizer.factorize_("up", rank=9)
+    inside = Block(optimizer, "up", 9)
+    train(model, optimizer, range(15, 35))
+    assert optimizer.why()[0].protected and inside.off() < 1e-5 and inside.elsewhere() > 0.01
+    optimizer.merge_("up")
+    assert inside.off() < 1e-5 and optimizer.why()[0].protected
+    train(model, optimizer, range(35, 55))
+    assert inside.off() < 1e-5 and type(model.up) is nn.Linear
+    assert told(optimizer) == [("up", "protect")]
+    assert optimizer.release_("all") == ["up"]
+
+
+def test_a_protected_core_keeps_its_rank() -> None:
+    class Shrinker:
+        def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
+            if state != LayerState.FACTORIZED:
+                return Decision(action=Action.HOLD, reason="dense")
+            action = Action.SHRINK if layer.name == "up" else Action.GROW
+            rank = layer.rank + (1 if action == Action.GROW else -1)
+            return Decision(action=action, reason="a change", rank=rank)
+
+    model = net()
+    config = quick(policy=Shrinker(), budget=0.9, cooldown=0, cohort=10)
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, config)
+    optimizer.factorize_("all", rank=8)
+    optimizer.protect_("all")
+    blocks = [Block(optimizer, name, 8) for name in LAYERS]
+    train(model, optimizer, 40)
+    assert (model.up.rank, model.mid.rank) == (8, 8) and all(block.off() < 1e-5 for block in blocks)
+    optimizer.release_("all")
+    train(model, optimizer, range(40, 60))
+    assert model.up.rank < 8 < model.mid.rank
+
+
+def test_protection_by_hand_calls_a_descent_off() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick())
+    train(model, optimizer, 45)
+    assert [row.state for row in optimizer.why()] == [LayerState.DESCENDING] * 2
+    optimizer.protect_("up")
+    assert [row.state for row in optimizer.why()] == [LayerState.DENSE, LayerState.DESCENDING]
+    assert told(optimizer, "descent_stopped") == [("up", "descent_stopped")]
+    train(model, optimizer, range(45, 85))
+    assert factorized(model) == ["mid"]
+
+
+def test_bad_arguments_change_nothing() -> None:
+    model, optimizer = wrapped("adamw")
+    train(model, optimizer, 6)
+    optimizer.factorize_("mid", rank=7)
+    before = everything(model, optimizer)
+    bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        (("nope",), ValueError, "protect_: no followed layer matches 'nope'"),
+        ((["up", "n*pe"],), ValueError, r"n\*pe"),
+        (("head",), ValueError, "'head'"),
+        (("up", 0), ValueError, r"'up' .*rank 0: give 1 to 48"),
+        (("up", 49), ValueError, "rank 49"),
+        (("up", -1), ValueError, "rank -1"),
+        (("all", 48), ValueError, r"'mid' of shape \(40, 64\) can't have rank 48"),  # "up" could
+        (("all", 8), ValueError, "'mid' is factorized at rank 7"),
+        (("up", 2.0), TypeError, "integer, got 2.0"),
+        (("up", True), TypeError, "integer, got True"),
+        (("up", "3"), TypeError, "integer, got '3'"),
+        ((5,), TypeError, "int"),
+    ]
+    for arguments, error, message in bad:
+        with pytest.raises(error, match=message):
+            optimizer.protect_(*arguments)
+        same_bits(before, everything(model, optimizer), str(arguments))
+    with pytest.raises(ValueError, match="release_: no followed layer matches 'nope'"):
+        optimizer.release_("nope")
+    saved = model.up.weight.detach().clone()
+    with torch.no_grad():
+        model.up.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'up' holds NaN or Inf"):
+        optimizer.protect_("all")
+    with torch.no_grad():
+        model.up.weight.copy_(saved)
+    same_bits(before, everything(model, optimizer))
+    assert optimizer.release_("all") == []
+    assert optimizer.protect_("mid", 7) == ["mid"] and optimizer.protect_(["u?"]) == ["up"]
+
+
+def test_observe_mode_refuses() -> None:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["sgd"](model), model, quick(mode="observe", on_danger="protect"))
+    train(model, optimizer, 3)
+    before = everything(model, optimizer)
+    for call in (optimizer.protect_, optimizer.release_):
+        with pytest.raises(RuntimeError, match="observe"):
+            call("all")
+    same_bits(before, everything(model, optimizer))
+
+
+# ---- saving ----------------------------------------------------------------------------------------
+
+
+def resumable(seed: int, where: str, dtype: torch.dtype = torch.float32) -> tuple[Net, SubspaceAwareOptimizer]:
+    model = net(seed, dtype=dtype)
+    config = quick(on_danger="protect") if where == "danger" else manual()
+    return model, SubspaceAwareOptimizer(DECAYING["adamw"](model), model, config)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "order"),
+    [
+        ("dense", torch.float32, "model first"),
+        ("dense", torch.float32, "optimizer first"),
+        ("factors", torch.float32, "model first"),
+        ("factors", torch.float32, "optimizer first"),
+        ("factors", torch.bfloat16, "optimizer first"),
+        ("danger", torch.bfloat16, "model first"),
+        ("danger", torch.float32, "optimizer first"),
+    ],
+)
+def test_a_run_resumed_during_protection_is_bitwise_the_straight_one(
+    where: str, dtype: torch.dtype, order: str
+) -> None:
+    model, optimizer = resumable(0, where, dtype)
+    train(model, optimizer, 10)
+    if where == "factors":
+        optimizer.factorize_("all")
+    if where != "danger":
+        optimizer.protect_("all", rank=None if where == "factors" else 4)
+    train(model, optimizer, range(10, 42))
+    assert any(row.protected for row in optimizer.why())
+    blocks = {name: layer.anchor for name, layer in optimizer.layers.items() if layer.anchor is not None}
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other, resumed = resumable(5, where, dtype)
+    if order == "model first":
+        other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    if order == "optimizer first":
+        other.load_state_dict(saved["model"])
+    same_bits(saved["optimizer"], resumed.state_dict())
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    ends = []
+    for m, o in ((model, optimizer), (other, resumed), (copied_model, copied)):
+        train(m, o, range(42, 65))
+        ends.append(everything(m, o))
+    same_bits(ends[0], ends[1])
+    same_bits(ends[0], ends[2])
+    for name, anchor in blocks.items():
+        if dtype == torch.float32 and optimizer.layers[name].anchor is not None:
+            now = anchor.U.mT @ weight_of(resumed, name).float() @ anchor.V
+            assert torch.linalg.matrix_norm(now - anchor.block) < 1e-5 * torch.linalg.matrix_norm(anchor.block)
+
+
+def test_a_checkpoint_without_protection_ends_it() -> None:
+    model, optimizer = wrapped("adamw")
+    train(model, optimizer, 4)
+    saved = frozen_copy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(4, 9))
+    straight = everything(model, optimizer)
+    optimizer.protect_("up")
+    optimizer.factorize_("mid")
+    optimizer.protect_("mid")
+    train(model, optimizer, range(9, 12))
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert not any(row.protected for row in optimizer.why()) and factorized(model) == []
+    train(model, optimizer, range(4, 9))
+    same_bits(straight, everything(model, optimizer))
+
+
+def test_what_protection_keeps_is_counted() -> None:
+    model, optimizer = wrapped("adamw")
+    train(model, optimizer, 6)
+    before = optimizer.resident_bytes()["up"]
+    optimizer.protect_("up", rank=4)
+    assert optimizer.resident_bytes()["up"] == before + 4 * (4 * (64 + 48) + 16)
+    optimizer.release_("up")
+    assert optimizer.resident_bytes()["up"] == before
