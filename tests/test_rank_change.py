@@ -66,10 +66,7 @@ def states(optimizer: SubspaceAwareOptimizer, layer: FollowedLayer) -> list[dict
 def in_factors(base: str, rank: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Net, SubspaceAwareOptimizer]:
     """A net with "up" in factors, 8 steps on, with a pending gradient of the ninth."""
     model = net(dtype=dtype)
-    if dtype == torch.float32:
-        bare = BASES[base](model)
-    else:
-        bare = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    bare = BASES[base](model) if dtype == torch.float32 else torch.optim.AdamW(model.parameters(), lr=0.003, eps=0.0001)
     optimizer = SubspaceAwareOptimizer(bare, model, manual())
     optimizer.factorize_("up", rank=rank)
     train(model, optimizer, 8)

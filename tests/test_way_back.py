@@ -154,7 +154,8 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("base", "feed"), [("sgd", "closure"), ("sgd", "tensor"), ("sgd", "number"), ("adamw", "closure"), ("muon", "tensor")]
+    ("base", "feed"),
+    [("sgd", "closure"), ("sgd", "tensor"), ("sgd", "number"), ("adamw", "closure"), ("muon", "tensor")],
 )
 def test_a_rise_right_after_a_switch_sends_back_the_layers_of_that_switch(base: str, feed: str) -> None:
     model, optimizer = guarded(base)
