@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _Event = tuple[str, str, str, LayerState | None, LayerState | None, dict[str, float]]  # the arguments of emit
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
 LOUD = frozenset({"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed"})
 
@@ -145,6 +145,8 @@ class Lifecycle:
         """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs."""
         for name, rank in ranks.items():
             layer = self.layers[name]
+            if rank != (None if layer.factored is None else layer.rank):
+                layer.release()  # what is loaded has another principal block
             if layer.factored is not None and rank != layer.rank:
                 to_dense_(layer, self.base)
                 layer.state = LayerState.DENSE
@@ -315,6 +317,8 @@ class Lifecycle:
         """Protect a layer on the exact leading directions of its weight, as of now."""
         principal = None
         if layer.factored is None:
+            if rank is None and layer.cached is None and layer.energy_target is not None:
+                self.tracker.update_energy_rank(layer)
             W = linalg.working(layer.module.weight)
             principal = linalg.exact_basis(W, layer.rank if rank is None else rank)
         layer.release()
@@ -632,9 +636,10 @@ class Lifecycle:
 
     def check_saved(self, saved: Mapping[str, Any], base_state: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if loading ``saved`` and the base optimizer's state could not work."""
-        if saved["version"] > STATE_VERSION:
+        if saved["version"] != STATE_VERSION:
+            age = "a newer" if saved["version"] > STATE_VERSION else "an older"
             raise ValueError(
-                f"saved by a newer svd_optim: state version {saved['version']}, this one reads {STATE_VERSION}"
+                f"saved by {age} svd_optim: state version {saved['version']}, this one reads {STATE_VERSION}"
             )
         differ = sorted(set(saved["layers"]) ^ set(self.layers))
         if differ:

@@ -530,6 +530,7 @@ def other_net(hidden: int) -> nn.Module:
 
 MISMATCHED = (
     "newer version",
+    "older version",
     "other layers",
     "fewer layers",
     "more groups",
@@ -559,6 +560,8 @@ def mismatched(case: str) -> dict[str, Any]:
     own = state["svd_optim"]
     if case == "newer version":
         own["version"] = 99
+    elif case == "older version":
+        own["version"] = 1
     elif case == "other layers":
         own["layers"]["elsewhere"] = own["layers"].pop("up")
     elif case == "fewer layers":

@@ -277,7 +277,7 @@ def test_a_layer_that_is_held_back_grows_where_the_budget_has_room(base: str, se
         jumps = Jumps(model)
         optimizer.add_listener(jumps)
         optimizer.factorize_("a", rank=3)
-        model.train_on(optimizer, range(240))
+        model.train_on(optimizer, range(200))
         ends[budget] = model.distance()
         events = [event for event in optimizer.events if event.kind == "grow"]
         if budget == 0.12:
@@ -364,7 +364,7 @@ def test_manual_mode_changes_no_rank() -> None:
     assert (model.a.rank, model.b.rank) == (3, 9)
 
 
-@pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("muon", 1), ("sgd", 1)])
+@pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("sgd", 1)])
 def test_ranks_do_not_flutter(base: str, seed: int) -> None:
     """Where all that is left is noise a layer is held back at every rank, and each new direction negligible."""
     model = Parallel(seed, noise=0.3, a=2, b=5)
@@ -427,9 +427,7 @@ def resumable(base: str, seed: int) -> tuple[Parallel, SubspaceAwareOptimizer]:
     return model, changing(base, model, thresholds=thresholds)
 
 
-@pytest.mark.parametrize(
-    ("base", "order"), [("adamw", "model first"), ("muon", "optimizer first"), ("sgd", "optimizer first")]
-)
+@pytest.mark.parametrize(("base", "order"), [("adamw", "model first"), ("muon", "optimizer first")])
 def test_resumed_run_with_changed_ranks_is_bitwise_the_straight_one(base: str, order: str) -> None:
     model, optimizer = resumable(base, 0)
     optimizer.factorize_("a", rank=4)
