@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import factor_step, inventory, linalg, moments, planner
+from . import budget, factor_step, inventory, linalg, moments
 from .config import SubspaceConfig
 from .descent import MAX_EXTENSIONS, Landed, descend_, exact_bases
 from .guards import LossGuard
@@ -34,13 +34,12 @@ from .records import (
     LayerState,
     LeftAlone,
     Plan,
-    PlannedLayer,
     Summary,
     break_even_rank,
 )
 from .selection import Selection, first_match
 from .switching import replace_parameters_, resize_, to_dense_, to_factors_
-from .tracker import PLAN_HYSTERESIS, RANK_HYSTERESIS, FollowedLayer, SubspaceTracker, target_rank
+from .tracker import FollowedLayer, SubspaceTracker, target_rank
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +246,7 @@ class Lifecycle:
             if boundary:
                 self._act()
         if boundary or self.steps < self.config.warmup:
-            self._revise_ranks()
+            budget.revise_ranks_(self.layers, self.tracker, self.config, self.steps)
         for layer in self.layers.values():
             module = layer.module
             layer.outside = None
@@ -359,36 +358,9 @@ class Lifecycle:
         bases, errors = exact_bases(dense)
         bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
         merges = [layer for layer in wanted[Action.MERGE] if layer.factored is not None]
-        ranks, outgrown = self._new_ranks(wanted[Action.SHRINK], wanted[Action.GROW], merges)
+        changing = wanted[Action.SHRINK], wanted[Action.GROW]
+        ranks, outgrown = budget.new_ranks(self.plan(), self.decisions, *changing, merges)
         self.switch(bases, [*merges, *outgrown], errors, "decided", ranks)
-
-    def _new_ranks(
-        self, shrinking: Sequence[FollowedLayer], growing: Sequence[FollowedLayer], merging: Sequence[FollowedLayer]
-    ) -> tuple[dict[str, int], list[FollowedLayer]]:
-        """Ranks to change inside factors, and layers to make dense as they want more than break-even.
-
-        What one layer lets go another may have; beyond the budget, and what ``merging`` takes of it, nothing grows.
-        """
-        ranks: dict[str, int] = {}
-        dense: list[FollowedLayer] = []
-        now = self.plan()
-        room = self.config.budget * now.parameters_dense - now.parameters
-        room -= sum(info.dense_numel - info.factored_numel for info in (layer.info() for layer in merging))
-        for layer in (*shrinking, *growing):
-            rank = self.decisions[layer.name].rank
-            if layer.factored is None or layer.anchor is not None or rank is None or rank < 1:
-                continue  # of a protected core nothing is cut off
-            m, n = layer.shape
-            beyond = rank >= break_even_rank(m, n)
-            cost = (m * n if beyond else rank * (m + n + 1)) - layer.rank * (m + n + 1)
-            if cost > 0 and (layer.explicit or cost > room):
-                continue
-            room -= cost
-            if beyond:
-                dense.append(layer)
-            else:
-                ranks[layer.name] = rank
-        return ranks, dense
 
     # ---- the way back --------------------------------------------------------------------------------
 
@@ -506,52 +478,9 @@ class Lifecycle:
         kind, reason = "grow" if rank > before else "shrink", self.decisions[layer.name].reason
         return layer.name, kind, reason, layer.state, layer.state, {"rank_before": before, "rank": layer.rank}
 
-    # ---- the budget ----------------------------------------------------------------------------------
-
-    def _revise_ranks(self) -> None:
-        """Target ranks of layers that have not started: by energy, or by the plan over all of them."""
-        waiting = (LayerState.WARMUP, LayerState.DENSE)
-        hysteresis = RANK_HYSTERESIS if self.steps < self.config.warmup else PLAN_HYSTERESIS
-        for layer in self.layers.values():
-            if layer.energy_target is not None and layer.state in waiting:
-                self.tracker.update_energy_rank(layer)
-        for planned in self.plan().layers:
-            layer = self.layers[planned.name]
-            if planned.fixed:
-                continue
-            layer.keep_dense = planned.rank is None
-            if planned.rank is not None and abs(planned.rank - layer.rank) > hysteresis * layer.rank:
-                layer.set_rank(planned.rank)
-
     def plan(self) -> Plan:
-        """How the budget is spread as of now; layers that can't be chosen for any more keep what they have."""
-        fixed: dict[str, tuple[int | None, str]] = {}
-        free: list[planner.Candidate] = []
-        for name, layer in self.layers.items():
-            if layer.state in (LayerState.DESCENDING, LayerState.FACTORIZED):
-                fixed[name] = layer.rank, str(layer.state)
-            elif layer.cooldown_until > self.steps:
-                fixed[name] = None, "came back"
-            elif layer.anchor is not None:
-                fixed[name] = None, "protected"
-            elif layer.explicit:
-                fixed[name] = layer.rank if layer.rank < break_even_rank(*layer.shape) else None, "explicit"
-            else:
-                free.append(planner.Candidate(name=name, shape=layer.shape, capture=layer.capture))
-        shapes = {name: layer.shape for name, layer in self.layers.items()}
-        whole = sum(m * n for m, n in shapes.values())
-        spent = planner.planned_cost(
-            {name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()}
-        )
-        chosen = planner.spread(free, self.config.budget * whole - spent, self.config.budget)
-        rows = []
-        for name, layer in self.layers.items():
-            rank, why = fixed[name] if name in fixed else (chosen[name], "")
-            candidate = planner.Candidate(name=name, shape=layer.shape, capture=layer.capture)
-            missed = 0.0 if rank is None else planner.missed(candidate, rank)
-            row = PlannedLayer(name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed)
-            rows.append(row)
-        return Plan(step=self.steps, budget=self.config.budget, layers=tuple(rows))
+        """How the budget is spread as of now."""
+        return budget.plan(self.layers, self.config.budget, self.steps)
 
     def _note_stall(self) -> None:
         """A run that can't act says so, loudly, with the numbers."""

@@ -29,7 +29,6 @@ HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
 SCALARS = 7  # of a layer's analysis, before the running sums
 RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
-PLAN_HYSTERESIS = 0.25  # and so does the plan, once warmup is over: a new rank starts a layer's analyses anew
 
 
 @dataclass
