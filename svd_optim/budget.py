@@ -38,7 +38,8 @@ def plan(layers: Mapping[str, FollowedLayer], budget: float, step: int) -> Plan:
     whole = sum(m * n for m, n in shapes.values())
     spent = planner.planned_cost({name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()})
     free = [candidate for name, candidate in candidates.items() if name not in fixed]
-    chosen = planner.spread(free, budget * whole - spent, budget)
+    share = planner.even_share(shapes.values(), budget * whole)
+    chosen = planner.spread(free, budget * whole - spent, share)
     rows = []
     for name, layer in layers.items():
         rank, why = fixed[name] if name in fixed else (chosen[name], "")
@@ -51,10 +52,14 @@ def revise_ranks_(
     layers: Mapping[str, FollowedLayer], tracker: SubspaceTracker, config: SubspaceConfig, step: int
 ) -> None:
     """Target ranks of layers that have not started: by energy, or by the plan over all of them."""
-    hysteresis = RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS
     for layer in layers.values():
         if layer.energy_target is not None and layer.state in (LayerState.WARMUP, LayerState.DENSE):
             tracker.update_energy_rank(layer)
+    follow_plan_(layers, config, step, RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS)
+
+
+def follow_plan_(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, step: int, hysteresis: float) -> None:
+    """Give layers that have not started the ranks of the plan, where those differ by more than a share of them."""
     for planned in plan(layers, config.budget, step).layers:
         layer = layers[planned.name]
         if planned.fixed:

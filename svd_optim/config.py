@@ -81,9 +81,9 @@ class Thresholds:
     """
 
     principal_danger: float = 0.4
-    capture_safe: float = 0.1
-    capture_lost: float = 0.02
-    angle_stable: float = 0.25
+    capture_safe: float = 0.02
+    capture_lost: float = 0.005
+    angle_stable: float = 0.3
     reconstruction_safe: float = 0.01
     warn_margin: float = 0.05
 

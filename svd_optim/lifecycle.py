@@ -117,6 +117,9 @@ class Lifecycle:
             self.layers[name] = layer
             if isinstance(module, FactorizedLinear):
                 self._adopt(layer, module)
+        budget.follow_plan_(
+            self.layers, self.config, self.steps, hysteresis=0.0 if self.steps == 0 else budget.PLAN_HYSTERESIS
+        )
         self.left_alone = selection.left_alone
 
     def _adopt(self, layer: FollowedLayer, module: FactorizedLinear) -> None:

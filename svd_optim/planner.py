@@ -3,32 +3,37 @@
 Plain Python: this file does not import torch. A layer of shape (m, n) that keeps k directions costs
 k (m + n + 1) numbers, a dense one m n. What it loses is taken to be
 
-    damage(k) = m n (1 - c(k))^2,
+    damage(k) = r (m + n + 1) ((1 - k/r)^2 (1 - e(k)/4))^2,    r = min(m, n).
 
-with c(k) a mean of two shares of the gradient's energy that rank-k factors can follow: the measured one
-(capture, a quarter) and that of a gradient without preferred direction. The plan minimizes the sum of
-the damages within the budget, over ranks and "stays dense" (a multiple-choice knapsack, solved greedily
-on each layer's lower convex hull: Sinha and Zoltners, Operations Research 27 (1979)).
+The weight before it makes plans even in k / r, the share of its directions that a layer keeps: square
+layers, of which a direction costs most, then keep a larger share of their numbers than long ones. On the
+GPT of ``examples/`` under Muon that beat the same share of numbers for each layer by about 0.5 % of bits
+per byte (one seed), and going further either way lost: attention at a quarter, or dense, and the rest
+accordingly. The fourth power is what the last of these says.
 
-Capture alone misleads: it is highest where a layer starts from zero and has not found its directions
-yet, and truncating such layers (``mlp.c_proj``) did the most damage. On the GPT of ``examples/`` under
-AdamW, four ways of spreading a budget of 0.5 further than this ended 0.3 to 0.6 % of bits per byte
-behind a uniform one (one seed). Hence the quarter, and the floor that keeps plans near uniform.
+e, the excess of the measured capture over chance, lets a layer whose gradient the factors follow well go
+lower, only a little and bounded by a floor: capture misleads. It is highest where a layer starts from
+zero and has not found its directions yet, and under AdamW four ways of spreading further by it ended 0.3
+to 0.6 % behind.
+
+The plan minimizes the sum of the damages within the budget, over ranks and "stays dense" (a
+multiple-choice knapsack, solved greedily on each layer's lower convex hull: Sinha and Zoltners,
+Operations Research 27 (1979)).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from .records import largest_useful_rank
+from .records import break_even_rank, largest_useful_rank
 
 QUANTUM = 8  # ranks are multiples of it where layers are large enough: kernels like that, and plans rest
-TRUST = 0.25  # in the measured capture; the rest in that of a gradient without preferred direction
-FLOOR = 0.9  # no layer gets less than this share of what a uniform budget would give it
+TRUST = 0.25  # in the measured capture
+FLOOR = 0.9  # no layer gets less than this share of what an even plan would give it
 
 
 class Choice(NamedTuple):
@@ -58,6 +63,23 @@ def uniform_rank(m: int, n: int, budget: float) -> int:
     return max(1, min(largest_useful_rank(m, n), math.floor(budget * m * n / (m + n + 1))))
 
 
+def even_share(shapes: Iterable[tuple[int, int]], numbers: float) -> float:
+    """The share k / min(m, n) of its directions that every layer can keep, so that all cost ``numbers`` together.
+
+    A layer for which that is no saving counts as dense; 1 if all of them do.
+    """
+    # Those with the lowest break-even share first: they are the first to become dense.
+    left = sorted(shapes, key=lambda shape: break_even_rank(*shape) / min(shape))
+    factored = sum(min(m, n) * (m + n + 1) for m, n in left)
+    for m, n in left:
+        share = max(0.0, numbers) / factored
+        if share < break_even_rank(m, n) / min(m, n):
+            return share
+        factored -= min(m, n) * (m + n + 1)
+        numbers -= m * n
+    return 1.0
+
+
 def missed(candidate: Candidate, k: int) -> float:
     """The share of the gradient's energy that rank-k factors can't follow, in [0, 1].
 
@@ -71,19 +93,20 @@ def missed(candidate: Candidate, k: int) -> float:
     return min(1.0, max(0.0, rest))
 
 
-def _doubted(candidate: Candidate, k: int) -> float:
-    """What rank-k factors will miss, believing what was measured only in part."""
+def _damage(candidate: Candidate, k: int) -> float:
     m, n = candidate.shape
-    return TRUST * missed(candidate, k) + (1 - TRUST) * (1 - k / m) * (1 - k / n)
+    r, chance = min(m, n), (1 - k / m) * (1 - k / n)  # of what a gradient without preferred direction misses
+    excess = max(0.0, 1.0 - missed(candidate, k) / chance) if chance > 0 else 0.0
+    return r * (m + n + 1) * ((1 - k / r) ** 2 * (1 - TRUST * excess)) ** 2
 
 
-def _choices(candidate: Candidate, budget: float) -> list[Choice]:
+def _choices(candidate: Candidate, share: float) -> list[Choice]:
     """All that a layer may become, cheapest first."""
     m, n = candidate.shape
     step = quantum(m, n)
-    least = max(1, math.floor(FLOOR * uniform_rank(m, n, budget) / step) * step)
+    least = max(1, math.floor(FLOOR * share * min(m, n) / step) * step)
     ranks = [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0]
-    choices = [Choice(k, k * (m + n + 1), m * n * _doubted(candidate, k) ** 2) for k in ranks]
+    choices = [Choice(k, k * (m + n + 1), _damage(candidate, k)) for k in ranks]
     return [*choices, Choice(None, m * n, 0.0)]
 
 
@@ -104,21 +127,24 @@ def _saving(cheap: Choice, dear: Choice) -> float:
     return (cheap.damage - dear.damage) / (dear.cost - cheap.cost)
 
 
-def spread(candidates: Sequence[Candidate], numbers: float, budget: float) -> dict[str, int | None]:
+def spread(candidates: Sequence[Candidate], numbers: float, share: float) -> dict[str, int | None]:
     """Ranks for all candidates (``None``: stays dense) that cost at most ``numbers`` in all, where that is possible.
 
     Args:
         numbers: what they may cost together.
-        budget: the share that a uniform plan would give each, from which the least ranks follow.
+        share: of its directions that an even plan would give each layer (:func:`even_share`), from
+            which the least ranks follow.
     """
-    choices = {c.name: _choices(c, budget) for c in candidates}
+    choices = {c.name: _choices(c, share) for c in candidates}
     factors = {name: options[:-1] or options for name, options in choices.items()}
-    uniform = {}
+    even = {}
     for c in candidates:
-        most = uniform_rank(*c.shape, budget)
-        uniform[c.name] = [x for x in factors[c.name] if x.rank is None or x.rank <= most][-1]
+        m, n = c.shape
+        most = math.inf if share >= break_even_rank(m, n) / min(m, n) else max(1.0, share * min(m, n))
+        fitting = [x for x in choices[c.name] if (x.rank or math.inf) <= most]
+        even[c.name] = fitting[-1] if fitting else choices[c.name][0]
     # Dense is a step so long that the greedy walk may do better without it, with a few layers only.
-    plans = [_walked(choices, numbers), _walked(factors, numbers), uniform]
+    plans = [_walked(choices, numbers), _walked(factors, numbers), even]
     plans = [plan for plan in plans if sum(choice.cost for choice in plan.values()) <= numbers] or plans[:1]
     for plan in plans:
         _use_rest_(plan, choices, numbers)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svd_optim import planner
-from svd_optim.planner import Candidate, Choice, missed, planned_cost, quantum, spread, uniform_rank
+from svd_optim.planner import Candidate, Choice, even_share, missed, planned_cost, quantum, uniform_rank
 from svd_optim.records import break_even_rank, largest_useful_rank
 
 Ranks = Mapping[str, int | None]
@@ -60,8 +60,16 @@ def cost(layers: Sequence[Candidate], ranks: Ranks) -> int:
     return planned_cost(shapes_of(layers), ranks)
 
 
+def share_of(layers: Sequence[Candidate], budget: float) -> float:
+    return even_share([c.shape for c in layers], budget * whole(layers))
+
+
+def spread(layers: Sequence[Candidate], numbers: float, budget: float) -> dict[str, int | None]:
+    return planner.spread(layers, numbers, share_of(layers, budget))
+
+
 def options(layers: Sequence[Candidate], budget: float) -> dict[str, list[Choice]]:
-    return {c.name: planner._choices(c, budget) for c in layers}
+    return {c.name: planner._choices(c, share_of(layers, budget)) for c in layers}
 
 
 def damage(layers: Sequence[Candidate], ranks: Ranks, budget: float) -> float:
@@ -114,16 +122,16 @@ def test_a_rank_makes_its_layer_smaller_or_the_layer_stays_dense(layers, budget)
         if rank is not None:
             assert 1 <= rank < break_even_rank(*c.shape)
             step = quantum(*c.shape)
-            assert rank >= math.floor(planner.FLOOR * uniform_rank(*c.shape, budget) / step) * step
+            assert rank >= math.floor(planner.FLOOR * share_of(layers, budget) * min(c.shape) / step) * step
 
 
-@pytest.mark.parametrize("budget", [0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3, 0.45])
 @pytest.mark.parametrize("shape", [(128, 128), (256, 64), (768, 3072), (40, 40), (17, 300)])
-def test_ranks_are_multiples_of_the_quantum(shape, budget):
+def test_ranks_are_multiples_of_the_quantum(shape, share):
     """But for the least one, where a small budget does not give a whole quantum."""
     step = quantum(*shape)
     assert step == min(8, max(1, min(shape) // 16))
-    ranks = [x.rank for x in planner._choices(Candidate(name="a", shape=shape), budget)]
+    ranks = [x.rank for x in planner._choices(Candidate(name="a", shape=shape), share)]
     assert ranks[-1] is None
     assert all(k % step == 0 for k in ranks[1:-1])
     assert ranks[0] % step == 0 or ranks[0] == 1
@@ -163,13 +171,13 @@ def test_no_layers_and_tiny_layers():
 
 @pytest.mark.parametrize("numbers", [-1e9, -1.0, 0.0, 100.0])
 def test_a_budget_that_is_too_small_gives_the_least(numbers):
-    """What other layers hold may leave nothing; no layer is cut below a share of its uniform rank for that."""
+    """What other layers hold may leave nothing; no layer is cut below a share of its even rank for that."""
     layers = model(0)
     ranks = spread(layers, numbers, 0.5)
     assert ranks == cheapest(layers, 0.5)
     for c in layers:
         step = quantum(*c.shape)
-        assert ranks[c.name] == int(planner.FLOOR * uniform_rank(*c.shape, 0.5)) // step * step
+        assert ranks[c.name] == int(planner.FLOOR * share_of(layers, 0.5) * min(c.shape)) // step * step
 
 
 def test_where_there_is_room_for_all_all_stay_dense():
@@ -213,23 +221,45 @@ def test_on_average_plans_are_near_the_optimum(layers, mean, worst):
     assert sum(gaps) / len(gaps) < mean and max(gaps) < worst
 
 
-@given(candidates(layers=(1, 6)), BUDGETS)
-def test_a_plan_is_never_worse_than_the_uniform_one_at_the_same_cost(layers, budget):
-    uniform = {}
+def even_plan(layers: Sequence[Candidate], budget: float) -> dict[str, int | None]:
+    """The same share of its directions for each layer, as near as the choices allow from below."""
+    share, even = share_of(layers, budget), {}
     for name, choices in options(layers, budget).items():
-        most = uniform_rank(*shapes_of(layers)[name], budget)
-        uniform[name] = [x for x in choices if (x.rank is not None and x.rank <= most) or x is choices[0]][-1].rank
-    ranks = spread(layers, cost(layers, uniform), budget)
-    assert cost(layers, ranks) <= cost(layers, uniform)
-    assert damage(layers, ranks, budget) <= damage(layers, uniform, budget) + 1e-9
+        m, n = shapes_of(layers)[name]
+        fitting = [x for x in choices if x.rank is not None and x.rank <= max(1.0, share * min(m, n))]
+        even[name] = (fitting or choices)[-1 if fitting else 0].rank
+    return even
+
+
+@given(candidates(layers=(1, 6)), BUDGETS)
+def test_a_plan_is_never_worse_than_the_even_one_at_the_same_cost(layers, budget):
+    even = even_plan(layers, budget)
+    numbers = cost(layers, even)
+    ranks = planner.spread(layers, numbers, share_of(layers, budget))
+    assert cost(layers, ranks) <= numbers
+    assert damage(layers, ranks, budget) <= damage(layers, even, budget) + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_plan_for_a_network_beats_the_uniform_one(seed):
+def test_a_plan_for_a_network_beats_the_even_one_and_that_the_uniform_one(seed):
     layers = model(seed)
     uniform = {c.name: uniform_rank(*c.shape, 0.5) // 8 * 8 for c in layers}
-    ranks = spread(layers, cost(layers, uniform), 0.5)
-    assert damage(layers, ranks, 0.5) < 0.99 * damage(layers, uniform, 0.5)
+    even = even_plan(layers, cost(layers, uniform) / whole(layers))
+
+    def harm(ranks: Ranks) -> float:
+        return sum(planner._damage(c, ranks[c.name] or min(c.shape)) for c in layers)
+
+    best = planner.spread(layers, cost(layers, uniform), share_of(layers, 0.5))
+    assert harm(best) < harm(even) and harm(best) < 0.99 * harm(uniform)
+
+
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=8), st.floats(-0.5, 1.5))
+def test_an_even_share_spends_all_there_is(shapes, part):
+    numbers = part * sum(m * n for m, n in shapes)
+    share = even_share(shapes, numbers)
+    spent = sum(min(share * min(m, n) * (m + n + 1), m * n) for m, n in shapes)
+    assert 0.0 <= share <= 1.0
+    assert spent == pytest.approx(min(max(numbers, 0.0), sum(m * n for m, n in shapes)))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -271,7 +301,8 @@ def test_equal_layers_get_equal_ranks_but_for_one_step(budget):
 
 
 def test_a_layer_without_hope_stays_dense_where_the_others_leave_room(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(planner, "FLOOR", 0.5)
+    monkeypatch.setattr(planner, "FLOOR", 0.3)
+    monkeypatch.setattr(planner, "TRUST", 1.0)
     shape = (128, 128)
     good = [Candidate(name=f"good{i}", shape=shape, capture=saturating(0.98, 0.5, 60)) for i in range(3)]
     hopeless = Candidate(name="hopeless", shape=shape, capture=[0.0] * 60)
