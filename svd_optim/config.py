@@ -188,7 +188,7 @@ class SubspaceConfig:
     measure_every: int = 5
     warmup: int = 100
     patience: int = 3
-    descent_steps: int = 200
+    descent_steps: int = 300
     cohort: int = 100
     budget: float = 0.5
     rank: int | float | None = None
