@@ -157,7 +157,9 @@ class SubspaceConfig:
         warmup: steps before the first decision.
         patience: consecutive analyses at which all conditions must hold.
         descent_steps: steps over which the part of the weight outside its rank-k tangent space
-            fades before the factors go in; 0 factorizes only what is already exact enough.
+            fades before the factors go in, for a layer whose gradient its factors follow no better than
+            by chance; less, in quarters, where they capture it. 0 factorizes only what is already exact
+            enough.
         cohort: steps between the moments at which descents may start, so that layers switch
             together (each switch recompiles a compiled model).
         budget: share of all followed weights' numbers to keep. Ranks are spread over the layers by what
@@ -188,7 +190,7 @@ class SubspaceConfig:
     measure_every: int = 5
     warmup: int = 100
     patience: int = 3
-    descent_steps: int = 300
+    descent_steps: int = 400
     cohort: int = 100
     budget: float = 0.5
     rank: int | float | None = None

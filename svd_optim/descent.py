@@ -1,11 +1,14 @@
 """Rank descent: a dense layer trains on while what rank-k factors could not hold of it fades out.
 
-After each step of the base optimizer 1 / (steps left) of the minor-minor block (I - U U^T) W (I - V V^T)
-is taken off, so that it is gone when the factors are due and installing them changes nothing.
+A layer whose gradient goes where its factors can't follow needs longer than one whose gradient they
+capture: see :func:`duration`. After each step of the base optimizer 1 / (steps left) of the minor-minor
+block (I - U U^T) W (I - V V^T) is taken off, so that it is gone when the factors are due and installing
+them changes nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +29,21 @@ class Landed:
     errors: dict[str, float] = field(default_factory=dict)  # relative, of keeping only the rank
     extended: list[FollowedLayer] = field(default_factory=list)
     failed: list[FollowedLayer] = field(default_factory=list)
+
+
+def duration(steps: int, captures: Sequence[float | None]) -> int:
+    """How long a descent takes: ``steps`` where the capture is that of chance, less by its excess, in quarters.
+
+    In quarters, so that layers that start together end together. On the GPT of ``examples/`` Muon, whose
+    layers have excesses of 0 to 0.5 at that time, ended better after longer descents, AdamW, with 0.3 to
+    0.9, after shorter ones.
+
+    Args:
+        captures: the chance-corrected captures of the last analyses; ``None``: undefined.
+    """
+    known = [c for c in captures if c is not None and not math.isnan(c)]
+    excess = sum(known) / len(known) if known else 0.0
+    return max(1, math.ceil(4 * (1.0 - excess)) * steps // 4)
 
 
 def exact_bases(layers: Sequence[FollowedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from . import budget, factor_step, inventory, linalg, moments
 from .config import SubspaceConfig
-from .descent import MAX_EXTENSIONS, Landed, descend_, exact_bases
+from .descent import MAX_EXTENSIONS, Landed, descend_, duration, exact_bases
 from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
@@ -351,7 +351,8 @@ class Lifecycle:
         for layer in wanted[Action.DESCEND]:
             if layer.state == LayerState.DENSE:
                 layer.state = LayerState.DESCENDING
-                layer.descent_end = self.steps + max(1, self.config.descent_steps)
+                captures = [m.capture_excess for m in layer.line[-self.config.patience :]]
+                layer.descent_end = self.steps + duration(self.config.descent_steps, captures)
                 self.acted = True
                 reason = self.decisions[layer.name].reason
                 numbers = {"rank": layer.rank, "until_step": layer.descent_end}

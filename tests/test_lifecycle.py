@@ -110,9 +110,11 @@ def test_layers_go_through_their_whole_life(base: str) -> None:
         assert (descend.before, descend.after) == (DENSE, DESCENDING)
         assert "stable: " in descend.reason and "capture_safe: " in descend.reason and "patience: " in descend.reason
         assert descend.step % QUICK["cohort"] == 0 and descend.step >= QUICK["warmup"]
-        assert descend.numbers == {"rank": rank, "until_step": descend.step + QUICK["descent_steps"]}
+        length = descend.numbers["until_step"] - descend.step
+        assert descend.numbers.keys() == {"rank", "until_step"} and descend.numbers["rank"] == rank
+        assert 1 <= length <= QUICK["descent_steps"]
         assert (factorize.before, factorize.after) == (DESCENDING, FACTORIZED)
-        assert factorize.step >= descend.step + QUICK["descent_steps"] and factorize.reason
+        assert factorize.step >= descend.numbers["until_step"] and factorize.reason
         assert factorize.numbers["reconstruction_error"] < 0.01
         assert factorize.numbers["parameters_before"] == m * n
         assert factorize.numbers["parameters_after"] == rank * (m + n + 1) <= m * n / 2
@@ -279,7 +281,7 @@ def test_alignment_rule_asks_for_minor_safe_and_stable() -> None:
         ({"overrides": {"*": LayerOverride(budget=0.2)}}, (5, 4)),
         ({"rank": 7, "overrides": {"mid": LayerOverride(rank=3)}}, (7, 3)),
         ({"rank": 7, "overrides": {"m*": LayerOverride(budget=0.5), "*": LayerOverride(rank=0.5)}}, (24, 12)),
-        ({"overrides": {"up": LayerOverride(thresholds=Thresholds(angle_stable=0.9, capture_safe=1.0))}}, (13, 12)),
+        ({"overrides": {"up": LayerOverride(thresholds=Thresholds(angle_stable=0.9, capture_safe=1.0))}}, (15, 10)),
     ],
 )
 def test_target_ranks(config: dict[str, Any], ranks: tuple[int, int]) -> None:
@@ -447,17 +449,18 @@ def test_merge_calls_a_descent_off() -> None:
     assert [row.state for row in optimizer.why()] == [DENSE, DESCENDING]
     [event] = [e for e in optimizer.events if e.kind == "descent_stopped"]
     assert (event.layer, event.before, event.after) == ("up", DESCENDING, DENSE)
-    train(model, optimizer, range(45, 82))
+    train(model, optimizer, range(45, 70))
     assert factorized(model) == ["mid"]
 
 
 def test_factorize_during_a_descent_switches_at_once() -> None:
     model, optimizer = make("adamw", quick())
-    train(model, optimizer, 50)
+    train(model, optimizer, 42)
+    assert [row.state for row in optimizer.why()] == [DESCENDING] * 2
     assert optimizer.factorize_("up") == ["up"]
-    train(model, optimizer, range(50, 85))
+    train(model, optimizer, range(42, 85))
     assert set(factorized(model)) == {"up", "mid"}
-    assert [e.step for e in optimizer.events if e.kind == "factorize" and e.layer == "up"] == [50]
+    assert [e.step for e in optimizer.events if e.kind == "factorize" and e.layer == "up"] == [42]
 
 
 def projected(G: Tensor, U: Tensor, V: Tensor) -> Tensor:

@@ -404,7 +404,7 @@ def test_a_layer_that_came_back_waits_and_may_then_switch_again(base: str) -> No
     assert optimizer.layers["a"].cooldown_until == at + 70
     for step in range(at, at + 70):
         by_closure(optimizer, model, step, 0.0)
-        assert optimizer.why()[0].state == LayerState.DENSE
+        assert optimizer.why()[0].state == LayerState.DENSE or optimizer.steps >= at + 70
         [planned] = optimizer.plan().layers
         assert step + 1 >= at + 70 or (planned.rank, planned.fixed) == (None, "came back")
         row = optimizer.why()[0]
