@@ -57,6 +57,7 @@ class Row:
     form: type[torch.nn.Module] | None = None  # a rival's replacement of nn.Linear
     galore: bool = False
     scale: float = 1.0  # of the factored step, beside the library's own
+    dtype: torch.dtype = torch.float32  # of all weights
     headline: bool = False
     optimizers: tuple[str, ...] = ("muon", "adamw")
 
@@ -81,6 +82,8 @@ ROWS: dict[str, Row] = {
     "ours 0.5, step x 0.7": Row(budget=0.5, config={"budget": 0.5}, scale=0.5**0.5),
     "ours 0.5, step x 1.4": Row(budget=0.5, config={"budget": 0.5}, scale=2**0.5),
     "GaLore, rank of 0.5": Row(galore=True, optimizers=("adamw",)),
+    "dense, bfloat16": Row(dtype=torch.bfloat16, optimizers=("adamw",)),
+    "ours 0.5, bfloat16": Row(budget=0.5, config={"budget": 0.5}, dtype=torch.bfloat16, optimizers=("adamw",)),
 }
 
 
@@ -174,6 +177,7 @@ def train(job: Job) -> dict[str, Any]:
     training, held_out = split(load_corpus(None))
     validation = validation_batches(held_out, sizes.sequence_length, VALIDATION_TOKENS)
     model = GPT(GPTConfig(depth=sizes.depth, width=width, heads=heads, sequence_length=sizes.sequence_length))
+    model.to(row.dtype)
     at = sizes.steps * 3 // 8  # when those truncate who do it at once: in the middle of our descents
     galore_rank = max(1, int(0.5 * width * width / (2 * width + 1))) if row.galore else None
     optimizers = build_optimizers(job.optimizer, model, job.lr, galore_rank)
