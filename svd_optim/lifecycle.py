@@ -351,7 +351,7 @@ class Lifecycle:
         for layer in wanted[Action.DESCEND]:
             if layer.state == LayerState.DENSE:
                 layer.state = LayerState.DESCENDING
-                captures = [m.capture_excess for m in layer.line[-self.config.patience :]]
+                captures = [m.capture_excess for m in layer.history[-self.config.patience :]]  # also at another rank
                 layer.descent_end = self.steps + duration(self.config.descent_steps, captures)
                 self.acted = True
                 reason = self.decisions[layer.name].reason
