@@ -1,7 +1,7 @@
 """Wrap your optimizer; see what training does to the weights; train on in fewer parameters."""
 
 from .config import LayerOverride, SubspaceConfig, Thresholds
-from .factorization import factorize_, merge_, restore_structure_
+from .factorization import factorize_, merge_, restore_on_load_, restore_structure_
 from .layers import FactorizedLinear
 from .listeners import Listener
 from .optimizer import SubspaceAwareOptimizer
@@ -32,5 +32,6 @@ __all__ = [
     "Thresholds",
     "factorize_",
     "merge_",
+    "restore_on_load_",
     "restore_structure_",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import linalg
+from .decomposition import attempt
 from .records import LayerState
 from .tracker import FollowedLayer
 
@@ -47,18 +48,28 @@ def duration(steps: int, captures: Sequence[float | None]) -> int:
 
 
 def exact_bases(layers: Sequence[FollowedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
-    """Exact bases of dense layers at their ranks, and the error of keeping only those ranks."""
-    bases, errors = {}, []
+    """Exact bases of dense layers at their ranks, and the error of keeping only those ranks.
+
+    A weight that is not finite, or can't be decomposed, has no basis and an infinite error.
+    """
+    bases, errors = {}, {}
     for layer in layers:
         W = linalg.working(layer.module.weight)
-        finite = torch.isfinite(W).all()
-        q = min(layer.rank + linalg.OVERSAMPLING, *layer.shape)
-        bases[layer.name] = linalg.exact_basis(torch.where(finite, W, 0.0), q)
-        error = linalg.reconstruction_error(bases[layer.name].S[: layer.rank], linalg.energy(W))
-        zero = bases[layer.name].S[0] == 0
-        errors.append(torch.where(finite, torch.where(zero, 0.0, error), torch.inf))
-    values = torch.stack(errors).tolist() if errors else []
-    return bases, dict(zip(bases, values, strict=True))
+        basis = _exact_basis(W, min(layer.rank + linalg.OVERSAMPLING, *layer.shape))
+        errors[layer.name] = W.new_full((), torch.inf, dtype=torch.float64)
+        if bool(torch.isfinite(W).all()):
+            layer.count_decomposition(basis is not None)
+        if basis is not None:
+            bases[layer.name] = basis
+            error = linalg.reconstruction_error(basis.S[: layer.rank], linalg.energy(W))
+            errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error)
+    values = torch.stack([*errors.values()]).tolist() if errors else []
+    return bases, dict(zip(errors, values, strict=True))
+
+
+def _exact_basis(W: torch.Tensor, q: int) -> linalg.Basis | None:
+    # One Inf would return silently, with U and V that pass for orthonormal.
+    return attempt(lambda dtype: linalg.exact_basis(W.to(dtype), q), W.dtype) if bool(torch.isfinite(W).all()) else None
 
 
 def descend_(layers: Sequence[FollowedLayer], step: int, interval: int) -> Landed:
@@ -77,8 +88,7 @@ def descend_(layers: Sequence[FollowedLayer], step: int, interval: int) -> Lande
     # The step before the last: what turned since the last analysis would leave a rank of up to 2k.
     last = [layer for layer, steps in left if steps == 1]
     bases, _ = exact_bases(last)
-    for layer in last:
-        layer.cached, layer.basis_step = bases[layer.name], step
+    _keep(last, bases, step)
     for layer, steps in left:
         if steps > 0:
             _fade(layer, 1.0 if layer.extensions else 1.0 / steps)
@@ -96,11 +106,17 @@ def _land(due: Sequence[FollowedLayer], step: int, interval: int) -> Landed:
         elif layer.extensions < MAX_EXTENSIONS:
             layer.extensions += 1
             layer.descent_end = step + interval
-            layer.cached, layer.basis_step = bases[layer.name], step
+            _keep([layer], bases, step)
             landed.extended.append(layer)
         else:
             landed.failed.append(layer)
     return landed
+
+
+def _keep(layers: Sequence[FollowedLayer], bases: dict[str, linalg.Basis], step: int) -> None:
+    for layer in layers:
+        if layer.name in bases:  # else the old one stays
+            layer.cached, layer.basis_step = bases[layer.name], step
 
 
 def _fade(layer: FollowedLayer, share: float) -> None:
@@ -108,6 +124,8 @@ def _fade(layer: FollowedLayer, share: float) -> None:
     U, _, V = layer.cached.leading(layer.rank)
     W = layer.module.weight
     faded = W if W.dtype == U.dtype else W.to(U.dtype)
-    linalg.fade_minor_(faded, U, V, share)
+    damaged = ~(torch.isfinite(U).all() & torch.isfinite(V).all())  # until the next analysis mends it
+    U, V = U.masked_fill(damaged, 0.0), V.masked_fill(damaged, 0.0)
+    linalg.fade_minor_(faded, U, V, torch.where(damaged, 0.0, share))
     if faded is not W:
         W.copy_(faded)

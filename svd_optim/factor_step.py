@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .decomposition import LinAlgError, attempt
 from .layers import FactorizedLinear
 from .linalg import Basis, project_off, retract
 from .moments import UNDERSTOOD, turn_
@@ -128,9 +131,10 @@ class Entered(NamedTuple):
     K: Tensor  # (b, m, k), as the base optimizer saw it: rounded to the parameters' type
 
     def restore_(self) -> None:
-        """Put U and V back, as if nothing had happened."""
+        """Put U, S and V back, as if nothing had happened."""
         for i, layer in enumerate(self.layers):
             layer.module.U.copy_(self.U[i])
+            layer.module.S.copy_(self.S[i])
             layer.module.V.copy_(self.V[i])
 
 
@@ -153,24 +157,29 @@ def enter_(
             continue
         keys = tuple(base.state[U]) if U in base.state else ()
         batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
-    entered = []
+    entered: list[Entered] = []
     for (U_shape, V_shape, *_), batch in batches.items():
         first = batch[0].module.U
         state = base.state.get(first, {})
         scales = update_scales(base, groups[first], state, (U_shape[0], V_shape[0], U_shape[1]))
         factors = Basis(*(torch.stack(f) for f in zip(*(masters(x.module, x.kept) for x in batch), strict=True)))
         K = (factors.U * factors.S.unsqueeze(-2)).to(batch[0].module.U.dtype)
-        for layer, K_layer in zip(batch, K, strict=True):
+        entered.append(Entered(batch, scales, *factors, K.to(factors.U.dtype)))
+    for ready in entered:  # only now, when nothing can fail any more
+        for layer, K_layer in zip(ready.layers, ready.K, strict=True):
             layer.module.U.copy_(K_layer)
             layer.module.V.zero_()
-        entered.append(Entered(batch, scales, *factors, K.to(factors.U.dtype)))
     return entered
 
 
-def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> None:
+def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored, bool]]:
     """After the base optimizer's step: scale, retract, turn the moments, write U, S, V back.
 
-    A layer whose K or L is no longer finite keeps the factors it had, and counts it.
+    A layer whose K or L is no longer finite keeps the factors it had, and counts it; so does one
+    whose retraction fails.
+
+    Returns:
+        The layers, and whether their retractions were possible at all.
     """
     U, S, V = batch.U, batch.S, batch.V
     K0 = U * S.unsqueeze(-2)
@@ -183,11 +192,17 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> None:
     L = project_off(scale_L * L1, V)  # Adam turns the update of L back into span(V)
     finite = torch.isfinite(K).all((-2, -1)) & torch.isfinite(L).all((-2, -1))  # (b,)
     ok = finite[:, None, None]
-    new = retract(torch.where(ok, K, K0), torch.where(ok, L, 0.0), U, V)
+    new, failed = _retracted(torch.where(ok, K, K0), torch.where(ok, L, 0.0), Basis(U, S, V))
+    for factor in new:
+        finite = finite & torch.isfinite(factor).flatten(1).all(-1)
+    ok = finite[:, None, None]
     new = Basis(torch.where(ok, new.U, U), torch.where(finite[:, None], new.S, S), torch.where(ok, new.V, V))
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
-            one = restored_factors(Basis(*(factor[i] for factor in new)), layer.anchor)
+            one = _anchored(Basis(*(factor[i] for factor in new)), layer.anchor)
+            if one is None:
+                failed.add(i)
+                one = Basis(U[i], S[i], V[i])
             for factor, restored in zip(new, one, strict=True):
                 factor[i].copy_(restored)
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
@@ -197,6 +212,33 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> None:
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
         bad = (~finite[i]).to(torch.int64)
         layer.nonfinite = bad if layer.nonfinite is None else layer.nonfinite + bad
+    return [(layer, i not in failed) for i, layer in enumerate(batch.layers)]
+
+
+def _retracted(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
+    """The retraction of all layers of a batch; where it fails, also in float64, the old factors and the index."""
+    with suppress(LinAlgError):
+        return retract(K, L, old.U, old.V), set()
+    done: list[Basis] = []
+    failed: set[int] = set()
+    for i in range(len(K)):
+        inputs = [t[i] for t in (K, L, old.U, old.V)]
+        one = attempt(partial(_retract_in, inputs), K.dtype)
+        if one is None:
+            failed.add(i)
+        done.append(one or Basis(*(t[i] for t in old)))
+    return Basis(*(torch.stack(t) for t in zip(*done, strict=True))), failed
+
+
+def _retract_in(inputs: Sequence[Tensor], dtype: torch.dtype) -> Basis:
+    return retract(*(t.to(dtype) for t in inputs))
+
+
+def _anchored(factors: Basis, anchor: Anchor) -> Basis | None:
+    """:func:`restored_factors`, or ``None`` if the core can't be decomposed (it is in float64 already)."""
+    with suppress(LinAlgError):
+        return restored_factors(factors, anchor)
+    return None
 
 
 def write_(layer: Factored, factors: Basis) -> None:

@@ -70,6 +70,24 @@ def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
     return module
 
 
+def saved_factors(state_dict: Mapping[str, Any], key: str) -> Basis | None:
+    """U (m, k), S (k,), V (n, k) of the layer whose names begin with ``key``, if it was factorized."""
+    factors = [f for factor in "USV" if isinstance(f := state_dict.get(f"{key}{factor}"), Tensor)]
+    return Basis(*factors) if len(factors) == 3 else None
+
+
+def restore_on_load_(model: nn.Module) -> None:
+    """From now on ``model.load_state_dict`` makes layers dense or factorized as the state dict has them.
+
+    For a model without an optimizer of this library (:class:`SubspaceAwareOptimizer` does it by itself).
+    """
+    model.register_load_state_dict_pre_hook(_restore_structure)
+
+
+def _restore_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    restore_structure_(model, state_dict, prefix)
+
+
 def restore_structure_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Make ``model``'s linear layers dense or factorized, as ``state_dict`` has them, in place.
 
@@ -81,13 +99,13 @@ def restore_structure_(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
     changed = []
     for name, module in model.named_modules():
         key = f"{prefix}{name}." if name else prefix
-        singular_values = state_dict.get(f"{key}S")
-        if isinstance(singular_values, Tensor) and f"{key}U" in state_dict and f"{key}V" in state_dict:
-            rank = singular_values.numel()
+        factors = saved_factors(state_dict, key)
+        if factors is not None:
+            rank = factors.S.numel()
             if isinstance(module, FactorizedLinear) and module.rank != rank:
                 merge_(module)
             if type(module) is nn.Linear:
-                factorize_(module, rank)
+                factorize_(module, rank, factors)
                 changed.append(name)
         elif isinstance(module, FactorizedLinear) and f"{key}weight" in state_dict:
             merge_(module)

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import budget, factor_step, inventory, linalg, moments
+from . import budget, decomposition, factor_step, inventory, linalg, moments
 from .config import SubspaceConfig
 from .descent import MAX_EXTENSIONS, Landed, descend_, duration, exact_bases
+from .faults import undone_on_error
 from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
@@ -45,9 +46,12 @@ logger = logging.getLogger(__name__)
 
 _Event = tuple[str, str, str, LayerState | None, LayerState | None, dict[str, float]]  # the arguments of emit
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
-LOUD = frozenset({"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed"})
+LOUD = frozenset(
+    {"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed", "decomposition_failed"}
+)
 
 
 class Lifecycle:
@@ -74,6 +78,8 @@ class Lifecycle:
         self.steps = 0
         self.analyses = 0
         self.acted = False
+        self.warned: set[str] = set()  # layers whose decompositions keep failing
+        self.deferred: Exception | None = None  # what a listener raised
         self.reevaluates = isinstance(base, torch.optim.LBFGS)  # its closure, within a step
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by phase
         self.started: float | None = None
@@ -143,8 +149,12 @@ class Lifecycle:
         self.emit(layer.name, "unsupported", reason)
 
     @torch.no_grad()
-    def restore_layers(self, ranks: Mapping[str, int | None]) -> None:
-        """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs."""
+    def restore_layers(self, ranks: Mapping[str, int | None], saved: Mapping[str, linalg.Basis] | None = None) -> None:
+        """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs.
+
+        Args:
+            saved: their factors, if known; else those of the weights that are there.
+        """
         for name, rank in ranks.items():
             layer = self.layers[name]
             if rank != (None if layer.factored is None else layer.rank):
@@ -154,10 +164,17 @@ class Lifecycle:
                 layer.state = LayerState.DENSE
             if rank is not None and layer.factored is None:
                 layer.set_rank(rank)
-                basis = linalg.exact_basis(linalg.working(layer.module.weight), rank)
-                to_factors_(layer, self.base, basis)
+                basis = saved[name] if saved and name in saved else self._present_factors(layer)
+                to_factors_(layer, self.base, linalg.Basis(*(linalg.working(f).to(layer.weight.device) for f in basis)))
                 layer.state, layer.descent_end = LayerState.FACTORIZED, None
                 self.own(layer)
+
+    def _present_factors(self, layer: FollowedLayer) -> linalg.Basis:
+        W = linalg.working(layer.module.weight).nan_to_num()  # loading is the way out of a run that is lost
+        basis = decomposition.attempt(lambda dtype: linalg.exact_basis(W.to(dtype), layer.rank), W.dtype)
+        if basis is None:
+            raise RuntimeError(f"the weight of layer {layer.name!r} can't be decomposed; load the model first")
+        return basis
 
     # ---- every step ----------------------------------------------------------------------------------
 
@@ -181,7 +198,7 @@ class Lifecycle:
     def _has_basis(self, layer: FollowedLayer, step: int) -> bool:
         known = layer.nonfinite
         usable = self.tracker.ensure_basis(layer, step)
-        if not usable and not known:
+        if layer.nonfinite and not known:
             self.emit(layer.name, "nonfinite", "NaN or Inf in the weight from the start: no basis, not measured")
         return usable
 
@@ -193,20 +210,46 @@ class Lifecycle:
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
         return factor_step.enter_(factored, self.base, groups)
 
-    def advance(self, entered: Sequence[factor_step.Entered]) -> None:
-        """After the base optimizer's step: retract, descend, and each ``interval`` steps analyse."""
-        self.steps += 1
+    def leave_factors(self, entered: list[factor_step.Entered]) -> None:
+        """After the base optimizer's step: retract. What is done is taken off ``entered``."""
         with self.clock("retract"):
-            for batch in entered:
-                factor_step.finish_(batch, self.base.state)
+            while entered:
+                for factored, ok in factor_step.finish_(entered[-1], self.base.state):
+                    self.layers[factored.name].count_decomposition(ok)
+                entered.pop()
             self.drop_sketches()
-            for layer in self.layers.values():
-                layer.hold_anchor()
+
+    def advance(self) -> None:
+        """Once layers hold their new weights: descend, and each ``interval`` steps analyse."""
+        self.steps += 1
+        for layer in self.layers.values():
+            layer.hold_anchor()
         with self.clock("descend"):
             landed = descend_(list(self.layers.values()), self.steps, self.config.interval)
         self._switch_landed(landed)
         if self.steps % self.config.interval == 0:
-            self.analyse()
+            try:
+                self.analyse()
+            finally:  # also when a policy has raised
+                self._next_interval()
+        self._warn_of_failures()
+
+    def _next_interval(self) -> None:
+        """Fresh sketches."""
+        for layer in self.layers.values():
+            module = layer.module
+            layer.outside = None
+            if isinstance(module, FactorizedLinear) and module.Omega is not None:
+                module.Omega.copy_(self.tracker.draw_sketch(layer, self.steps))
+
+    def _warn_of_failures(self) -> None:
+        for name, layer in self.layers.items():
+            if layer.failures == 0:
+                self.warned.discard(name)
+            elif layer.failures >= decomposition.IN_A_ROW and name not in self.warned:
+                self.warned.add(name)
+                reason = f"its decomposition failed {layer.failures} times in a row, also in float64: old basis kept"
+                self.emit(name, "decomposition_failed", reason, numbers={"basis_step": layer.basis_step})
 
     def drop_sketches(self) -> None:
         """Sketches go with the gradients they belong to."""
@@ -250,16 +293,9 @@ class Lifecycle:
                 self._act()
         if boundary or self.steps < self.config.warmup:
             budget.revise_ranks_(self.layers, self.tracker, self.config, self.steps)
-        for layer in self.layers.values():
-            module = layer.module
-            layer.outside = None
-            if isinstance(module, FactorizedLinear) and module.Omega is not None:
-                module.Omega.copy_(self.tracker.draw_sketch(layer, self.steps))
         self._note_stall()
         if self.listeners:
-            summary = self.summary()
-            for listener in self.listeners:
-                listener.on_analysis(summary)
+            self.tell("on_analysis", self.summary())
 
     def _decide(self, layer: FollowedLayer) -> None:
         if layer.state == LayerState.WARMUP and self.steps >= self.config.warmup:
@@ -267,7 +303,7 @@ class Lifecycle:
         decision = self.decisions[layer.name] = self._ask_policy(layer)
         last = layer.history[-1]
         if last.nonfinite and not layer.nonfinite:
-            reason = "NaN or Inf in gradient or weight: not measured, basis kept"
+            reason = "NaN or Inf in gradient, weight or basis: not measured"
             self.emit(layer.name, "nonfinite", reason, numbers={"measurements": last.nonfinite})
         layer.nonfinite = bool(last.nonfinite)
         # A line that has just started says nothing about danger, nor does warmup, nor an interval without gradients.
@@ -424,9 +460,11 @@ class Lifecycle:
         names = (*bases, *(layer.name for layer in merges), *ranks)
         if not names:
             return
-        for listener in self.listeners:
-            listener.before_switch(self.steps, names)
-        with self.clock("switch"), torch.no_grad():
+        self.tell("before_switch", self.steps, names)
+        layers = [self.layers[name] for name in names]
+        records = [self, *layers, *(layer.factored for layer in layers if layer.factored is not None)]
+        whole = undone_on_error([layer.module for layer in layers], [self.base], records)
+        with self.clock("switch"), torch.no_grad(), whole:
             events = [self._install(self.layers[name], basis, errors[name], reason) for name, basis in bases.items()]
             events += [self._merge(layer, reason) for layer in merges]
             events += [self._resize(self.layers[name], rank) for name, rank in ranks.items()]
@@ -436,8 +474,7 @@ class Lifecycle:
             self.guarded.update(dict.fromkeys(bases, self.steps))
         for event in events:
             self.emit(*event)
-        for listener in self.listeners:
-            listener.after_switch(self.steps, names)
+        self.tell("after_switch", self.steps, names)
 
     def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> _Event:
         before, protected = layer.state, layer.anchor is not None
@@ -514,9 +551,23 @@ class Lifecycle:
         event = Event(step=self.steps, layer=layer, kind=kind, reason=reason, before=before, after=after,
                       numbers=dict(numbers or {}))  # fmt: skip
         self.events.append(event)
+        del self.events[:-MAX_EVENTS]
         logger.log(logging.WARNING if kind in LOUD else logging.INFO, "%s", event)
+        self.tell("on_event", event)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call the listeners. What one raises waits until the step is whole."""
         for listener in self.listeners:
-            listener.on_event(event)
+            try:
+                getattr(listener, method)(*arguments)
+            except Exception as error:
+                self.deferred = self.deferred or error
+
+    def raise_deferred(self) -> None:
+        """Raise what a listener has raised, if any did."""
+        error, self.deferred = self.deferred, None
+        if error is not None:
+            raise error
 
     # ---- looking -------------------------------------------------------------------------------------
 
@@ -604,6 +655,8 @@ class Lifecycle:
         self.decisions = {}
         self.guard.load_state_dict(saved["guard"])
         self.guarded = dict(saved["guarded"])
+        failing = (name for name, state in saved["layers"].items() if state["failures"] >= decomposition.IN_A_ROW)
+        self.warned = set(failing)
         for name, state in saved["layers"].items():
             layer = self.layers[name]
             self.tracker.load_layer_state(layer, state)

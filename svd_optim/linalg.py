@@ -191,11 +191,11 @@ def reconstruction_error(S: Tensor, total: Tensor) -> Tensor:
     return (1.0 - kept / total).clamp(min=0.0).sqrt()
 
 
-def fade_minor_(W: Tensor, U: Tensor, V: Tensor, share: float) -> None:
-    """Take ``share`` of (I - U U^T) W (I - V V^T) off W (m, n), in place: one step of a descent."""
+def fade_minor_(W: Tensor, U: Tensor, V: Tensor, share: float | Tensor) -> None:
+    """Take ``share`` (a scalar) of (I - U U^T) W (I - V V^T) off W (m, n), in place: one step of a descent."""
     A = U.mT @ W  # (k, n)
     B = W @ V - U @ (A @ V)  # (m, k) = (I - U U^T) W V
-    W.sub_(W - U @ A - B @ V.mT, alpha=share)
+    W.sub_((W - U @ A - B @ V.mT).mul_(share))
 
 
 def retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Basis:

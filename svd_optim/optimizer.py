@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch.optim import Optimizer
 from . import factor_step
 from .config import SubspaceConfig
 from .descent import exact_bases
+from .factorization import saved_factors
+from .faults import uninterrupted
 from .inventory import watching_bytes
 from .layers import FactorizedLinear
 from .lifecycle import Lifecycle
+from .linalg import Basis
 from .listeners import Listener
-from .records import Event, LayerReport, LayerState, Plan, Summary, break_even_rank
+from .records import Event, LayerReport, LayerState, Plan, Summary, break_even_rank, clean
 from .selection import select_layers
 from .tracker import FollowedLayer
 
@@ -119,13 +123,15 @@ class SubspaceAwareOptimizer(Optimizer):
                 raise ValueError(
                     f"none of the optimizer's parameters is in the model: {listed}. Is it the right model?"
                 )
-            logger.warning("%d parameters of the optimizer are not in the model: %s", len(selection.strangers), listed)
+            logger.warning(
+                "%d parameters of the optimizer are not in the model: %s", len(selection.strangers), clean(listed)
+            )
         self._life.follow(selection)
         if first and not self.layers:
             reasons = "; ".join(f"{x.name}: {x.reason}" for x in selection.left_alone[:5]) or "it holds no matrix"
             logger.warning(
                 "no layer to follow in the optimizer's parameters (%s); it will only be passed through",
-                reasons,
+                clean(reasons),
             )
 
     def _attach(self) -> None:
@@ -226,13 +232,15 @@ class SubspaceAwareOptimizer(Optimizer):
     def _restore_structure(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Give followed layers the structure that a model's state dict has."""
         ranks: dict[str, int | None] = {}
+        saved: dict[str, Basis] = {}
         for name in self.layers:
             key = prefix if self.layers[name].module is self.model else f"{prefix}{name}."
-            if f"{key}S" in state_dict:
-                ranks[name] = state_dict[f"{key}S"].numel()
+            factors = saved_factors(state_dict, key)
+            if factors is not None:
+                ranks[name], saved[name] = factors.S.numel(), factors
             elif f"{key}weight" in state_dict:
                 ranks[name] = None
-        self._life.restore_layers(ranks)
+        self._life.restore_layers(ranks, saved)
 
     # ---- one step --------------------------------------------------------------------------
 
@@ -243,28 +251,41 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         life = self._life
         entered: list[factor_step.Entered] | None = None
+        measured = [(layer, layer.cached, layer.sums, layer.outside) for layer in self.layers.values()]
 
-        def prepare() -> None:
+        def measure() -> None:
+            if life.has_gradients() and not factor_step.all_lr_zero(self.param_groups):
+                life.start_clock()
+                with torch.no_grad():
+                    life.measure()
+
+        def enter() -> None:
             nonlocal entered
-            if not life.has_gradients() or factor_step.all_lr_zero(self.param_groups):
-                return
-            life.start_clock()
-            with torch.no_grad():
-                life.measure()
-                entered = life.enter_factors()
+            if life.has_gradients() and not factor_step.all_lr_zero(self.param_groups):
+                shield.enter_context(uninterrupted())  # from here to the end of the step Ctrl-C has to wait
+                with torch.no_grad():
+                    entered = life.enter_factors()
 
-        try:
-            loss = self._base_step(closure, prepare)
-        except BaseException:
-            with torch.no_grad():
-                for batch in entered or ():
-                    batch.restore_()
-            raise
-        if entered is not None:
-            if closure is not None:
-                life.guard.observe(loss)
-            with torch.no_grad():
-                life.advance(entered)
+        with ExitStack() as shield:
+            try:
+                loss, done = self._base_step(closure, measure, enter)
+                if entered is not None:
+                    with torch.no_grad():
+                        life.leave_factors(entered)
+            except BaseException:
+                for layer, cached, sums, outside in measured:
+                    layer.cached, layer.sums, layer.outside = cached, sums, outside
+                with torch.no_grad():
+                    for batch in entered or ():
+                        batch.restore_()
+                raise
+            if entered is not None:
+                if closure is not None:
+                    life.guard.observe(loss)
+                with torch.no_grad():
+                    life.advance()
+            done()
+        life.raise_deferred()
         return loss
 
     def observe_loss(self, loss: torch.Tensor | float) -> None:
@@ -277,46 +298,54 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         self._life.guard.observe(loss)
 
-    def _base_step(self, closure: Callable[[], Any] | None, prepare: Callable[[], None]) -> Any:
-        """The base's step, with ``prepare`` between its gradients and its update."""
-        if closure is None:
-            prepare()
-            return self._call_base()
+    def _base_step(
+        self, closure: Callable[[], Any] | None, measure: Callable[[], None], enter: Callable[[], None]
+    ) -> tuple[Any, Callable[[], None]]:
+        """The base's bare step: ``measure`` comes as soon as there are gradients, ``enter`` before its update.
+
+        Its own hooks (the global ones already run around ours) see weights, and not what the base steps
+        on. Those that come after the step are given back, for its end.
+        """
+        base = self.base_optimizer
+        base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler that was built on the base looks at
+        step = type(base).step
         calls = 0
 
         def evaluate() -> Any:
             nonlocal calls
+            assert closure is not None
             calls += 1
             if calls > 1:
                 self._note_reevaluation()
             with torch.enable_grad():
                 loss = closure()
             if calls == 1:  # afterwards: a closure brings its own backward pass
-                prepare()
+                measure()
+                enter()
             return loss
 
-        if "closure" in inspect.signature(type(self.base_optimizer).step).parameters:
-            return self._call_base(evaluate)
-        loss = evaluate()
-        self._call_base()
-        return loss
-
-    def _call_base(self, *args: Any) -> Any:
-        """The base's bare step with its own hooks: the global ones already run around ours."""
-        base = self.base_optimizer
-        base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler that was built on the base looks at
-        args = (base, *args)
+        loss = None
+        hands_over = closure is not None and "closure" in inspect.signature(step).parameters
+        if closure is None:
+            measure()
+        args: tuple[Any, ...] = (base, evaluate) if hands_over else (base,)
         kwargs: dict[str, Any] = {}
         for pre_hook in base._optimizer_step_pre_hooks.values():
             changed = pre_hook(base, args, kwargs)
             if changed is not None:
                 args, kwargs = changed
-        step = type(base).step
+        if closure is None:
+            enter()
+        elif not hands_over:
+            loss = evaluate()
         with self._life.clock("base"):
-            loss = getattr(step, "__wrapped__", step)(*args, **kwargs)
-        for post_hook in base._optimizer_step_post_hooks.values():
-            post_hook(base, args, kwargs)
-        return loss
+            result = getattr(step, "__wrapped__", step)(*args, **kwargs)
+
+        def done() -> None:
+            for post_hook in base._optimizer_step_post_hooks.values():
+                post_hook(base, args, kwargs)
+
+        return result if hands_over or closure is None else loss, done
 
     def _note_reevaluation(self) -> None:
         self._life.reevaluates = True
@@ -367,9 +396,12 @@ class SubspaceAwareOptimizer(Optimizer):
         if broken:
             for layer in chosen:
                 layer.rank = old_ranks[layer.name]
-            raise ValueError(f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf; mend it first")
+            raise ValueError(
+                f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+            )
         self._life.switch(bases, (), errors, "by hand")
         self._life.forget_decisions(bases)
+        self._life.raise_deferred()
         return list(bases)
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
@@ -393,6 +425,7 @@ class SubspaceAwareOptimizer(Optimizer):
         merges = [layer for layer in chosen if layer.factored is not None]
         self._life.switch({}, merges, {}, "by hand")
         self._life.forget_decisions(layer.name for layer in chosen)
+        self._life.raise_deferred()
         return [layer.name for layer in merges]
 
     def protect_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
@@ -433,6 +466,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
         for layer in chosen:
             self._life.protect_by_hand(layer, rank)
+        self._life.raise_deferred()
         return [layer.name for layer in chosen]
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
@@ -448,6 +482,7 @@ class SubspaceAwareOptimizer(Optimizer):
         chosen = [layer for layer in self._by_name(layers, "release_") if layer.anchor is not None]
         for layer in chosen:
             self._life.protect(layer, False, "by hand", by_hand=True)
+        self._life.raise_deferred()
         return [layer.name for layer in chosen]
 
     def _by_name(self, layers: str | Iterable[str], method: str) -> list[FollowedLayer]:

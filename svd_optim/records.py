@@ -6,10 +6,18 @@ round-trips through :func:`dataclasses.asdict`, so it can be logged, saved and c
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+_NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
+
+
+def clean(text: object) -> str:
+    """Without the characters by which a name or reason could take hold of a terminal or a log."""
+    return "".join(c for c in str(text) if unicodedata.category(c) not in _NOT_TEXT)
 
 
 class LayerState(StrEnum):
@@ -190,7 +198,7 @@ class Event:
             move = f" {self.before} -> {self.after}"
         numbers = ", ".join(f"{k}={v:.4g}" for k, v in self.numbers.items())
         tail = f" [{numbers}]" if numbers else ""
-        return f"step {self.step}: {self.layer}: {self.kind}{move}: {self.reason}{tail}"
+        return clean(f"step {self.step}: {self.layer}: {self.kind}{move}: {self.reason}{tail}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +305,7 @@ class LayerReport:
         return self.decision.reason if self.decision else "not analysed yet"
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.state}, rank {self.rank}: {self.reason}"
+        return clean(f"{self.name}: {self.state}, rank {self.rank}: {self.reason}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a person sees in the terminal: tables, event lines and the summary at the end.
 
 Renders plain records and is the only module that imports rich. Everything that comes from outside
-(names, reasons, conditions of a user's policy) goes through :func:`_clean` into ``Text``: rich would
+(names, reasons, conditions of a user's policy) goes through :func:`.records.clean` into ``Text``: rich would
 take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
 (``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined); colour only repeats it.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,26 +23,21 @@ from rich.table import Table
 from rich.text import Text
 
 from .listeners import Listener
-from .records import Action, Condition, Event, LayerReport, LayerState, Plan, Summary
+from .records import Action, Condition, Event, LayerReport, LayerState, Plan, Summary, clean
 
-_ALARMS = ("danger", "stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed")  # events
+_ALARMS = ("danger", "stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed",
+           "decomposition_failed")  # events  # fmt: skip
 _NARROW = 100  # below so many columns: abbreviations, and a gap of one
 _ALWAYS = 99  # importance of a column that is never left out
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
-_NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
 _ASCII = str.maketrans("–…→─·", "-.>-,")
 # Conditions that are plain facts, as a word; the policy's reason says the rest.
 _FACTS = {"base_understood": "unsupported", "in_plan": "kept dense", "unprotected": "protected"}
 
 
-def _clean(text: object) -> str:
-    """Without the characters by which a name or reason could take hold of the terminal."""
-    return "".join(c for c in str(text) if unicodedata.category(c) not in _NOT_TEXT)
-
-
 def _name(name: str) -> str:
-    return _clean(name) or "(model)"  # the model itself may be the layer; its name is empty
+    return clean(name) or "(model)"  # the model itself may be the layer; its name is empty
 
 
 def _shorten(text: str, width: int, head: int | None = None) -> str:
@@ -82,7 +76,7 @@ def _number(value: object, digits: int = 3) -> str:
     try:
         x = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        return _shorten(_clean(value), 10)
+        return _shorten(clean(value), 10)
     size = abs(x)
     if isinstance(value, int) and size < 1e6:
         return str(value)
@@ -101,7 +95,7 @@ def _blocker(condition: Condition) -> str:
     value, threshold = condition.value, condition.threshold
     if condition.name == "cooldown":
         return f"cooldown {_number(value)}"
-    name = _clean(condition.name).removesuffix("_safe").removeprefix("below_")
+    name = clean(condition.name).removesuffix("_safe").removeprefix("below_")
     name = ("~" if condition.near else "") + _shorten(name.replace("reconstruction", "recon"), 12)
     if value is None:
         return f"{name} –"
@@ -127,7 +121,7 @@ def _decision(layer: LayerReport) -> str:
     elif decision is None:
         text = "not analysed yet"
     else:
-        text = _blocker(decision.blocker) if decision.blocker else _shorten(_clean(decision.reason), 22, 21)
+        text = _blocker(decision.blocker) if decision.blocker else _shorten(clean(decision.reason), 22, 21)
     return f"! {text}" if decision and decision.danger else text
 
 
@@ -255,7 +249,7 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
         )
     alarms = ["bold red" if x.decision and x.decision.danger else _STATE_STYLE[x.state] for x in layers]
     strips.append(_Strip("decision", [_decision(layer) for layer in layers], _ALWAYS, left=True, styles=alarms))
-    title = f"step {summary.step} · analysis {summary.analyses} · {_clean(summary.mode)}"
+    title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}"
     legend = _LEGEND if narrow else _LEGEND_WIDE
     if any(layer.protected for layer in layers):
         legend += "\n* principal block protected: kept from moving"
@@ -280,7 +274,7 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
         _Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
         _Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
         _Strip("missed", [_number(row.missed) for row in rows], 2),
-        _Strip("fixed", [_shorten(_clean(row.fixed), 22, 21) for row in rows], _ALWAYS, left=True),
+        _Strip("fixed", [_shorten(clean(row.fixed), 22, 21) for row in rows], _ALWAYS, left=True),
     ]  # fmt: skip
     caption = Text("share: of its parameters  missed: of the gradient's energy, expected", style="dim")
     kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
@@ -297,12 +291,12 @@ def event_line(event: Event) -> Text:
     line = Text(f"step {event.step}  ")
     line.append(_name(event.layer) if event.layer != "*" else "run", style="bold")
     alarm = event.kind in _ALARMS
-    line.append(f"  {_clean(event.kind)}", style="bold red" if alarm else "cyan")
+    line.append(f"  {clean(event.kind)}", style="bold red" if alarm else "cyan")
     if event.before is not None and event.after is not None and event.before != event.after:
         line.append(f"  {event.before} → {event.after}")
-    line.append(f"  {_clean(event.reason)}")
+    line.append(f"  {clean(event.reason)}")
     if event.numbers:
-        numbers = ", ".join(f"{_clean(key)}={_number(value, 4)}" for key, value in event.numbers.items())
+        numbers = ", ".join(f"{clean(key)}={_number(value, 4)}" for key, value in event.numbers.items())
         line.append(f"  [{numbers}]")
     return line
 
@@ -330,7 +324,7 @@ def _times(summary: Summary) -> Text:
     text = Text(f"analysis took {summary.analysis_share:.1%} of {_number(total, 2)} s")
     parts = sorted(summary.seconds.items(), key=lambda item: -item[1])
     share = " ({:.1%})".format
-    phases = (f"{_clean(k)} {_number(v, 2)} s{share(v / total) if total > 0 else ''}" for k, v in parts)
+    phases = (f"{clean(k)} {_number(v, 2)} s{share(v / total) if total > 0 else ''}" for k, v in parts)
     return text.append(": " + " · ".join(phases)) if parts else text
 
 
@@ -351,7 +345,7 @@ def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
             text = f"would {decision.action}: {decision.reason}"
         else:
             text = layer.reason
-        table.add_row(Text(name), Text(_clean(text)))
+        table.add_row(Text(name), Text(clean(text)))
     return table
 
 
@@ -377,12 +371,12 @@ def _nothing_acted(summary: Summary) -> Text | None:
     if acted or moved or not summary.analyses or summary.mode != "auto" or not blocked:
         return None
     loud = summary.analyses >= summary.stall_after or any(event.kind == "stalled" for event in summary.events)
-    counts = Counter(_clean(layer.condition) for layer in blocked).most_common()
+    counts = Counter(clean(layer.condition) for layer in blocked).most_common()
     nearest = min(blocked, key=_farness)
     text = Text("!! NOTHING ACTED" if loud else "nothing acted", style="bold red" if loud else "")
     text.append(f" in {summary.analyses} analyses of {len(summary.layers)} layers. Blocked by ")
     text.append(", ".join(f"{name} ({count})" for name, count in counts))
-    text.append(f". Nearest: {_name(nearest.name)}: {'; '.join(map(_clean, _failing(nearest)))}.")
+    text.append(f". Nearest: {_name(nearest.name)}: {'; '.join(map(clean, _failing(nearest)))}.")
     return text
 
 
@@ -390,7 +384,7 @@ def _left_alone(summary: Summary, names: int = 4) -> Text:
     """The parameters left alone, grouped by reason, with the first few names of each group."""
     groups: dict[str, list[str]] = {}
     for item in summary.left_alone:
-        groups.setdefault(_clean(item.reason), []).append(_shorten(_name(item.name), 40))
+        groups.setdefault(clean(item.reason), []).append(_shorten(_name(item.name), 40))
     text = Text("left alone")
     for reason, members in groups.items():
         more = f" and {len(members) - names} more" if len(members) > names else ""
@@ -408,7 +402,7 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     """
     width = rich.get_console().width if width is None else width
     states = " · ".join(f"{summary.count(state)} {state}" for state in LayerState)
-    head = f"step {summary.step}, mode {_clean(summary.mode)}, {summary.analyses} analyses: {states}"
+    head = f"step {summary.step}, mode {clean(summary.mode)}, {summary.analyses} analyses: {states}"
     parts: list[RenderableType] = [Text(head, "bold"), Text(), _sizes(summary), Text(), _times(summary)]
     stalled = _nothing_acted(summary)
     if stalled is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from .config import LayerOverride, SubspaceConfig, Thresholds
+from .decomposition import LinAlgError, attempt
 from .factor_step import Factored, masters
 from .layers import SKETCH_SIZE, FactorizedLinear
 from .linalg import Basis, working
@@ -60,6 +61,7 @@ class FollowedLayer:
     extensions: int = 0  # how often that was put off
     danger: bool = False
     nonfinite: bool = False  # its gradient or weight was NaN or Inf when it was last looked at
+    failures: int = 0  # decompositions that failed in a row
 
     @property
     def weight(self) -> Tensor:
@@ -122,6 +124,10 @@ class FollowedLayer:
             principal = self.cached.leading(self.rank)
         if principal is not None:
             self.dense_anchor = anchor_dense(working(self.module.weight), principal.U, principal.V)
+
+    def count_decomposition(self, ok: bool) -> None:
+        """Remember whether the last decomposition gave something."""
+        self.failures = 0 if ok else self.failures + 1
 
     def release(self) -> None:
         """End the protection."""
@@ -200,9 +206,14 @@ class SubspaceTracker:
                 return False
             if layer.energy_target is not None:
                 self.update_energy_rank(layer)
-            generator = _private_generator(self.config, layer, step)
-            layer.cached = linalg.first_basis(working(W), layer.rank, generator)
+            X = working(W)
+            layer.cached = attempt(
+                lambda dtype: linalg.first_basis(X.to(dtype), layer.rank, _private_generator(self.config, layer, step)),
+                X.dtype,
+            )
+            layer.count_decomposition(layer.cached is not None)
             layer.basis_step = step
+            return layer.cached is not None
         elif layer.cached.U.device != layer.weight.device:
             layer.cached = Basis(*(t.to(layer.weight.device) for t in layer.cached))
             layer.sums = None
@@ -220,15 +231,15 @@ class SubspaceTracker:
             if energies is None:
                 return
             e, usable = energies
-            finite = torch.isfinite(e.left + e.right).all()  # of the sketch we don't speak: it may be stale
         else:
             G = module.weight.grad
             if G is None or G.is_sparse or layer.cached is None:
                 return
             U, _, V = layer.cached.leading(layer.rank)
             e = linalg.gradient_energies(working(G), U, V)
-            usable = finite = torch.isfinite(e.total)
-        usable = usable & (e.total > 0) & torch.isfinite(e.total)
+            usable = torch.isfinite(e.total)
+        finite = torch.isfinite(e.left + e.right).all()  # of a sketch we don't speak: it may be stale
+        usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
         if isinstance(module, FactorizedLinear) and module.sketch is not None and module.sketch.grad is not None:
             seen = torch.where(usable, working(module.sketch.grad), 0.0)
             layer.outside = seen if layer.outside is None else layer.outside + seen
@@ -292,7 +303,10 @@ class SubspaceTracker:
         W = working(layer.module.weight)
         if not bool(torch.isfinite(W).all()):
             return
-        spectrum = torch.linalg.svdvals(W).double().square().cumsum(0)
+        try:
+            spectrum = torch.linalg.svdvals(W).double().square().cumsum(0)
+        except LinAlgError:
+            return  # the next analysis tries again
         if float(spectrum[-1]) == 0.0:
             return  # a zero matrix has no energy to keep
         rank = int((spectrum < layer.energy_target * spectrum[-1]).sum()) + 1
@@ -301,15 +315,16 @@ class SubspaceTracker:
 
     @torch.no_grad()
     def analyse(self, layers: Iterable[FollowedLayer], step: int) -> dict[str, LayerMetrics]:
-        """Refresh all bases and close all running sums: metrics by layer name. Two host reads in all.
+        """Refresh all bases and close all running sums: metrics by layer name.
 
-        A layer whose weight holds NaN or Inf keeps its basis and gets metrics with ``nonfinite`` > 0.
+        A layer whose weight holds NaN or Inf keeps its basis and gets metrics with ``nonfinite`` > 0. Two
+        host reads in all, and one for each dense layer: whether its decomposition gave something finite.
         """
         layers = [layer for layer in layers if layer.factored is not None or layer.cached is not None]
         if not layers:
             return {}
         flags = torch.stack([self._flags(layer) for layer in layers]).tolist()
-        rows = [self._analyse_one(layer, ok, zero, step) for layer, (ok, zero) in zip(layers, flags, strict=True)]
+        rows = [self._analyse_one(layer, ok, useful, step) for layer, (ok, useful) in zip(layers, flags, strict=True)]
         values = iter(torch.cat(rows).tolist())
         metrics = {}
         for layer, row, (finite, _) in zip(layers, rows, flags, strict=True):
@@ -320,15 +335,16 @@ class SubspaceTracker:
         return metrics
 
     def _flags(self, layer: FollowedLayer) -> Tensor:
-        """[the weight is finite, the cached basis is that of a zero matrix], (2,) bool."""
+        """[the weight is finite, the cached basis is of use], (2,) bool; that of a zero matrix is of none."""
         module = layer.module
         if isinstance(module, FactorizedLinear):
             finite = torch.stack([torch.isfinite(p).all() for p in (module.U, module.S, module.V)]).all()
-            return torch.stack([finite, torch.zeros_like(finite)])
+            return torch.stack([finite, torch.ones_like(finite)])
         assert layer.cached is not None
-        return torch.stack([torch.isfinite(module.weight).all(), layer.cached.S[0] == 0])
+        useful = torch.stack([torch.isfinite(factor).all() for factor in layer.cached]).all() & (layer.cached.S[0] > 0)
+        return torch.stack([torch.isfinite(module.weight).all(), useful])
 
-    def _analyse_one(self, layer: FollowedLayer, finite: bool, was_zero: bool, step: int) -> Tensor:
+    def _analyse_one(self, layer: FollowedLayer, finite: bool, useful: bool, step: int) -> Tensor:
         """[angle, drift, error, stable, effective and exact rank, skew, *sums] on the device, (7 + 2 + 3k,)."""
         device = layer.weight.device
         sums = (
@@ -352,11 +368,11 @@ class SubspaceTracker:
             assert old is not None
             W = working(layer.module.weight)
             total, since = linalg.energy(W), layer.basis_step
-            # A basis of a zero matrix says nothing about what came after it.
-            new = linalg.exact_basis(W, old.S.shape[0]) if was_zero else linalg.refresh_basis(W, old)
-            angle_U, drift_U = linalg.subspace_change(old.U[:, :k], new.U[:, :k], new.S[:k])
-            angle_V, drift_V = linalg.subspace_change(old.V[:, :k], new.V[:, :k], new.S[:k])
-            angle, drift = torch.maximum(angle_U, angle_V), torch.maximum(drift_U, drift_V)
+            refreshed = self._refreshed(layer, W, old, useful)
+            if refreshed is None:
+                return torch.cat([torch.full((SCALARS,), math.nan, dtype=torch.float64, device=device), sums])
+            new = refreshed
+            angle, drift = self._change(old.leading(k), new.leading(k))
             skew = torch.zeros_like(angle)
             layer.cached, layer.basis_step = new, step
         drift = (drift * DRIFT_STEPS / max(1, step - since)).clamp(max=1.0)
@@ -367,6 +383,27 @@ class SubspaceTracker:
         exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1.0
         scalars = (angle, drift, error, total / squares[0], effective, exact, skew)
         return torch.cat([torch.stack([x.double() for x in scalars]), sums])
+
+    def _refreshed(self, layer: FollowedLayer, W: Tensor, old: Basis, useful: bool) -> Basis | None:
+        """The basis of a dense weight as of now; ``None``: it can't be had, and the old one stays."""
+
+        def decompose(dtype: torch.dtype) -> Basis:
+            if not useful:
+                return linalg.exact_basis(W.to(dtype), old.S.shape[0])
+            return linalg.refresh_basis(W.to(dtype), Basis(*(t.to(dtype) for t in old)))
+
+        new = attempt(decompose, W.dtype)
+        layer.count_decomposition(new is not None)
+        return new
+
+    def _change(self, old: Basis, new: Basis) -> tuple[Tensor, Tensor]:
+        """(angle, drift), of the side that moved more; NaN where a basis was of no use."""
+        try:
+            angles, drifts = zip(*(linalg.subspace_change(a, b, new.S) for a, b in ((old.U, new.U), (old.V, new.V))),
+                                 strict=True)  # fmt: skip
+        except LinAlgError:
+            return (unknown := new.S.new_full((), math.nan)), unknown
+        return torch.maximum(*angles), torch.maximum(*drifts)
 
     def _analyse_factors(self, layer: FollowedLayer) -> tuple[Basis, Tensor, Tensor, Tensor, Tensor]:
         """(factors, NaN for the angle, drift, energy, ||U^T U - I|| or that of V) of a factorized layer."""
@@ -445,6 +482,8 @@ class SubspaceTracker:
             "outside": layer.outside,
             "kept": None if kept is None else list(kept),
             "nonfinite": None if layer.factored is None else layer.factored.nonfinite,
+            "was_nonfinite": layer.nonfinite,
+            "failures": layer.failures,
         }
 
     def load_layer_state(self, layer: FollowedLayer, saved: dict[str, Any]) -> None:
@@ -464,7 +503,8 @@ class SubspaceTracker:
         layer.line_start = int(saved["line_start"])
         layer.history = [LayerMetrics(**values) for values in saved["history"]]
         layer.descent_end, layer.extensions = saved["descent_end"], int(saved["extensions"])
-        layer.danger = bool(saved["danger"])
+        layer.danger, layer.nonfinite = bool(saved["danger"]), bool(saved["was_nonfinite"])
+        layer.failures = int(saved["failures"])
         layer.keep_dense, layer.cooldown_until = bool(saved["keep_dense"]), int(saved["cooldown_until"])
         layer.protected_by_hand = bool(saved["protected_by_hand"])
         anchor = saved["anchor"]

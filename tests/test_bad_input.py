@@ -502,12 +502,14 @@ def test_exception_in_user_code_leaves_factors_restored(where: str) -> None:
     handle = handle(explode) if handle is not None else None
     with pytest.raises(ZeroDivisionError):
         optimizer.step(closure)
-    same_bits(factors, {name: value for name, value in weights(model).items() if name in factors})
+    if where != "base post hook":  # by then the step is taken, as with the bare optimizer
+        same_bits(factors, {name: value for name, value in weights(model).items() if name in factors})
     if handle is not None:
         handle.remove()
+    taken = optimizer.steps
     train(model, optimizer, range(8, 12))
     check_factors(model)
-    assert optimizer.steps == 11
+    assert taken == (8 if where == "base post hook" else 7) and optimizer.steps == taken + 4
 
 
 def test_lbfgs_cannot_step_inside_factors_and_says_what_to_do() -> None:

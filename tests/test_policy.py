@@ -458,5 +458,15 @@ def test_decisions_need_no_torch(name):
             imported.add("." * node.level + (node.module or ""))
             imported |= {"." + alias.name for alias in node.names if node.level and not node.module}
     assert "__future__" in imported  # the walk sees something
-    standard = {"__future__", "ast", "collections.abc", "dataclasses", "enum", "itertools", "math", "typing"}
+    standard = {
+        "__future__",
+        "ast",
+        "collections.abc",
+        "dataclasses",
+        "enum",
+        "itertools",
+        "math",
+        "typing",
+        "unicodedata",
+    }
     assert imported - standard <= {".policy", ".planner", ".records", ".config"}

@@ -1,0 +1,118 @@
+"""What a fault must not leave half done: work that is undone on an error, and work that Ctrl-C waits for."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals whose Python handlers may raise (Ctrl-C) are handled when the block is done.
+
+    In threads other than the main one nothing is done: Python runs no signal handlers there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[Any, ...]] = []
+    handlers = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for arguments in received[:1]:
+            handlers[arguments[0]](*arguments)
+
+
+Undo = Callable[[], None]
+
+
+def _contents(container: Any) -> Undo:
+    """How to give a list, dict or deque its present contents back. It stays the same object."""
+    if isinstance(container, dict):
+        items = dict(container)
+
+        def undo() -> None:
+            container.clear()
+            container.update(items)
+
+    else:
+        kept = list(container)
+
+        def undo() -> None:
+            container.clear()
+            container.extend(kept)
+
+    return undo
+
+
+def _of_record(record: object) -> list[Undo]:
+    values = vars(record)
+    return [_contents(values), *(_contents(v) for v in values.values() if isinstance(v, (list, dict, deque)))]
+
+
+def _of_module(module: nn.Module) -> list[Undo]:
+    kind = module.__class__
+
+    def undo() -> None:
+        module.__class__ = kind
+
+    return [undo, _contents(module.__dict__), _contents(module._parameters), _contents(module._buffers)]
+
+
+def _of_optimizer(optimizer: Optimizer) -> list[Undo]:
+    groups = [*_of_record(optimizer), *(_contents(group) for group in optimizer.param_groups)]
+    lists = [_contents(v) for group in optimizer.param_groups for v in group.values() if isinstance(v, list)]
+    return [*groups, *lists, *(_contents(state) for state in optimizer.state.values())]
+
+
+def _values(modules: Iterable[nn.Module]) -> Undo:
+    tensors = {t for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
+    copies = [(t, t.detach().clone()) for t in tensors if t is not None]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+
+    return undo
+
+
+@contextmanager
+def undone_on_error(
+    modules: Iterable[nn.Module], optimizers: Iterable[Optimizer], records: Iterable[object], values: bool = False
+) -> Iterator[None]:
+    """Whatever is raised inside: modules, optimizers and records are, object for object, what they were before.
+
+    Args:
+        modules: their classes, parameters and attributes, not those of their children.
+        optimizers: their groups, and which state each parameter has.
+        records: plain objects; their attributes, and what lists and dicts among these hold.
+        values: also the numbers in the modules' parameters and buffers (a copy of them is kept).
+    """
+    modules = list(modules)
+    undos = [undo for module in modules for undo in _of_module(module)]
+    undos += [undo for optimizer in optimizers for undo in _of_optimizer(optimizer)]
+    undos += [undo for record in records for undo in _of_record(record)]
+    if values:
+        undos.append(_values(modules))
+    try:
+        yield
+    except BaseException:
+        for undo in undos:
+            undo()
+        raise
