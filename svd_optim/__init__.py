@@ -1,5 +1,6 @@
 """Wrap your optimizer; see what training does to the weights; train on in fewer parameters."""
 
+from .checkpoint import export_dense, export_safetensors, load_checkpoint, load_model, save_checkpoint
 from .config import LayerOverride, SubspaceConfig, Thresholds
 from .factorization import factorize_, merge_, restore_on_load_, restore_structure_
 from .layers import FactorizedLinear
@@ -8,11 +9,13 @@ from .optimizer import SubspaceAwareOptimizer
 from .policy import Policy, ThresholdPolicy
 from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Plan, Summary
 from .report import ConsoleReport
+from .storage import CheckpointError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "CheckpointError",
     "ConsoleReport",
     "Decision",
     "Event",
@@ -30,8 +33,13 @@ __all__ = [
     "Summary",
     "ThresholdPolicy",
     "Thresholds",
+    "export_dense",
+    "export_safetensors",
     "factorize_",
+    "load_checkpoint",
+    "load_model",
     "merge_",
     "restore_on_load_",
     "restore_structure_",
+    "save_checkpoint",
 ]

@@ -1,0 +1,371 @@
+"""A checkpoint on disk: safetensors and JSON in one folder, written whole or not at all, verified before use.
+
+A folder of checkpoints holds ``checkpoint-000001``, ``checkpoint-000002``, ... and ``latest``, a text file
+with the name of one of them. Each is written beside, in a ``.tmp-`` folder that its writer keeps locked,
+then synced and renamed, and ``latest`` moves last. In a checkpoint, ``manifest.json`` holds all structure
+and plain values, and the type, shape and SHA-256 of each tensor in the safetensors files beside it.
+
+This file knows no model and no optimizer: trees of plain values and tensors in, the same out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MODEL, STATE = "model.safetensors", "state.safetensors"
+LATEST = "latest"
+MANIFEST_LIMIT = 256 * 2**20  # bytes; a thousand layers with their histories take a tenth of it
+HEADER_LIMIT = 100 * 2**20  # bytes; safetensors' own
+_NAME = re.compile(r"checkpoint-(\d{6,15})")
+_LOCK, _TEMPORARY = ".lock", ".tmp-"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError,
+               MemoryError, SafetensorError)  # fmt: skip
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be written, or what is on disk can't be trusted or doesn't fit; nothing was changed."""
+
+
+class Part(NamedTuple):
+    """A safetensors file's worth of a checkpoint."""
+
+    tree: Any  # plain values, with tensors between them
+    named: dict[str, Tensor]  # tensors that have a name of their own
+
+
+# ---- trees of plain values and tensors ---------------------------------------------------------------
+
+
+def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON that keeps tuples, NaN and keys that are no strings; its tensors go to ``tensors``.
+
+    Args:
+        where: the path of ``value`` in the whole tree (a JSON pointer): the name of a tensor there.
+    """
+    if isinstance(value, Tensor):
+        if where in tensors:
+            raise CheckpointError(f"two tensors are called {where!r}; rename one")
+        tensors[where] = value
+        return {"$": "tensor"}
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$": "float", "v": repr(float(value))}
+    if isinstance(value, (list, tuple)):
+        items = [encode(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$": "tuple", "v": items}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and "$" not in value:
+            return {str(key): encode(item, f"{where}/{_escaped(key)}", tensors) for key, item in value.items()}
+        pairs = [[encode(key, where, {}), key, item] for key, item in value.items()]
+        return {"$": "dict", "v": [[k, encode(v, f"{where}/{i}", tensors)] for i, (k, _, v) in enumerate(pairs)]}
+    raise CheckpointError(
+        f"{where}: a {type(value).__name__} can't be saved; give tensors, numbers, strings, None, lists, tuples, dicts"
+    )
+
+
+def decode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`encode`; takes each tensor out of ``tensors``."""
+    if isinstance(value, list):
+        return [decode(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if "$" not in value:
+        return {key: decode(item, f"{where}/{_escaped(key)}", tensors) for key, item in value.items()}
+    kind, inner = value["$"], value.get("v")
+    if kind == "tensor":
+        if where not in tensors:
+            raise CheckpointError(f"tensor {where!r} is missing")
+        return tensors.pop(where)
+    if kind == "float" and inner in ("nan", "inf", "-inf"):
+        return float(inner)
+    if kind == "tuple" and isinstance(inner, list):
+        return tuple(decode(inner, where, tensors))
+    if kind == "dict" and isinstance(inner, list) and all(isinstance(p, list) and len(p) == 2 for p in inner):
+        return {decode(k, where, {}): decode(v, f"{where}/{i}", tensors) for i, (k, v) in enumerate(inner)}
+    raise CheckpointError(f"{where}: {str(value)[:80]!r} is no saved value")
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")  # RFC 6901: no two places share a name
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nothing else shares, as of now."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"tensor {name!r} is sparse or quantized, and can't be saved")
+        if name == "__metadata__":
+            raise CheckpointError("a tensor called '__metadata__' could not be loaded; rename it")
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": digest}
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+
+
+# ---- writing -----------------------------------------------------------------------------------------
+
+
+def write(folder: Path, parts: Mapping[str, Part], keep: int | None) -> Path:
+    """Write one checkpoint into ``folder`` and move ``latest`` to it.
+
+    Args:
+        parts: by file; trees as :func:`encode` gave them, all tensors on the CPU.
+        keep: how many checkpoints to keep; ``None``: all.
+
+    Raises:
+        CheckpointError: it could not be written; what was there is as it was.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / _LOCK):
+            _sweep(folder)
+            temporary = folder / f"{_TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+            temporary.mkdir()
+            held = os.open(temporary, os.O_RDONLY)
+            _try_lock(held)  # until it is renamed: others tell by this that its writer lives
+        try:
+            _fill(temporary, parts)
+            with _locked(folder / _LOCK):
+                path = folder / f"checkpoint-{max(_numbers(folder), default=0) + 1:06d}"
+                os.rename(temporary, path)
+                _sync(folder)
+                _point(folder, path.name)
+                _prune(folder, keep)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(held)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"could not save a checkpoint to {str(folder)!r}: {error!r}; nothing was lost") from error
+    return path
+
+
+def _fill(path: Path, parts: Mapping[str, Part]) -> None:
+    with open(path / MANIFEST, "wb") as manifest:
+        mode = stat.S_IMODE(os.fstat(manifest.fileno()).st_mode)
+        described = {}
+        for file, part in parts.items():
+            safetensors.torch.save_file(part.named, path / file)
+            os.chmod(path / file, mode)  # safetensors makes it 0600
+            _sync(path / file)
+            tensors = {name: _described(tensor) for name, tensor in part.named.items()}
+            described[file] = {"bytes": (path / file).stat().st_size, "tensors": tensors, "tree": part.tree}
+        canonical = _canonical({"format": FORMAT, "files": described})
+        manifest.write(b'{"sha256":"%s","body":%s}\n' % (hashlib.sha256(canonical).hexdigest().encode(), canonical))
+        manifest.flush()
+        os.fsync(manifest.fileno())
+    _sync(path)
+
+
+def _point(folder: Path, name: str) -> None:
+    beside = folder / f"{_TEMPORARY}latest"
+    with open(beside, "w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, folder / LATEST)
+    _sync(folder)
+
+
+def _prune(folder: Path, keep: int | None) -> None:
+    for number in sorted(_numbers(folder))[:-keep] if keep is not None else ():
+        doomed = folder / f"{_TEMPORARY}old-{number}"
+        try:
+            os.rename(folder / f"checkpoint-{number:06d}", doomed)  # half of it must not look like a checkpoint
+            shutil.rmtree(doomed)
+        except OSError as error:  # the new one is safe, which is what counts
+            logger.warning("could not delete the old checkpoint %d in %r: %s", number, str(folder), error)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what writers that died have left; what a living one works on is locked."""
+    for entry in folder.glob(f"{_TEMPORARY}*"):
+        if entry.is_symlink() or not entry.is_dir():
+            entry.unlink()
+            continue
+        held = os.open(entry, os.O_RDONLY)
+        try:
+            if _try_lock(held):
+                shutil.rmtree(entry)
+        finally:
+            os.close(held)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    import fcntl  # POSIX only, and only saving needs it
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone in the folder, for the short moments in which its entries change. A dead holder's lock is gone."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may hold the handle too
+        os.close(handle)
+
+
+# ---- reading -----------------------------------------------------------------------------------------
+
+
+def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Part]:
+    """Read a checkpoint, or the latest in a folder of them, and verify every byte of it.
+
+    Nothing outside the checkpoint is read, links are not followed, and memory stays within a small
+    multiple of the files' sizes.
+
+    Raises:
+        CheckpointError: with the file, the tensor and the reason.
+    """
+    path = _resolve(folder)
+    described = _read_manifest(path / MANIFEST)["files"]
+    parts = {}
+    for file in files:
+        about = described.get(file)
+        if not isinstance(about, dict) or about.keys() != {"bytes", "tensors", "tree"}:
+            raise CheckpointError(f"{path / MANIFEST}: {file} is not described")
+        tensors = _read_tensors(path / file, about["bytes"], about["tensors"])
+        try:
+            parts[file] = Part(decode(about["tree"], "", tensors), tensors)
+        except (CheckpointError, TypeError, RecursionError) as error:  # TypeError: a key that can't be one
+            raise CheckpointError(f"{path / MANIFEST}: {error}") from None
+    return parts
+
+
+def _resolve(folder: Path) -> Path:
+    name = ""
+    try:
+        if not folder.is_dir():
+            what = "is no folder" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{str(folder)!r} {what}: give a checkpoint, or a folder of checkpoints")
+        if (folder / MANIFEST).exists():
+            return folder
+        numbers = sorted(_numbers(folder))
+        if not os.path.lexists(folder / LATEST):  # a writer died between its first checkpoint and the pointer
+            if not numbers:
+                raise CheckpointError(f"{str(folder)!r} holds no checkpoint: no {MANIFEST}, and no checkpoint-...")
+            name = f"checkpoint-{numbers[-1]:06d}"
+        else:
+            name = _read_bytes(folder / LATEST, 64).decode(errors="replace").rstrip("\n")
+        if not _NAME.fullmatch(name):
+            raise CheckpointError(f"{folder / LATEST} names {name!r}, which is no name of a checkpoint")
+        if not stat.S_ISDIR(os.lstat(folder / name).st_mode):
+            raise CheckpointError(f"{folder / name} is no folder")
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / LATEST} names {name!r}, which is not there; give one by its path") from None
+    except OSError as error:
+        raise CheckpointError(f"{str(folder)!r} can't be read: {error}") from error
+    return folder / name
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file's bytes. Links are refused, and nothing larger than ``limit`` is read."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is no ordinary file")
+            if status.st_size > limit:
+                raise CheckpointError(f"{path} holds {status.st_size:,} bytes, more than {limit:,}")
+            return file.read(min(limit, status.st_size))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    raw = _read_bytes(path, MANIFEST_LIMIT)
+    try:
+        outer = json.loads(raw)
+        body = outer["body"]
+        if isinstance(body.get("format"), int) and body["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path}: saved by a newer svd_optim, format {body['format']}; this one reads {FORMAT}"
+            )
+        if outer["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
+            raise CheckpointError(f"{path}: its digest differs: it has changed since it was saved")
+        if body["format"] != FORMAT or not isinstance(body["files"], dict):
+            raise CheckpointError(f"{path}: format {body['format']!r} is not known")
+    except CheckpointError:
+        raise
+    except (*_UNREADABLE, AttributeError) as error:  # a RecursionError is a RuntimeError
+        raise CheckpointError(f"{path} is no manifest: {str(error)[:200] or type(error).__name__}") from None
+    return body
+
+
+def _read_tensors(path: Path, size: Any, described: Any) -> dict[str, Tensor]:
+    """All tensors of a file, which must be those that the manifest describes, bit for bit."""
+    if type(size) is not int or not isinstance(described, dict):
+        raise CheckpointError(f"{path} is not described in the manifest")
+    data = _read_bytes(path, max(size, 0))
+    if len(data) != size:
+        raise CheckpointError(f"{path} holds {len(data):,} bytes, the manifest says {size:,}: truncated or replaced")
+    header = int.from_bytes(data[:8], "little")
+    if header > min(HEADER_LIMIT, size - 8):
+        raise CheckpointError(f"{path}: a header of {header:,} bytes in a file of {size:,}")
+    try:
+        tensors = safetensors.torch.load(data)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} is no safetensors file: {str(error)[:200]}") from None
+    differ = sorted(tensors.keys() ^ described.keys())
+    if differ:
+        where = "not in the manifest" if differ[0] in tensors else "missing"
+        raise CheckpointError(f"{path}: tensor {differ[0]!r} is {where}")
+    for name, tensor in tensors.items():
+        if _described(tensor) != described[name]:
+            raise CheckpointError(f"{path}: tensor {name!r}: type, shape or digest differ: it has changed since saving")
+    return tensors

@@ -1,0 +1,331 @@
+"""Checkpoints that can't be written or must not be trusted: one kind of error, and nothing touched."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from faults import Fuzzer, Run, bad_folders, full_disks, mutate_bytes, same, sign
+from svd_optim import CheckpointError, SubspaceAwareOptimizer, load_model, save_checkpoint
+
+Body = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run with factorized layers, one of them protected."""
+    run = Run.new("adamw").train(130)
+    run.wrapper.protect_("up")
+    assert run.factorized() == 2
+    return run.save(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def mutable(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-000001"))
+
+
+def refused(path: Path, match: str) -> None:
+    """Loading it says so, into new and into running models, and changes nothing."""
+    for steps in (0, 20):
+        run = Run.new("adamw", seed=7).train(steps)
+        before = run.state()
+        with pytest.raises(CheckpointError, match=match):
+            run.load(path)
+        assert same(before, run.state())
+        run.train(steps + 1)
+
+
+def signed(path: Path, change: Callable[[Body], Any]) -> None:
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    change(body)
+    sign(path, body)
+
+
+def with_tensor(path: Path, name: str, change: Callable[[Tensor], Tensor], file: str = "model.safetensors") -> None:
+    """Another tensor, well described and signed."""
+    import hashlib
+
+    tensors = safetensors.torch.load((path / file).read_bytes())
+    tensors[name] = X = change(tensors[name]).contiguous()
+    safetensors.torch.save_file(tensors, path / file)
+    raw = X.reshape(-1).view(torch.uint8).numpy().tobytes()
+    described = {"dtype": str(X.dtype), "shape": list(X.shape), "sha256": hashlib.sha256(raw).hexdigest()}
+
+    def describe(body: Body) -> None:
+        body["files"][file]["tensors"][name] = described
+        body["files"][file]["bytes"] = (path / file).stat().st_size
+
+    signed(path, describe)
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    outcome = full_disks(12, random.Random(0), tmp_path)
+    assert outcome.tried == 12 and not outcome.lost, outcome.lost
+
+
+def test_folders_that_can_not_be_used(tmp_path: Path) -> None:
+    outcome = bad_folders(1, random.Random(0), tmp_path)
+    assert outcome.tried >= 13 and not outcome.lost, outcome.lost
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        Run.new("adamw").train(1).save(tmp_path)
+    tmp_path.chmod(0o700)
+
+
+def test_a_failed_deletion_of_an_old_checkpoint_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run.new("adamw").train(1)
+    run.save(tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("device busy")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    path = run.save(tmp_path, keep=1)
+    assert "could not delete the old checkpoint 1" in caplog.text
+    monkeypatch.undo()
+    run.save(tmp_path, keep=1)
+    assert not path.exists() and not [e for e in tmp_path.iterdir() if e.name.startswith(".tmp-")]
+
+
+# ---- damage ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "state.safetensors"])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.7, 0.999])
+def test_flipped_bits_and_truncation(mutable: Path, file: str, where: float) -> None:
+    whole = (mutable / file).read_bytes()
+    at = int(where * len(whole))
+    (mutable / file).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    refused(mutable, re.escape(file))
+    (mutable / file).write_bytes(whole[:at])
+    refused(mutable, re.escape(file))
+    (mutable / file).unlink()
+    refused(mutable, "manifest" if file == "manifest.json" else re.escape(file))
+
+
+def test_a_flipped_bit_in_a_tensor_names_the_tensor(mutable: Path) -> None:
+    data = bytearray((mutable / "model.safetensors").read_bytes())
+    data[-1] ^= 64
+    (mutable / "model.safetensors").write_bytes(data)
+    refused(mutable, r"model\.safetensors: tensor '[\w.]+': type, shape or digest differ")
+
+
+def test_swapped_files(mutable: Path, tmp_path: Path) -> None:
+    a, b = mutable / "model.safetensors", mutable / "state.safetensors"
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    refused(mutable, r"model\.safetensors")
+    a.write_bytes(Run.new("adamw", seed=3).train(130).save(tmp_path / "other").joinpath(a.name).read_bytes())
+    b.write_bytes(second)
+    refused(mutable, r"model\.safetensors")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"body":' * 100_000, "", "null", "[]", '{"body":{}}', "\x00" * 100])
+def test_manifests_that_are_none(mutable: Path, text: str) -> None:
+    (mutable / "manifest.json").write_text(text)
+    refused(mutable, r"manifest\.json")
+
+
+def test_absurd_sizes_take_no_memory(mutable: Path) -> None:
+    run = Run.new("adamw", seed=7).train(1)
+    for absurd in (2**40, 2**62, 2**63, 2**64 - 1):
+        data = (mutable / "model.safetensors").read_bytes()
+        (mutable / "model.safetensors").write_bytes(absurd.to_bytes(8, "little") + data[8:])
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match=r"a header of [\d,]+ bytes"):
+            run.load(mutable)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+        tracemalloc.stop()
+        (mutable / "model.safetensors").write_bytes(data)
+    with open(mutable / "manifest.json", "r+b") as file:
+        file.truncate(2**40)  # sparse
+    refused(mutable, "more than")
+
+
+@pytest.mark.parametrize("how", ["link", "folder", "pipe"])
+def test_only_regular_files_are_read(mutable: Path, how: str, tmp_path: Path) -> None:
+    file = mutable / "model.safetensors"
+    elsewhere = tmp_path / "elsewhere"
+    file.rename(elsewhere)
+    if how == "link":
+        file.symlink_to(elsewhere)
+    elif how == "folder":
+        file.mkdir()
+    else:
+        os.mkfifo(file)
+    refused(mutable, r"model\.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "checkpoint-000009", "", "checkpoint-000001/..", "x" * 99])
+def test_latest_leads_nowhere_else(mutable: Path, name: str, tmp_path: Path) -> None:
+    shutil.copytree(mutable, tmp_path / "elsewhere")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "latest").write_text(name)
+    refused(folder, "latest")
+
+
+# ---- signed, as if somebody meant it ---------------------------------------------------------------
+
+
+def test_future_format(mutable: Path) -> None:
+    signed(mutable, lambda body: body.update(format=99))
+    refused(mutable, "saved by a newer svd_optim, format 99")
+
+
+def test_state_of_another_version(mutable: Path) -> None:
+    def change(body: Body) -> None:
+        body["files"]["state.safetensors"]["tree"]["optimizers"][0]["svd_optim"]["version"] = 77
+
+    signed(mutable, change)
+    refused(mutable, "state version 77")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("up.U", lambda X: X * math.nan, "layer 'up': U is not orthonormal"),
+        ("up.S", lambda X: X * math.inf, r"'up\.S' holds NaN or Inf"),
+        ("up.V", lambda X: X * 1.1, "layer 'up': V is not orthonormal"),
+        ("up.U", lambda X: X[:, :-1], r"layer 'up': U is not of shape \(48, \d+\)"),
+        ("up.bias", lambda X: X[:-1], r"'up\.bias' has shape \(47,\), the model's has \(48,\)"),
+        ("head.weight", lambda X: X.double(), r"'head\.weight' is torch\.float64"),
+        ("mid.U", lambda X: X[[1, 0, *range(2, len(X))]] * 2, "not orthonormal"),
+    ],
+)
+def test_tensors_that_do_not_fit(mutable: Path, name: str, change: Callable[[Tensor], Tensor], match: str) -> None:
+    with_tensor(mutable, name, change)
+    refused(mutable, match)
+    if "float64" not in match:  # for inference types are cast
+        with pytest.raises(CheckpointError, match=match):
+            load_model(mutable, Run.new("adamw").model)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10**9, 2.5, "4", None, True])
+def test_ranks_that_do_not_fit(mutable: Path, rank: Any) -> None:
+    signed(mutable, lambda body: body["files"]["model.safetensors"]["tree"]["factors"]["up"].update(rank=rank))
+    refused(mutable, "rank")
+
+
+def test_moments_that_do_not_fit(mutable: Path) -> None:
+    name = "/optimizers/0/state/up.U/exp_avg"
+    with_tensor(mutable, name, lambda X: X[:-1], "state.safetensors")
+    refused(mutable, r"up\.U: 'exp_avg' has shape")
+    with_tensor(mutable, name, lambda X: torch.full((48, X.shape[1]), math.nan), "state.safetensors")
+    refused(mutable, r"up\.U: exp_avg.* holds NaN or Inf")
+
+
+@pytest.mark.parametrize("name", ["../../x", "\x1b[31mred", "__metadata__", "[/x]", "up.weight", "extra"])
+def test_hostile_names(mutable: Path, name: str, tmp_path: Path) -> None:
+    def change(body: Body) -> None:
+        factors = body["files"]["model.safetensors"]["tree"]["factors"]
+        factors[name] = factors["up"]
+
+    signed(mutable, change)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    refused(mutable, "was factorized, and is no linear layer here|rank|is only in")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_layer_called_metadata_can_not_be_saved(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("__metadata__", nn.Parameter(torch.zeros(4, 4)))
+
+    model = Odd()
+    with pytest.raises(CheckpointError, match="__metadata__"):
+        save_checkpoint(tmp_path, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+# ---- another model, another optimizer --------------------------------------------------------------
+
+
+def test_other_models_and_optimizers_are_refused(checkpoint: Path) -> None:
+    for kind in ("muon", "both"):
+        run = Run.new(kind)
+        before = run.state()
+        with pytest.raises(CheckpointError, match=r"optimizer 0: saved from 'AdamW'|1 were saved, 2 are given"):
+            run.load(checkpoint)
+        assert same(before, run.state())
+    run = Run.new("adamw")
+    with pytest.raises(CheckpointError, match="was wrapped when it was saved"):
+        run.optimizers = [run.wrapper.base_optimizer]
+        run.load(checkpoint)
+    model = nn.Sequential(nn.Linear(40, 48), nn.Linear(48, 4))
+    with pytest.raises(CheckpointError, match=r"layer '(up|mid)' was factorized, and is no linear layer here"):
+        load_model(checkpoint, model)
+    wider = Run.new("adamw").model
+    wider.up = nn.Linear(40, 50)
+    with pytest.raises(CheckpointError, match="'up'"):
+        load_model(checkpoint, wider)
+    with pytest.raises(CheckpointError, match="wraps another model"):
+        save_checkpoint(checkpoint.parent, Run.new("adamw").model, Run.new("adamw").wrapper)
+
+
+def test_other_groups_are_refused(checkpoint: Path) -> None:
+    run = Run.new("adamw")
+    model = run.model
+    groups = [{"params": [p for p in model.parameters() if p.ndim == 2]}]
+    groups += [{"params": [p for p in model.parameters() if p.ndim != 2]}]
+    run.optimizers = [SubspaceAwareOptimizer(torch.optim.AdamW(groups), model, run.wrapper.config)]
+    before = run.state()
+    with pytest.raises(CheckpointError, match="2 param groups are expected"):
+        run.load(checkpoint)
+    assert same(before, run.state())
+
+
+# ---- fuzzing ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
+    return Fuzzer(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_mutated_checkpoints_raise_that_error_or_load(fuzzer: Fuzzer) -> None:
+    """500 here; ``benchmarks/faults.py`` takes 10,000."""
+
+    @settings(max_examples=500)
+    @given(st.randoms(use_true_random=False))
+    def fuzz(rng: random.Random) -> None:
+        fuzzer.one(rng, [])
+
+    fuzz()
+
+
+def test_the_fuzzer_mutates(checkpoint: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    seen = set()
+    for i in range(60):
+        path = Path(shutil.copytree(checkpoint, tmp_path / str(i)))
+        what: list[str] = []
+        mutate_bytes(path, rng, what)
+        seen.add(what[0].split()[0])
+    assert len(seen) == 10
