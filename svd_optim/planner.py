@@ -3,18 +3,18 @@
 Plain Python: this file does not import torch. A layer of shape (m, n) that keeps k directions costs
 k (m + n + 1) numbers, a dense one m n. What it loses is taken to be
 
-    damage(k) = r (m + n + 1) ((1 - k/r)^2 (1 - e(k)/4))^2,    r = min(m, n).
+    damage(k) = m n ((1 - k/k*)^2 (1 - e(k)/4))^2,    k* = m n / (m + n + 1), break-even.
 
-The weight before it makes plans even in k / r, the share of its directions that a layer keeps: square
-layers, of which a direction costs most, then keep a larger share of their numbers than long ones. On the
-GPT of ``examples/`` under Muon that beat the same share of numbers for each layer by about 0.5 % of bits
-per byte (one seed), and going further either way lost: attention at a quarter, or dense, and the rest
-accordingly. The fourth power is what the last of these says.
+The weight before it makes plans even in k / k*, the share of its numbers that a layer keeps. On the GPT
+of ``examples/``, 800 steps (``benchmarks/quality.py``), plans even in k / min(m, n), the share of its
+directions, were level with that under Muon and 0.6 % of bits per byte behind under AdamW (three seeds);
+attention at a quarter and the rest accordingly, the reverse, and attention dense were all behind (one
+seed).
 
 e, the excess of the measured capture over chance, lets a layer whose gradient the factors follow well go
 lower, only a little and bounded by a floor: capture misleads. It is highest where a layer starts from
 zero and has not found its directions yet, and under AdamW four ways of spreading further by it ended 0.3
-to 0.6 % behind.
+to 0.6 % behind. A layer that would lose much stays dense only where the others leave room.
 
 The plan minimizes the sum of the damages within the budget, over ranks and "stays dense" (a
 multiple-choice knapsack, solved greedily on each layer's lower convex hull: Sinha and Zoltners,
@@ -64,20 +64,9 @@ def uniform_rank(m: int, n: int, budget: float) -> int:
 
 
 def even_share(shapes: Iterable[tuple[int, int]], numbers: float) -> float:
-    """The share k / min(m, n) of its directions that every layer can keep, so that all cost ``numbers`` together.
-
-    A layer for which that is no saving counts as dense; 1 if all of them do.
-    """
-    # Those with the lowest break-even share first: they are the first to become dense.
-    left = sorted(shapes, key=lambda shape: break_even_rank(*shape) / min(shape))
-    factored = sum(min(m, n) * (m + n + 1) for m, n in left)
-    for m, n in left:
-        share = max(0.0, numbers) / factored
-        if share < break_even_rank(m, n) / min(m, n):
-            return share
-        factored -= min(m, n) * (m + n + 1)
-        numbers -= m * n
-    return 1.0
+    """The share of its numbers that every layer can keep, so that all cost ``numbers`` together, in [0, 1]."""
+    whole = sum(m * n for m, n in shapes)
+    return min(1.0, max(0.0, numbers / whole)) if whole else 1.0
 
 
 def missed(candidate: Candidate, k: int) -> float:
@@ -95,16 +84,16 @@ def missed(candidate: Candidate, k: int) -> float:
 
 def _damage(candidate: Candidate, k: int) -> float:
     m, n = candidate.shape
-    r, chance = min(m, n), (1 - k / m) * (1 - k / n)  # of what a gradient without preferred direction misses
+    chance = (1 - k / m) * (1 - k / n)  # of what a gradient without preferred direction misses
     excess = max(0.0, 1.0 - missed(candidate, k) / chance) if chance > 0 else 0.0
-    return r * (m + n + 1) * ((1 - k / r) ** 2 * (1 - TRUST * excess)) ** 2
+    return m * n * ((1 - k / break_even_rank(m, n)) ** 2 * (1 - TRUST * excess)) ** 2
 
 
 def _choices(candidate: Candidate, share: float) -> list[Choice]:
     """All that a layer may become, cheapest first."""
     m, n = candidate.shape
     step = quantum(m, n)
-    least = max(1, math.floor(FLOOR * share * min(m, n) / step) * step)
+    least = max(1, math.floor(FLOOR * share * break_even_rank(m, n) / step) * step)
     ranks = [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0]
     choices = [Choice(k, k * (m + n + 1), _damage(candidate, k)) for k in ranks]
     return [*choices, Choice(None, m * n, 0.0)]
@@ -132,15 +121,15 @@ def spread(candidates: Sequence[Candidate], numbers: float, share: float) -> dic
 
     Args:
         numbers: what they may cost together.
-        share: of its directions that an even plan would give each layer (:func:`even_share`), from
-            which the least ranks follow.
+        share: of its numbers that an even plan would give each layer (:func:`even_share`), from which
+            the least ranks follow.
     """
     choices = {c.name: _choices(c, share) for c in candidates}
     factors = {name: options[:-1] or options for name, options in choices.items()}
     even = {}
     for c in candidates:
         m, n = c.shape
-        most = math.inf if share >= break_even_rank(m, n) / min(m, n) else max(1.0, share * min(m, n))
+        most = math.inf if share >= 1.0 else max(1.0, share * break_even_rank(m, n))
         fitting = [x for x in choices[c.name] if (x.rank or math.inf) <= most]
         even[c.name] = fitting[-1] if fitting else choices[c.name][0]
     # Dense is a step so long that the greedy walk may do better without it, with a few layers only.
