@@ -152,8 +152,12 @@ class SubspaceConfig:
         policy: an object with ``decide(layer, state, history, thresholds) -> Decision`` in place of
             the rules; see :class:`svd_optim.policy.Policy`.
         thresholds: see :class:`Thresholds`.
-        interval: steps between analyses (basis refresh, metrics, decisions).
+        interval: steps between analyses (metrics, decisions). Within it every basis is refreshed once,
+            an equal share of them at each measured step.
         measure_every: steps between measured gradients; 1 measures every gradient.
+        max_overhead: share of the time, by the host's clock, that measuring, refreshing and deciding may
+            take; intervals are stretched by whole factors to keep to it, with an event each time. Then the
+            steps at which layers act depend on the clock. ``None``: no limit.
         warmup: steps before the first decision.
         patience: consecutive analyses at which all conditions must hold.
         descent_steps: steps over which the part of the weight outside its rank-k tangent space
@@ -188,6 +192,7 @@ class SubspaceConfig:
     thresholds: Thresholds = field(default_factory=Thresholds)
     interval: int = 20
     measure_every: int = 5
+    max_overhead: float | None = None
     warmup: int = 100
     patience: int = 3
     descent_steps: int = 400
@@ -225,6 +230,8 @@ class SubspaceConfig:
             raise ValueError(f"{name} takes rank or energy, not both: got rank={self.rank!r}, energy={self.energy!r}")
         _check_rank_fields(name, self.rank, self.budget, self.energy)
         _number(name, "budget", self.budget, 0, 1, "()")
+        if self.max_overhead is not None:
+            _number(name, "max_overhead", self.max_overhead, 0, 1, "()")
         for key in ("include", "exclude"):
             object.__setattr__(self, key, _patterns(name, key, getattr(self, key)))
         if self.param_groups is not None:

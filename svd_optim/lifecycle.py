@@ -8,6 +8,7 @@ blocked. The :class:`SubspaceAwareOptimizer` calls this around the base optimize
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 _Event = tuple[str, str, str, LayerState | None, LayerState | None, dict[str, float]]  # the arguments of emit
 
 STATE_VERSION = 3
+LOOKING = ("measure", "refresh", "decide")  # phases that a run could do without
 MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
 LOUD = frozenset(
@@ -78,6 +80,9 @@ class Lifecycle:
         self.steps = 0
         self.analyses = 0
         self.acted = False
+        self.last_analysis = 0
+        self.stretch = 1  # by which the intervals are longer than configured, to keep to max_overhead
+        self.looked: tuple[float, float] | None = None  # (seconds spent on looking, the clock) at the last analysis
         self.warned: set[str] = set()  # layers whose decompositions keep failing
         self.deferred: Exception | None = None  # what a listener raised
         self.reevaluates = isinstance(base, torch.optim.LBFGS)  # its closure, within a step
@@ -96,7 +101,7 @@ class Lifecycle:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.started, self.seconds = None, defaultdict(float)  # another process has another clock
+        self.started, self.seconds, self.looked = None, defaultdict(float), None  # another process has another clock
         self.detach()
 
     # ---- following -----------------------------------------------------------------------------------
@@ -185,7 +190,8 @@ class Lifecycle:
     def measure(self) -> None:
         """Measure the gradients that are due, before the base optimizer may change them."""
         step = self.steps + 1
-        due = step % self.config.measure_every == 0 or step % self.config.interval == 0
+        due = step % (self.config.measure_every * self.stretch) == 0 or step % self.interval == 0
+        measured = []
         with self.clock("measure"):
             for layer in list(self.layers.values()):
                 if layer.weight.grad is None or not (due or (layer.cached is None and layer.factored is None)):
@@ -193,7 +199,8 @@ class Lifecycle:
                 if layer.weight.grad.is_sparse:
                     self._stop_following(layer, "its gradient is sparse")
                 elif self._has_basis(layer, step) and due:
-                    self.tracker.measure(layer)
+                    measured.append(layer)
+            self.tracker.measure(measured)
 
     def _has_basis(self, layer: FollowedLayer, step: int) -> bool:
         known = layer.nonfinite
@@ -227,12 +234,26 @@ class Lifecycle:
         with self.clock("descend"):
             landed = descend_(list(self.layers.values()), self.steps, self.config.interval)
         self._switch_landed(landed)
-        if self.steps % self.config.interval == 0:
+        with self.clock("refresh"):
+            self.tracker.refresh(self._due_for_refresh(), self.steps)
+        if self.steps % self.interval == 0:
             try:
                 self.analyse()
             finally:  # also when a policy has raised
                 self._next_interval()
         self._warn_of_failures()
+
+    @property
+    def interval(self) -> int:
+        """Steps between analyses as of now."""
+        return self.config.interval * self.stretch
+
+    def _due_for_refresh(self) -> list[FollowedLayer]:
+        """An equal share of the layers at each measured step, so that no step pays for all of them."""
+        slots = max(1, self.config.interval // self.config.measure_every)
+        position = self.steps % self.interval
+        due = [slot for slot in range(slots) if (slot + 1) * self.interval // slots % self.interval == position]
+        return [layer for layer in self.layers.values() if layer.index % slots in due]
 
     def _next_interval(self) -> None:
         """Fresh sketches."""
@@ -279,7 +300,8 @@ class Lifecycle:
 
     def analyse(self) -> None:
         """Refresh bases, close the measurements, decide, act, tell the listeners."""
-        boundary = (self.steps // self.config.interval) % max(1, self.config.cohort // self.config.interval) == 0
+        boundary = self.steps // self.config.cohort > self.last_analysis // self.config.cohort
+        self.last_analysis = self.steps
         with self.clock("refresh"):
             metrics = self.tracker.analyse(self.layers.values(), self.steps)
         with self.clock("decide"):
@@ -294,8 +316,24 @@ class Lifecycle:
         if boundary or self.steps < self.config.warmup:
             budget.revise_ranks_(self.layers, self.tracker, self.config, self.steps)
         self._note_stall()
+        self._keep_to_time()
         if self.listeners:
             self.tell("on_analysis", self.summary())
+
+    def _keep_to_time(self) -> None:
+        """Stretch the intervals when looking takes more than its share of the time, and give it back later."""
+        spent, now = sum(self.seconds[phase] for phase in LOOKING), time.perf_counter()
+        before, self.looked = self.looked, (spent, now)
+        limit = self.config.max_overhead
+        if limit is None or before is None:  # the first interval pays for the first bases
+            return
+        share = (spent - before[0]) / (now - before[1])
+        wanted = max(1, math.ceil(self.stretch * share / limit))
+        if wanted > self.stretch or 2 * wanted <= self.stretch:
+            self.stretch = wanted
+            numbers = {"share": share, "max_overhead": limit, "interval": float(self.interval)}
+            self.emit("*", "interval", f"looking took {share:.1%} of the time: next intervals are longer or shorter",
+                      numbers=numbers)  # fmt: skip
 
     def _decide(self, layer: FollowedLayer) -> None:
         if layer.state == LayerState.WARMUP and self.steps >= self.config.warmup:
@@ -612,6 +650,8 @@ class Lifecycle:
             "steps": self.steps,
             "analyses": self.analyses,
             "acted": self.acted,
+            "last_analysis": self.last_analysis,
+            "stretch": self.stretch,
             "guard": self.guard.state_dict(),
             "guarded": dict(self.guarded),
             "events": [event.as_plain() for event in self.events],
@@ -651,6 +691,7 @@ class Lifecycle:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, once structures fit."""
         self.steps, self.analyses, self.acted = saved["steps"], saved["analyses"], saved["acted"]
+        self.last_analysis, self.stretch = saved["last_analysis"], saved["stretch"]
         self.events = [Event.from_plain(values) for values in saved["events"]]
         self.decisions = {}
         self.guard.load_state_dict(saved["guard"])

@@ -49,15 +49,19 @@ def exact_basis(W: Tensor, q: int) -> Basis:
     return Basis(U[..., :q].contiguous(), S[..., :q].contiguous(), Vh[..., :q, :].mT.contiguous())
 
 
-def _subspace_iteration(W: Tensor, V: Tensor, power_steps: int) -> Basis:
+def _subspace_iteration(W: Tensor, image: Tensor, power_steps: int) -> Basis:
     """Singular triplets of W (..., m, n) in the subspace that iterating from V (..., n, q) reaches.
 
     Rayleigh-Ritz on span(W V): Halko, Martinsson and Tropp, SIAM Review 53 (2011), algorithms 4.4, 5.1.
+
+    Args:
+        image: W V, (..., m, q).
     """
-    Z = V
-    for _ in range(power_steps):
-        Q, _ = torch.linalg.qr(W @ Z)  # (..., m, q)
-        Z, R = torch.linalg.qr(W.mT @ Q)  # (..., n, q), (..., q, q): Q^T W = R^T Z^T
+    for _ in range(power_steps - 1):
+        Z, _ = torch.linalg.qr(W.mT @ torch.linalg.qr(image)[0])  # (..., n, q)
+        image = W @ Z
+    Q, _ = torch.linalg.qr(image)  # (..., m, q)
+    Z, R = torch.linalg.qr(W.mT @ Q)  # (..., n, q), (..., q, q): Q^T W = R^T Z^T
     P, S, Th = torch.linalg.svd(R.mT)
     return Basis(Q @ P, S, Z @ Th.mT)
 
@@ -73,20 +77,43 @@ def first_basis(W: Tensor, k: int, generator: torch.Generator) -> Basis:
     if min(m, n) <= EXACT_BELOW or 2 * q >= min(m, n):
         return exact_basis(W, q)
     start = torch.randn(n, q, generator=generator, dtype=W.dtype).to(W.device)
-    return _subspace_iteration(W, start, power_steps=4)
+    return _subspace_iteration(W, W @ start, power_steps=4)
 
 
-def refresh_basis(W: Tensor, old: Basis) -> Basis:
+def refresh_basis(W: Tensor, old: Basis, image: Tensor | None = None) -> Basis:
     """The basis of a W (m, n) that has moved a little: subspace iteration started from the old one.
 
     One power step under-reports how far the subspace turned by 8 to 26 % on real training
     matrices, so this takes two. Where the basis spans half of the space or more, a full SVD is
     no dearer and exact.
+
+    Args:
+        image: W V for the old V, (m, q), if it is known already.
     """
     q = old.V.shape[-1]
     if 2 * q >= min(W.shape[-2:]):
         return exact_basis(W, q)
-    return _subspace_iteration(W, old.V, power_steps=2)
+    return _subspace_iteration(W, W @ old.V if image is None else image, power_steps=2)
+
+
+def left_residual(image: Tensor, U: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """How far W V (..., m, q) has left span(U) (..., m, q): what a refresh would have to follow.
+
+    Returns:
+        angle: of that of the k leading columns of W V which left it most, radians. (...,)
+        drift: ||(I - U U^T) W V_k|| / ||W V_k||, the energy-weighted sine; NaN where W V_k is zero. (...,)
+    """
+    leading = image[..., :k]
+    R = leading - U @ (U.mT @ leading)
+    sines = (_column_energies(R) / _column_energies(leading).clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    drift = (energy(R) / energy(leading)).sqrt()
+    return sines.amax(-1).clamp(max=1.0).asin(), drift.clamp(max=1.0)
+
+
+def ritz_basis(image: Tensor, old: Basis) -> Basis:
+    """The best singular triplets within spans that still hold (Rayleigh-Ritz), from W V (..., m, q)."""
+    P, S, Oh = torch.linalg.svd(old.U.mT @ image)  # U^T W V
+    return Basis(old.U @ P, S, old.V @ Oh.mT)
 
 
 class GradientEnergies(NamedTuple):
@@ -95,27 +122,31 @@ class GradientEnergies(NamedTuple):
     Given for each singular direction, so that their running sums are those of every rank up to k.
     """
 
-    total: Tensor  # ||G||^2, a scalar
-    left: Tensor  # ||u_i^T G||^2, (k,)
-    right: Tensor  # ||G v_i||^2, (k,)
-    core: Tensor  # of the entries (a, b) of U^T G V with max(a, b) = i, (k,)
+    total: Tensor  # ||G||^2, (...,)
+    left: Tensor  # ||u_i^T G||^2, (..., k)
+    right: Tensor  # ||G v_i||^2, (..., k)
+    core: Tensor  # of the entries (a, b) of U^T G V with max(a, b) = i, (..., k)
 
 
 def _shells(C: Tensor) -> Tensor:
-    """Energy of the entries (a, b) with max(a, b) = i of C (k, k): what rank i + 1 adds to the core. (k,)"""
+    """Energy of the entries (a, b) with max(a, b) = i of C (..., k, k): what rank i + 1 adds to the core. (..., k)"""
     squares = C.double().square()
     return squares.tril().sum(-1) + squares.triu(1).sum(-2)
 
 
 def _column_energies(X: Tensor) -> Tensor:
-    """Squared norms of the columns of X (a, b), (b,) in float64."""
+    """Squared norms of the columns of X (..., a, b), (..., b) in float64."""
     return torch.linalg.vector_norm(X, dim=-2, dtype=torch.float64).square()
 
 
 def gradient_energies(G: Tensor, U: Tensor, V: Tensor) -> GradientEnergies:
     """Energies of a dense gradient against orthonormal U (m, k), V (n, k)."""
-    A = U.mT @ G  # (k, n)
-    return GradientEnergies(energy(G), _column_energies(A.mT), _column_energies(G @ V), _shells(A @ V))
+    return projection_energies(energy(G), U.mT @ G, G @ V, V)
+
+
+def projection_energies(total: Tensor, A: Tensor, B: Tensor, V: Tensor) -> GradientEnergies:
+    """The same from ||G||^2 (...,), A = U^T G (..., k, n) and B = G V (..., m, k), with V (..., n, k)."""
+    return GradientEnergies(total, _column_energies(A.mT), _column_energies(B), _shells(A @ V))
 
 
 def factored_gradient_energies(
@@ -128,35 +159,35 @@ def factored_gradient_energies(
     E ||R Omega||^2 / s = ||R||^2 for R = (I - U U^T) G (I - V V^T) and standard normal Omega.
 
     Args:
-        G_K: G V, (m, k).
-        G_L: (I - V V^T) G^T U, (n, k).
-        sketch: G Omega, (m, s). G_K and G_L may have been scaled since (clipping, loss scaling);
+        G_K: G V, (..., m, k).
+        G_L: (I - V V^T) G^T U, (..., n, k).
+        sketch: G Omega, (..., m, s). G_K and G_L may have been scaled since (clipping, loss scaling);
             the factor is recovered from U^T G Omega, which both sides know.
-        Omega: (n, s), standard normal.
+        Omega: (..., n, s), standard normal.
 
     Returns:
-        The energies, and whether sketch and gradients belong together (0-d bool).
+        The energies, and whether sketch and gradients belong together ((...,) bool).
     """
     C = U.mT @ G_K  # (k, k)
     expected = (V @ C.mT + G_L).mT @ Omega  # (k, s) = U^T G Omega, as scaled as G_K and G_L
     seen = U.mT @ sketch  # (k, s)
     seen_energy = energy(seen)
-    inner = (expected.double() * seen.double()).sum()
-    scale = torch.where(seen_energy > 0, inner / seen_energy, 0.0)
+    inner = (expected.double() * seen.double()).sum((-2, -1))
+    scale = torch.where(seen_energy > 0, inner / seen_energy, 0.0)[..., None, None]
     matches = energy(expected - scale * seen) <= 0.01 * energy(expected)
     R = scale * (sketch - U @ seen) - (G_K - U @ C) @ (V.mT @ Omega)  # (m, s)
     right, lower = _column_energies(G_K), _column_energies(G_L)
     outside = energy(R) / Omega.shape[-1]
     left = _column_energies(C.mT) + lower
-    return GradientEnergies(right.sum() + lower.sum() + outside, left, right, _shells(C)), matches
+    return GradientEnergies(right.sum(-1) + lower.sum(-1) + outside, left, right, _shells(C)), matches
 
 
 def alignments(e: GradientEnergies) -> Tensor:
-    """(principal, input, tangent capture) as shares of ||G||^2, each direction's own; NaN where G is zero. (3, k)
+    """(principal, input, tangent capture) as shares of ||G||^2, each direction's own; NaN where G is zero. (..., 3, k)
 
     Sums over all k directions are the alignments at rank k, running sums those at every rank below.
     """
-    return torch.stack([e.left, e.right, e.left + e.right - e.core]) / e.total
+    return torch.stack([e.left, e.right, e.left + e.right - e.core], dim=-2) / e.total[..., None, None]
 
 
 def chance_corrected(value: float | None, chance: float) -> float | None:

@@ -8,7 +8,7 @@ columns (a factorized layer is its own basis), five running sums and a short his
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from typing import Any
@@ -28,7 +28,8 @@ from .records import LayerInfo, LayerMetrics, LayerState
 
 HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
-SCALARS = 7  # of a layer's analysis, before the running sums
+SCALARS = 8  # of a layer's refresh: angle, drift, error, stable, effective and exact rank, skew, finite
+HOLDS = 0.01  # a basis whose energy-weighted sine to what it should be is below this is not iterated again
 RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
 
 
@@ -51,6 +52,7 @@ class FollowedLayer:
     cached: Basis | None = None  # of the dense weight, as of basis_step
     images: tuple[Tensor, Tensor] | None = None  # of a factorized weight then: W Omega (m, s), W^T Psi (n, s)
     basis_step: int = 0
+    pending: Tensor | None = None  # (SCALARS,) float64 on the device: of this interval's refresh, once it was
     sums: Tensor | None = None  # (2 + 3k,) float64 on the device: measured, nonfinite, three alignments
     capture: list[float] = field(default_factory=list)  # of the last analyses, at every rank from 1 to k
     history: list[LayerMetrics] = field(default_factory=list)  # its analyses, oldest first
@@ -105,6 +107,7 @@ class FollowedLayer:
 
     def start_line(self) -> None:
         """A new rank or state: decisions start from nothing."""
+        self.pending = None
         self.line_start = self.history[-1].step if self.history else -1
 
     @torch.no_grad()
@@ -216,44 +219,60 @@ class SubspaceTracker:
             return layer.cached is not None
         elif layer.cached.U.device != layer.weight.device:
             layer.cached = Basis(*(t.to(layer.weight.device) for t in layer.cached))
-            layer.sums = None
+            layer.sums = layer.pending = None
         return True
 
     @torch.no_grad()
-    def measure(self, layer: FollowedLayer) -> None:
-        """Project the layer's present gradient onto its basis and add to the running sums.
+    def measure(self, layers: Iterable[FollowedLayer]) -> None:
+        """Project the layers' present gradients onto their bases and add to the running sums.
 
-        Reads nothing back to the host. A zero gradient adds nothing; NaN or Inf is counted.
+        Reads nothing back to the host. A zero gradient adds nothing; NaN or Inf is counted. Layers of
+        one shape and rank are measured together; nothing of the size of a weight is made.
         """
+        batches: dict[tuple[Any, ...], list[FollowedLayer]] = {}
+        for layer in layers:
+            if self._measurable(layer):
+                kind = (layer.factored is None, layer.shape, layer.rank, layer.weight.dtype, layer.weight.device)
+                batches.setdefault(kind, []).append(layer)
+        for (dense, *_), batch in batches.items():
+            e, usable = self._dense_energies(batch) if dense else self._factored_energies(batch)
+            finite = torch.isfinite(e.left + e.right).all(-1)  # of a sketch we don't speak: it may be stale
+            usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
+            values = torch.where(usable[:, None, None], linalg.alignments(e), 0.0).double().flatten(1)
+            add = torch.cat([torch.stack([usable, ~finite], dim=1).double(), values], dim=1)  # (b, 2 + 3k)
+            for i, layer in enumerate(batch):
+                layer.sums = add[i].clone() if layer.sums is None else layer.sums + add[i]
+                module = layer.module
+                if isinstance(module, FactorizedLinear) and module.sketch is not None:
+                    assert module.sketch.grad is not None
+                    seen = torch.where(usable[i], working(module.sketch.grad), 0.0)
+                    layer.outside = seen if layer.outside is None else layer.outside + seen
+
+    def _measurable(self, layer: FollowedLayer) -> bool:
         module = layer.module
         if isinstance(module, FactorizedLinear):
-            energies = self._factored_energies(module)
-            if energies is None:
-                return
-            e, usable = energies
-        else:
-            G = module.weight.grad
-            if G is None or G.is_sparse or layer.cached is None:
-                return
-            U, _, V = layer.cached.leading(layer.rank)
-            e = linalg.gradient_energies(working(G), U, V)
-            usable = torch.isfinite(e.total)
-        finite = torch.isfinite(e.left + e.right).all()  # of a sketch we don't speak: it may be stale
-        usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
-        if isinstance(module, FactorizedLinear) and module.sketch is not None and module.sketch.grad is not None:
-            seen = torch.where(usable, working(module.sketch.grad), 0.0)
-            layer.outside = seen if layer.outside is None else layer.outside + seen
-        values = torch.where(usable, linalg.alignments(e), 0.0)
-        add = torch.cat([torch.stack([usable, ~finite]).double(), values.double().flatten()])
-        layer.sums = add if layer.sums is None else layer.sums + add
+            tensors = (module.U.grad, module.V.grad, None if module.sketch is None else module.sketch.grad)
+            return all(t is not None for t in tensors)
+        return module.weight.grad is not None and not module.weight.grad.is_sparse and layer.cached is not None
 
-    def _factored_energies(self, module: FactorizedLinear) -> tuple[linalg.GradientEnergies, Tensor] | None:
-        sketch, Omega = module.sketch, module.Omega
-        if module.U.grad is None or module.V.grad is None or sketch is None or sketch.grad is None:
-            return None
-        assert Omega is not None
-        U, V, G_K, G_L = (working(t) for t in (module.U, module.V, module.U.grad, module.V.grad))
-        return linalg.factored_gradient_energies(G_K, G_L, working(sketch.grad), U, V, working(Omega))
+    def _dense_energies(self, layers: Sequence[FollowedLayer]) -> tuple[linalg.GradientEnergies, Tensor]:
+        parts = []
+        for layer in layers:
+            assert layer.cached is not None and layer.module.weight.grad is not None
+            U, _, V = layer.cached.leading(layer.rank)
+            G = working(layer.module.weight.grad)
+            parts.append((linalg.energy(G), U.mT @ G, G @ V, V))
+        e = linalg.projection_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))
+        return e, torch.isfinite(e.total)
+
+    def _factored_energies(self, layers: Sequence[FollowedLayer]) -> tuple[linalg.GradientEnergies, Tensor]:
+        parts = []
+        for layer in layers:
+            module = layer.module
+            assert isinstance(module, FactorizedLinear) and module.sketch is not None
+            tensors = (module.U.grad, module.V.grad, module.sketch.grad, module.U, module.V, module.Omega)
+            parts.append([working(t) for t in tensors if t is not None])
+        return linalg.factored_gradient_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))
 
     def draw_sketch(self, layer: FollowedLayer, step: int) -> Tensor:
         """Omega (n, s), standard normal, in the layer's type and place; another one each interval."""
@@ -314,83 +333,118 @@ class SubspaceTracker:
             layer.set_rank(rank)
 
     @torch.no_grad()
-    def analyse(self, layers: Iterable[FollowedLayer], step: int) -> dict[str, LayerMetrics]:
-        """Refresh all bases and close all running sums: metrics by layer name.
+    def refresh(self, layers: Iterable[FollowedLayer], step: int) -> None:
+        """Bring the layers' bases up to date, and keep what that told of their weights for the next analysis.
 
-        A layer whose weight holds NaN or Inf keeps its basis and gets metrics with ``nonfinite`` > 0. Two
-        host reads in all, and one for each dense layer: whether its decomposition gave something finite.
+        A layer whose weight holds NaN or Inf keeps its basis. One host read in all, and one more for each
+        basis that is iterated: whether its decomposition gave something finite.
         """
         layers = [layer for layer in layers if layer.factored is not None or layer.cached is not None]
         if not layers:
-            return {}
-        flags = torch.stack([self._flags(layer) for layer in layers]).tolist()
-        rows = [self._analyse_one(layer, ok, useful, step) for layer, (ok, useful) in zip(layers, flags, strict=True)]
-        values = iter(torch.cat(rows).tolist())
-        metrics = {}
-        for layer, row, (finite, _) in zip(layers, rows, flags, strict=True):
-            metrics[layer.name] = self._metrics(layer, list(islice(values, len(row))), finite, step)
-            keep = max(HISTORY, self.config.patience)
-            layer.history = [*layer.history, metrics[layer.name]][-keep:]
-            layer.sums = None
-        return metrics
+            return
+        looked = [self._look(layer) for layer in layers]
+        flags = torch.stack([flags for _, flags in looked]).tolist()
+        for layer, (image, _), (finite, useful, holds) in zip(layers, looked, flags, strict=True):
+            layer.pending = self._refresh_one(layer, image, finite, useful, holds, step)
 
-    def _flags(self, layer: FollowedLayer) -> Tensor:
-        """[the weight is finite, the cached basis is of use], (2,) bool; that of a zero matrix is of none."""
+    def _look(self, layer: FollowedLayer) -> tuple[Tensor | None, Tensor]:
+        """(W V of a dense weight, [the weight is finite, its basis is of use, it still holds]).
+
+        The basis of a zero matrix is of no use.
+        """
         module = layer.module
         if isinstance(module, FactorizedLinear):
             finite = torch.stack([torch.isfinite(p).all() for p in (module.U, module.S, module.V)]).all()
-            return torch.stack([finite, torch.ones_like(finite)])
+            return None, torch.stack([finite, torch.ones_like(finite), torch.ones_like(finite)])
         assert layer.cached is not None
-        useful = torch.stack([torch.isfinite(factor).all() for factor in layer.cached]).all() & (layer.cached.S[0] > 0)
-        return torch.stack([torch.isfinite(module.weight).all(), useful])
+        U, S, V = layer.cached
+        W = working(module.weight)
+        image = W @ V  # (m, q): the first product of a refresh, too
+        useful = torch.stack([torch.isfinite(factor).all() for factor in layer.cached]).all() & (S[0] > 0)
+        _, drift = linalg.left_residual(image, U, layer.rank)
+        return image, torch.stack([torch.isfinite(W).all(), useful, useful & (drift < HOLDS)])
 
-    def _analyse_one(self, layer: FollowedLayer, finite: bool, useful: bool, step: int) -> Tensor:
-        """[angle, drift, error, stable, effective and exact rank, skew, *sums] on the device, (7 + 2 + 3k,)."""
-        device = layer.weight.device
-        sums = (
-            layer.sums
-            if layer.sums is not None
-            else torch.zeros(2 + 3 * layer.rank, dtype=torch.float64, device=device)
-        )
+    @torch.no_grad()
+    def analyse(self, layers: Iterable[FollowedLayer], step: int) -> dict[str, LayerMetrics]:
+        """Close the interval: metrics by layer name, from the refreshes and the running sums. One host read.
+
+        Layers that were not refreshed since the last analysis are now.
+        """
+        layers = list(layers)
+        self.refresh([layer for layer in layers if layer.pending is None], step)
+        layers = [layer for layer in layers if layer.pending is not None]
+        if not layers:
+            return {}
+        rows = [self._row(layer) for layer in layers]
+        values = iter(torch.cat(rows).tolist())
+        metrics = {}
+        for layer, row in zip(layers, rows, strict=True):
+            metrics[layer.name] = self._metrics(layer, list(islice(values, len(row))), step)
+            keep = max(HISTORY, self.config.patience)
+            layer.history = [*layer.history, metrics[layer.name]][-keep:]
+            layer.sums = layer.pending = None
+        return metrics
+
+    def _row(self, layer: FollowedLayer) -> Tensor:
+        """[*pending, *sums] on the device, (SCALARS + 2 + 3k,)."""
+        assert layer.pending is not None
+        sums = layer.sums
+        if sums is None:
+            sums = layer.pending.new_zeros(2 + 3 * layer.rank)
         if layer.factored is not None and layer.factored.nonfinite is not None:
             bad = torch.maximum(sums[1], layer.factored.nonfinite.double())
             sums = torch.cat([sums[:1], bad[None], sums[2:]])
             layer.factored.nonfinite = None
+        return torch.cat([layer.pending, sums])
+
+    def _refresh_one(
+        self, layer: FollowedLayer, image: Tensor | None, finite: bool, useful: bool, holds: bool, step: int
+    ) -> Tensor:
+        """[angle, drift, error, stable, effective and exact rank, skew, finite] on the device, (SCALARS,)."""
+        unknown = torch.full((SCALARS,), math.nan, dtype=torch.float64, device=layer.weight.device)
+        unknown[-1] = float(finite)
         if not finite:
-            return torch.cat([torch.full((SCALARS,), math.nan, dtype=torch.float64, device=device), sums])
-        k = layer.rank
+            return unknown
+        k, since = layer.rank, layer.basis_step
         if layer.factored is not None:
             new, angle, drift, total, skew = self._analyse_factors(layer)
-            since = layer.basis_step
             self.keep_images(layer, step)
         else:
             old = layer.cached
-            assert old is not None
+            assert old is not None and image is not None
             W = working(layer.module.weight)
-            total, since = linalg.energy(W), layer.basis_step
-            refreshed = self._refreshed(layer, W, old, useful)
+            refreshed = self._refreshed(layer, W, image, useful, holds)
             if refreshed is None:
-                return torch.cat([torch.full((SCALARS,), math.nan, dtype=torch.float64, device=device), sums])
-            new = refreshed
-            angle, drift = self._change(old.leading(k), new.leading(k))
+                return unknown
+            new, total = refreshed, linalg.energy(W)
+            if holds:  # the spans stay as they were at basis_step
+                angle, drift = linalg.left_residual(image, old.U, k)
+            else:
+                angle, drift = self._change(old.leading(k), new.leading(k))
+                layer.basis_step = step
             skew = torch.zeros_like(angle)
-            layer.cached, layer.basis_step = new, step
+            layer.cached = new
         drift = (drift * DRIFT_STEPS / max(1, step - since)).clamp(max=1.0)
         squares = new.S[:k].double().square()
         error = linalg.reconstruction_error(new.S[:k], total)
         kept = squares.cumsum(0)
         effective = (kept < 0.95 * total).sum() + 1.0
         exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1.0
-        scalars = (angle, drift, error, total / squares[0], effective, exact, skew)
-        return torch.cat([torch.stack([x.double() for x in scalars]), sums])
+        scalars = (angle, drift, error, total / squares[0], effective, exact, skew, unknown[-1])
+        return torch.stack([x.double() for x in scalars])
 
-    def _refreshed(self, layer: FollowedLayer, W: Tensor, old: Basis, useful: bool) -> Basis | None:
+    def _refreshed(self, layer: FollowedLayer, W: Tensor, image: Tensor, useful: bool, holds: bool) -> Basis | None:
         """The basis of a dense weight as of now; ``None``: it can't be had, and the old one stays."""
+        old = layer.cached
+        assert old is not None
 
         def decompose(dtype: torch.dtype) -> Basis:
+            before = Basis(*(factor.to(dtype) for factor in old))
+            if holds:
+                return linalg.ritz_basis(image.to(dtype), before)
             if not useful:
                 return linalg.exact_basis(W.to(dtype), old.S.shape[0])
-            return linalg.refresh_basis(W.to(dtype), Basis(*(t.to(dtype) for t in old)))
+            return linalg.refresh_basis(W.to(dtype), before, image.to(dtype))
 
         new = attempt(decompose, W.dtype)
         layer.count_decomposition(new is not None)
@@ -423,8 +477,8 @@ class SubspaceTracker:
         skew = torch.maximum(*(torch.linalg.matrix_norm(Q.mT @ Q - eye) for Q in (U, V)))
         return factors, unknown, drift, total, skew
 
-    def _metrics(self, layer: FollowedLayer, row: list[float], finite: bool, step: int) -> LayerMetrics:
-        angle, drift, error, stable, effective, exact, skew, count, bad, *sums = row
+    def _metrics(self, layer: FollowedLayer, row: list[float], step: int) -> LayerMetrics:
+        angle, drift, error, stable, effective, exact, skew, finite, count, bad, *sums = row
         m, n = layer.shape
         k = layer.rank
         principal = right = capture = None
@@ -433,7 +487,7 @@ class SubspaceTracker:
             principal, right, capture = sides[0][-1], sides[1][-1], curve[-1]
             before = layer.capture if len(layer.capture) == k else curve
             layer.capture = [(a + b) / 2 for a, b in zip(before, curve, strict=True)]  # steadies the plan
-        known = finite and not math.isnan(error)  # a zero matrix has no subspace
+        known = bool(finite) and not math.isnan(error)  # a zero matrix has no subspace
         return LayerMetrics(
             step=step,
             rank=k,
@@ -451,7 +505,7 @@ class SubspaceTracker:
             effective_rank=int(effective) if known and effective <= k else None,
             exact_rank=int(exact) if known and exact <= k else None,
             skew=_known(skew),
-            nonfinite=int(bad) + (not finite),
+            nonfinite=int(bad) + (finite == 0.0),
         )
 
     # ---- saving ----------------------------------------------------------------------------
@@ -468,6 +522,7 @@ class SubspaceTracker:
             "basis": None if layer.cached is None else list(layer.cached),
             "images": None if layer.images is None else list(layer.images),
             "basis_step": layer.basis_step,
+            "pending": layer.pending,
             "sums": layer.sums,
             "capture": list(layer.capture),
             "line_start": layer.line_start,
@@ -499,6 +554,7 @@ class SubspaceTracker:
         images = saved["images"]
         layer.images = None if images is None else tuple(t.to(device, copy=True) for t in images)
         layer.capture = [float(x) for x in saved["capture"]]
+        layer.pending = None if saved["pending"] is None else saved["pending"].to(device, copy=True)
         layer.sums = None if saved["sums"] is None else saved["sums"].to(device, copy=True)
         layer.line_start = int(saved["line_start"])
         layer.history = [LayerMetrics(**values) for values in saved["history"]]

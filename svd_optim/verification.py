@@ -20,6 +20,7 @@ from .moments import FIRST, SECOND
 from .optimizer import SubspaceAwareOptimizer
 from .records import Event, LayerMetrics, LayerState
 from .storage import CheckpointError, Part
+from .tracker import SCALARS
 
 SKEW, SKEW_LOW = 1e-3, 2e-2  # largest entry of U^T U - I: in float32 it is 1e-5; rounding to bfloat16 makes 4e-3
 _FACTORS = ("U", "S", "V")
@@ -318,7 +319,8 @@ def check_lifecycle(own: Any, optimizer: SubspaceAwareOptimizer, where: str) -> 
     _require(version == STATE_VERSION, where, f"state version {version!r}; this svd_optim reads {STATE_VERSION}")
     windows = _list_of(_list_of(_number, 3))
     kinds: dict[str, _Kind] = {
-        "version": _integer, "steps": _integer, "analyses": _integer, "acted": _flag,
+        "version": _integer, "steps": _integer, "analyses": _integer, "acted": _flag, "last_analysis": _integer,
+        "stretch": lambda value: type(value) is int and value >= 1,
         "guard": lambda value: isinstance(value, dict), "layers": lambda value: isinstance(value, dict),
         "guarded": lambda value: isinstance(value, dict) and all(map(_integer, value.values())),
         "events": _list_of(_record(Event)),
@@ -348,6 +350,7 @@ def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
         "state": _state, "factorized": _flag, "shape": lambda value: value == [m, n], "rank": _integer,
         "basis": _or_none(_tensors((m, None), (None,), (n, None))), "basis_step": _integer,
         "images": _or_none(_tensors((m, SKETCH_SIZE), (n, SKETCH_SIZE))),
+        "pending": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == (SCALARS,)),
         "sums": _or_none(_tensor(2 + 3 * k)), "outside": _or_none(_tensor(m, SKETCH_SIZE)),
         "capture": _list_of(_number, min(m, n)), "line_start": _integer, "history": _list_of(_record(LayerMetrics)),
         "descent_end": _or_none(_integer), "extensions": _integer, "danger": _flag, "keep_dense": _flag,

@@ -241,7 +241,7 @@ def test_alert_only_says_so() -> None:
 
 def test_danger_stops_a_descent() -> None:
     model = net()
-    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(on_danger="protect"))
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(on_danger="protect", measure_every=10))
     train(model, optimizer, 30)
     kinds = [event.kind for event in optimizer.events if event.layer == "up"]
     assert kinds == ["descend", "danger", "descent_stopped", "protect"]
