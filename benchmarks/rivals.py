@@ -90,3 +90,46 @@ def truncate_(model: nn.Module, matrices: Optimizer, vectors: Optimizer, form: t
                 if at is not None:
                     group["params"][at : at + 1] = [p for p in trained if p.ndim == 2]
             vectors.param_groups[0]["params"].extend(p for p in trained if p.ndim == 1)
+
+
+class Ancestor:
+    """The analysis of this project's predecessor: a full SVD of each weight, projections formed explicitly.
+
+    Args:
+        weights: (m, n) matrices with gradients.
+        rank: of the principal subspace; everything else of the thin SVD is the minor one.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], rank: int) -> None:
+        self.weights, self.rank = weights, rank
+        self.previous: dict[nn.Parameter, Tensor] = {}  # U_k (m, k) of the analysis before
+
+    @torch.no_grad()
+    def analyse(self) -> list[dict[str, float]]:
+        """Principal and minor alignment, subspace angle and reconstruction error of each weight."""
+        return [self._analyse_one(W) for W in self.weights if W.grad is not None]
+
+    @staticmethod
+    def projections(G: Tensor, U: Tensor, Vh: Tensor, k: int) -> Tensor:
+        """[principal, minor] share of ||G||, from projections of the size of G. (2,)"""
+        principal = U[:, :k] @ (U[:, :k].mT @ G @ Vh[:k].mT) @ Vh[:k]
+        minor = U[:, k:] @ (U[:, k:].mT @ G @ Vh[k:].mT) @ Vh[k:]
+        return torch.stack([principal.norm(), minor.norm()]) / G.norm()
+
+    def _analyse_one(self, W: nn.Parameter) -> dict[str, float]:
+        assert W.grad is not None
+        U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+        G, k = W.grad.float(), self.rank
+        principal, minor = self.projections(G, U, Vh, k).tolist()
+        kept = (U[:, :k] * S[:k]) @ Vh[:k]
+        angle = 0.0
+        if W in self.previous:
+            cosines = torch.linalg.svdvals(self.previous[W].mT @ U[:, :k])
+            angle = float(cosines.clamp(max=1.0).acos().max())
+        self.previous[W] = U[:, :k].clone()
+        return {
+            "principal_alignment": principal,
+            "minor_alignment": minor,
+            "subspace_angle": angle,
+            "reconstruction_error": float((W - kept).norm() / W.norm()),
+        }
