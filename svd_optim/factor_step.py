@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import linalg
 from .decomposition import LinAlgError, attempt
 from .layers import FactorizedLinear
 from .linalg import Basis, project_off, retract
@@ -187,14 +188,15 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     L1 = torch.stack([layer.module.V.to(U.dtype) for layer in batch.layers])
     # What the gradient did, apart from decay, which keeps its size whatever the scale.
     scale_K, scale_L, decay = batch.scales
-    dK = K1 - (1.0 - decay) * batch.K
-    K = (1.0 - decay) * K0 + scale_K * dK
-    L = project_off(scale_L * L1, V)  # Adam turns the update of L back into span(V)
-    finite = torch.isfinite(K).all((-2, -1)) & torch.isfinite(L).all((-2, -1))  # (b,)
+    K = (1.0 - decay) * K0
+    dK = K1.sub_((1.0 - decay) * batch.K)
+    K.add_(dK, alpha=scale_K)
+    L = project_off(L1.mul_(scale_L), V)  # Adam turns the update of L back into span(V)
+    finite = linalg.finite(K) & linalg.finite(L)  # (b,)
     ok = finite[:, None, None]
     new, failed = _retracted(torch.where(ok, K, K0), torch.where(ok, L, 0.0), Basis(U, S, V))
-    for factor in new:
-        finite = finite & torch.isfinite(factor).flatten(1).all(-1)
+    for factor in (new.U, new.S.unsqueeze(-1), new.V):
+        finite = finite & linalg.finite(factor)
     ok = finite[:, None, None]
     new = Basis(torch.where(ok, new.U, U), torch.where(finite[:, None], new.S, S), torch.where(ok, new.V, V))
     for i, layer in enumerate(batch.layers):

@@ -10,6 +10,7 @@ Notation: W weight and G gradient (m, n); U (m, k), S (k,), V (n, k) with W ~ U 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,11 @@ def working(X: Tensor) -> Tensor:
 def energy(X: Tensor) -> Tensor:
     """Squared Frobenius norm, (..., a, b) -> (...,) in float64."""
     return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64).square()
+
+
+def finite(X: Tensor) -> Tensor:
+    """Whether all of X (..., a, b) is finite, (...,) bool: in one pass, where ``isfinite`` takes four."""
+    return torch.isfinite(torch.linalg.vector_norm(X, ord=math.inf, dim=(-2, -1)))
 
 
 def exact_basis(W: Tensor, q: int) -> Basis:

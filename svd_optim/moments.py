@@ -11,7 +11,7 @@ their moments. All functions take leading batch dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ UNDERSTOOD = (
 )
 
 Moments = dict[str, Any]
+Pair = tuple[Tensor, Tensor]
 
 
 def not_understood(state: Mapping[str, Any], weight: Tensor) -> str:
@@ -62,21 +63,23 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _keep_steps_short(after: Moments, *before: Mapping[str, Any]) -> None:
+def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, Any]]) -> None:
     """v >= M^2, or, where that did not hold before the move: no entry's M^2 / v above the largest one then.
 
     A young Adam's v is far below M^2 by nature (0.001 g^2 against (0.1 g)^2 after one step; its bias
     correction knows). Raising it to M^2 there would slow the layer for a thousand steps.
     """
     for key, first in FIRST_OF.items():
-        if key in after and first in after:
-            allowed = torch.ones((), device=after[key].device)
-            for moments in before:
-                M, v = working(moments[first]), working(moments[key])
-                tiny = torch.finfo(v.dtype).tiny  # where there was no gradient yet, M = v = 0
-                ratio = (M.square() / v.clamp(min=tiny)).amax((-2, -1), keepdim=True)
-                allowed = torch.maximum(allowed, ratio)
-            after[key] = torch.maximum(after[key], after[first].square() / allowed)
+        if not all(key in moments and first in moments for moments in (*after, *before)):
+            continue
+        allowed = torch.ones((), device=after[0][key].device)
+        for moments in before:
+            v = working(moments[key])
+            safe = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0
+            ratio = working(moments[first]).square().div_(safe).amax((-2, -1), keepdim=True)
+            allowed = torch.maximum(allowed, ratio)
+        for moments in after:
+            moments[key] = torch.maximum(moments[key], moments[first].square().div_(allowed))
 
 
 def split_first(M: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,14 +113,24 @@ def join_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 def turn_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
     """M_K, M_L in the bases U1, V1: the split of M_K V^T + U M_L^T, never formed."""
-    M_K1 = M_K @ (V.mT @ V1) + U @ (M_L.mT @ V1)
-    M_L1 = project_off(V @ (M_K.mT @ U1) + M_L @ (U.mT @ U1), V1)
+    return _turn_first(M_K, M_L, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
+
+
+def _turn_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, turns: Pair) -> Pair:
+    (U, V), (U1, V1), (of_U, of_V) = old, new, turns
+    M_K1 = M_K @ of_V + U @ (M_L.mT @ V1)
+    M_L1 = project_off(V @ (M_K.mT @ U1) + M_L @ of_U, V1)
     return M_K1, M_L1
 
 
 def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
     """v_K, v_L in the bases U1, V1, whose columns are nearly combinations of those of U, V."""
-    return v_K @ (V.mT @ V1).square(), v_L @ (U.mT @ U1).square()
+    return _turn_second(v_K, v_L, (U.mT @ U1, V.mT @ V1))
+
+
+def _turn_second(v_K: Tensor, v_L: Tensor, turns: Pair) -> Pair:
+    of_U, of_V = turns
+    return v_K @ of_V.square(), v_L @ of_U.square()
 
 
 def resize(
@@ -188,14 +201,17 @@ def turn_(
     L0: Moments = {}
     K1: Moments = {}
     L1: Moments = {}
-    for key, value in states_K[0].items():
-        if _is_moment(key, value) and key in states_L[0]:
-            turn = turn_first if key in FIRST else turn_second
-            K0[key] = torch.stack([working(s[key]) for s in states_K])
-            L0[key] = torch.stack([working(s[key]) for s in states_L])
-            K1[key], L1[key] = turn(K0[key], L0[key], *old, *new)
+    turned = [key for key, value in states_K[0].items() if _is_moment(key, value) and key in states_L[0]]
+    turns = (old[0].mT @ new[0], old[1].mT @ new[1]) if turned else old  # (b, k, k)
+    for key in turned:
+        K0[key] = torch.stack([working(s[key]) for s in states_K])
+        L0[key] = torch.stack([working(s[key]) for s in states_L])
+        if key in FIRST:
+            K1[key], L1[key] = _turn_first(K0[key], L0[key], old, new, turns)
+        else:
+            K1[key], L1[key] = _turn_second(K0[key], L0[key], turns)
+    _keep_steps_short((K1, L1), (K0, L0))
     for moments, states in ((K1, states_K), (L1, states_L)):
-        _keep_steps_short(moments, K0, L0)
         for key, value in moments.items():
             for state, turned in zip(states, value, strict=True):
                 state[key].copy_(turned)
@@ -203,7 +219,7 @@ def turn_(
 
 def _finished(moments: Moments, *before: Mapping[str, Any]) -> Moments:
     """Variances made safe, and the tensors in the types that the optimizer keeps them in."""
-    _keep_steps_short(moments, *before)
+    _keep_steps_short((moments,), before)
     for key, value in moments.items():
         if isinstance(value, Tensor):
             moments[key] = value.to(before[0][key].dtype).contiguous()
