@@ -269,6 +269,8 @@ def layer(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
                 passes[way] = functools.partial(both_ways, model, optimizer, x, dy)
                 steps[way] = optimizer.step
                 passes[way]()
+                if way == "factors" and args.compile:
+                    passes["factors, compiled"] = functools.partial(both_ways, torch.compile(model), optimizer, x, dy)
             size = f"{m} × {n}, k = {k}, {args.tokens} tokens"
             if kind == "adamw":
                 bound = machine.bound(6 * args.tokens * k * (m + n), args.tokens * (m + n) * 3)
@@ -366,6 +368,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--compile", action="store_true", help="layers through torch.compile too (needs a compiler)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     args.refreshes = [((256, 256), 64), ((1024, 256), 102), ((768, 768), 64), ((3072, 768), 64), ((1280, 1280), 64),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import Parallel, everything, loss_of, make, manual, quick, same_bits, train
 from hypothesis import given
 from hypothesis import strategies as st
@@ -292,3 +293,29 @@ def test_without_a_time_budget_nothing_depends_on_the_clock(monkeypatch: pytest.
 def test_max_overhead_is_checked(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="max_overhead"):
         SubspaceConfig(max_overhead=value)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_compiles_once_for_each_event() -> None:
+    """And not at all for a structure that it has seen before."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model, optimizer = make("adamw", manual(interval=4))
+    run = torch.compile(model, backend=counter)
+    compiled = []
+    for step in range(24):
+        if step == 6:
+            optimizer.factorize_("all")
+        if step == 12:
+            optimizer.merge_("mid")
+        if step == 18:
+            optimizer.factorize_("mid")
+        optimizer.zero_grad()
+        loss_of(run, step).backward()
+        optimizer.step()
+        compiled.append(counter.frame_count)
+    first = compiled[0]
+    assert compiled == [first] * 6 + [2 * first] * 6 + [3 * first] * 12
+    torch._dynamo.reset()
