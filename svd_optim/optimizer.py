@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,7 +27,7 @@ from .layers import FactorizedLinear
 from .lifecycle import Lifecycle
 from .linalg import Basis
 from .listeners import Listener
-from .records import Event, LayerReport, LayerState, Plan, Summary, break_even_rank, clean
+from .records import Event, LayerMetrics, LayerReport, LayerState, Plan, Summary, break_even_rank, clean
 from .selection import select_layers
 from .tracker import FollowedLayer
 
@@ -522,6 +524,44 @@ class SubspaceAwareOptimizer(Optimizer):
     def summary(self) -> Summary:
         """The run as of now, as a plain record; ``svd_optim.report`` renders it."""
         return self._life.summary()
+
+    def metrics(self) -> dict[str, float]:
+        """What the last analysis found, as one flat dict of numbers for any tracker. Reads nothing from the device.
+
+        ``svd/<layer>/<metric>`` for each number of its :class:`LayerMetrics` that is defined, and for all
+        layers together ``svd/parameters`` (share of their dense numbers that they hold now),
+        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on looking).
+        """
+        summary = self.summary()
+        dense, now = summary.parameters()
+        values = {
+            "svd/parameters": now / max(1, dense),
+            "svd/factorized": summary.count(LayerState.FACTORIZED) / max(1, len(summary.layers)),
+            "svd/overhead": summary.analysis_share,
+        }
+        for row in summary.layers:
+            known = {} if row.metrics is None else vars(row.metrics)
+            name = row.name or "(model)"
+            values |= {f"svd/{name}/{key}": float(x) for key, x in known.items() if x is not None and key != "step"}
+        return values
+
+    def history(self, layer: str) -> dict[str, torch.Tensor]:
+        """A layer's last analyses, oldest first: each number of :class:`LayerMetrics` over them, NaN where undefined.
+
+        Returns:
+            By the metric's name, (analyses,) in float64, on the CPU. The last 64 are kept.
+
+        Raises:
+            KeyError: no such layer is followed.
+        """
+        if layer not in self.layers:
+            raise KeyError(f"no followed layer is called {layer!r}; followed: {', '.join(list(self.layers)[:5])}, ...")
+        rows = [vars(metrics) for metrics in self.layers[layer].history]
+        names = [field.name for field in fields(LayerMetrics)]
+        return {
+            name: torch.tensor([math.nan if row[name] is None else row[name] for row in rows], dtype=torch.float64)
+            for name in names
+        }
 
     @property
     def layers(self) -> dict[str, FollowedLayer]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import make, quick, train
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
@@ -469,3 +470,38 @@ def test_tables_without_a_width_use_the_terminals(monkeypatch):
     for width in (80, 140):
         monkeypatch.setattr("rich.get_console", lambda width=width: Console(file=io.StringIO(), width=width))
         assert show(layer_table(whole), 140) == show(layer_table(whole, width), 140)
+
+
+# ---- as numbers ------------------------------------------------------------------------------------
+
+
+def test_metrics_are_one_flat_dict_of_the_last_analysis():
+    model, optimizer = make("adamw", quick())
+    assert set(optimizer.metrics()) == {"svd/parameters", "svd/factorized", "svd/overhead"}
+    assert optimizer.metrics()["svd/parameters"] == 1.0
+    train(model, optimizer, 130)
+    values = optimizer.metrics()
+    assert all(type(value) is float for value in values.values())
+    dense, now = optimizer.summary().parameters()
+    assert values["svd/parameters"] == now / dense < 0.6 and values["svd/factorized"] == 1.0
+    for row in optimizer.why():
+        for key in ("principal_excess", "tangent_capture", "rank", "measured"):
+            assert values[f"svd/{row.name}/{key}"] == getattr(row.metrics, key)
+        assert f"svd/{row.name}/subspace_angle" not in values  # undefined inside factors
+    assert not any(key.endswith("/step") for key in values)
+
+
+def test_history_is_each_metric_over_the_analyses():
+    model, optimizer = make("muon", quick())
+    assert all(len(values) == 0 for values in optimizer.history("up").values())
+    train(model, optimizer, 100)
+    history = optimizer.history("up")
+    records = optimizer.layers["up"].history
+    assert history["step"].tolist() == [m.step for m in records] == list(range(10, 101, 10))
+    for name, values in history.items():
+        assert values.dtype == torch.float64 and values.shape == (len(records),)
+        for value, record in zip(values.tolist(), records, strict=True):
+            known = getattr(record, name)
+            assert math.isnan(value) if known is None else value == known
+    with pytest.raises(KeyError, match="no followed layer is called 'down'; followed: up, mid"):
+        optimizer.history("down")
