@@ -7,7 +7,7 @@ k (m + n + 1) numbers, a dense one m n. What it loses is taken to be
 
 The weight before it makes plans even in k / k*, the share of its numbers that a layer keeps. On the GPT
 of ``examples/``, 800 steps (``benchmarks/quality.py``), plans even in k / min(m, n), the share of its
-directions, were level with that under Muon and 0.6 % of bits per byte behind under AdamW (three seeds);
+directions, were level with that under Muon and 0.4 % of bits per byte behind under AdamW (three seeds);
 attention at a quarter and the rest accordingly, the reverse, and attention dense were all behind (one
 seed).
 
