@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import storage, verification
-from .factorization import factorize_, merge_, restore_structure_
+from .factorization import factorize_, merge_
 from .faults import undone_on_error
 from .layers import FactorizedLinear
 from .linalg import Basis
-from .optimizer import SubspaceAwareOptimizer
+from .optimizer import SubspaceAwareOptimizer, wrappers_of
 from .storage import MODEL, STATE, CheckpointError, Part, encode, on_cpu
 from .switching import replace_parameters_
 from .verification import base_of, group_names, joined, linear_layers, prefix_in
@@ -132,18 +132,8 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
         factors = parts[MODEL].tree["factors"]
         verification.check_optimizers(tree["optimizers"], factors, parts[MODEL].named, model, optimizers)
         generators = _checked_generators(tree["random"])
-    wrappers = [o for o in optimizers if isinstance(o, SubspaceAwareOptimizer)]
-    records: list[object] = []
-    for wrapper in wrappers:
-        layers = wrapper.layers.values()
-        records += [wrapper._life, wrapper._life.guard, *layers, *(x.factored for x in layers if x.factored)]
-    with (
-        _explained(folder),
-        undone_on_error(model.modules(), [base_of(o) for o in optimizers], records, values=True),
-    ):
-        followed = {joined(prefix_in(model, w), name) for w in wrappers for name in w.layers}
-        _restore_unfollowed(model, optimizers, parts[MODEL], followed)
-        _load_model(model, parts[MODEL])
+    with _explained(folder), _all_or_nothing(model, optimizers):
+        _load_model(model, optimizers, parts[MODEL])
         for optimizer, saved in zip(optimizers, tree["optimizers"], strict=True):
             optimizer.load_state_dict(_positional(model, optimizer, saved))
     for restore, state in generators:
@@ -160,7 +150,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
 def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
     """Load a checkpoint's model alone, for inference: layers become factorized or dense as they were.
 
-    Values are cast to the types of ``model``.
+    Values are cast to the types of ``model``. Where a wrapper follows its layers, they stay followed.
 
     Raises:
         CheckpointError: as for :func:`load_checkpoint`; the model is as before.
@@ -169,9 +159,9 @@ def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
     part = storage.read(Path(folder), (MODEL,))[MODEL]
     with _explained(folder):
         verification.check_model(part, model, same_type=False)
-    with _explained(folder), undone_on_error(model.modules(), (), (), values=True):
-        restore_structure_(model, part.named)
-        _load_model(model, part)
+    wrappers = wrappers_of(model)
+    with _explained(folder), _all_or_nothing(model, wrappers):
+        _load_model(model, wrappers, part)
 
 
 # ---- for other tools ---------------------------------------------------------------------------------
@@ -313,7 +303,20 @@ def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part:
             replace_parameters_(base_of(optimizer), old, new, suffixes)
 
 
-def _load_model(model: nn.Module, part: Part) -> None:
+def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
+    """On an error model and optimizers are what they were, object for object."""
+    records: list[object] = []
+    for wrapper in optimizers:
+        if isinstance(wrapper, SubspaceAwareOptimizer):
+            layers = wrapper.layers.values()
+            records += [wrapper._life, wrapper._life.guard, *layers, *(x.factored for x in layers if x.factored)]
+    return undone_on_error(model.modules(), [base_of(o) for o in optimizers], records, values=True)
+
+
+def _load_model(model: nn.Module, optimizers: Sequence[Optimizer], part: Part) -> None:
+    wrappers = [o for o in optimizers if isinstance(o, SubspaceAwareOptimizer)]
+    followed = {joined(prefix_in(model, w), name) for w in wrappers for name in w.layers}
+    _restore_unfollowed(model, optimizers, part, followed)
     state: dict[str, Any] = part.named | part.tree["values"]
     if part.tree["metadata"] is not None:
         state = _WithMetadata(state)

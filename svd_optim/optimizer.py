@@ -52,6 +52,14 @@ class _RestoreHook:
         return _RestoreHook, ()
 
 
+def wrappers_of(model: nn.Module) -> list[SubspaceAwareOptimizer]:
+    """The living wrappers that were given ``model`` or a part of it."""
+    hooks = [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
+    hooks = [getattr(hook, "hook", hook) for hook in hooks]
+    found = [hook.optimizer() for hook in hooks if isinstance(hook, _RestoreHook)]
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
 def _let_go(modules: list[nn.Module], owner: object) -> None:
     """Give layers back their true gradients once their optimizer is gone."""
     for module in modules:

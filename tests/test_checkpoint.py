@@ -180,6 +180,23 @@ def test_load_model_for_inference(tmp_path: Path) -> None:
     torch.testing.assert_close(low(x.bfloat16()).float(), run.model(x), rtol=0.1, atol=0.1)
 
 
+def test_load_model_while_an_optimizer_follows_it(tmp_path: Path) -> None:
+    run = Run.new("adamw").train(130)
+    run.save(tmp_path)
+    for steps in (0, 20, 130):
+        other = Run.new("adamw", seed=7).train(steps)
+        load_model(tmp_path, other.model)
+        assert same(copied(run.model.state_dict()), copied(other.model.state_dict()))
+        other.train(steps + 15)
+        check_factors(other.model)
+        assert other.factorized() == 2 and all(layer.factored for layer in other.wrapper.layers.values())
+    part = nn.Sequential(Run.new("adamw", seed=7).model)
+    inner = SubspaceAwareOptimizer(torch.optim.SGD(part.parameters(), lr=0.1), part[0], quick())
+    save_checkpoint(tmp_path / "outer", nn.Sequential(run.model), [])
+    load_model(tmp_path / "outer", part)
+    assert all(layer.factored for layer in inner.layers.values())
+
+
 def test_export_dense_is_an_ordinary_model(tmp_path: Path) -> None:
     run = Run.new("muon").train(130)
     before = run.state()
