@@ -5,9 +5,10 @@ from .config import LayerOverride, SubspaceConfig, Thresholds
 from .factorization import factorize_, merge_, restore_on_load_, restore_structure_
 from .layers import FactorizedLinear
 from .listeners import Listener
+from .log import Run, RunLog, read_log
 from .optimizer import SubspaceAwareOptimizer
 from .policy import Policy, ThresholdPolicy
-from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Plan, Summary
+from .records import Action, Condition, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Plan, Summary
 from .report import ConsoleReport
 from .storage import CheckpointError
 
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "CheckpointError",
+    "Condition",
     "ConsoleReport",
     "Decision",
     "Event",
@@ -28,6 +30,8 @@ __all__ = [
     "Listener",
     "Plan",
     "Policy",
+    "Run",
+    "RunLog",
     "SubspaceAwareOptimizer",
     "SubspaceConfig",
     "Summary",
@@ -39,6 +43,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "merge_",
+    "read_log",
     "restore_on_load_",
     "restore_structure_",
     "save_checkpoint",

@@ -18,8 +18,7 @@ from . import linalg
 from .decomposition import attempt
 from .records import LayerState
 from .tracker import FollowedLayer
-
-MAX_EXTENSIONS = 3  # how often the end of a descent is put off before the layer gives up
+from .transitions import MAX_EXTENSIONS
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .records import Decision, LayerReport
+from .records import Decision, LayerReport, Question
 from .tracker import FollowedLayer
 
 
@@ -25,7 +25,7 @@ def watching_bytes(layer: FollowedLayer) -> int:
     return size([*tensors, *(layer.anchor or ())])
 
 
-def report(layer: FollowedLayer, base: Optimizer, decision: Decision | None) -> LayerReport:
+def report(layer: FollowedLayer, base: Optimizer, decision: Decision | None, question: Question | None) -> LayerReport:
     """A layer as of now, as a plain record."""
     m, n = layer.shape
     element = layer.weight.element_size()
@@ -44,4 +44,5 @@ def report(layer: FollowedLayer, base: Optimizer, decision: Decision | None) -> 
         metrics=layer.history[-1] if layer.history else None, decision=decision, watching_bytes=watching_bytes(layer),
         weight_bytes=weights, grad_bytes=grads, state_bytes=sum(map(size, states)),
         weight_bytes_dense=dense, grad_bytes_dense=dense, state_bytes_dense=state_dense,
+        question=question, spectrum=layer.spectrum,
     )  # fmt: skip

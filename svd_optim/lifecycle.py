@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import budget, decomposition, factor_step, inventory, linalg, moments
+from . import budget, decomposition, factor_step, inventory, linalg, moments, transitions
 from .config import SubspaceConfig
-from .descent import MAX_EXTENSIONS, Landed, descend_, duration, exact_bases
+from .descent import Landed, descend_, duration, exact_bases
 from .faults import undone_on_error
 from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
-from .policy import Policy, ThresholdPolicy
+from .policy import policy_of
 from .records import (
     Action,
     Condition,
@@ -36,6 +36,7 @@ from .records import (
     LayerState,
     LeftAlone,
     Plan,
+    Question,
     Summary,
     break_even_rank,
 )
@@ -45,15 +46,10 @@ from .tracker import FollowedLayer, SubspaceTracker, target_rank
 
 logger = logging.getLogger(__name__)
 
-_Event = tuple[str, str, str, LayerState | None, LayerState | None, dict[str, float]]  # the arguments of emit
-
 STATE_VERSION = 3
 LOOKING = ("measure", "refresh", "decide")  # phases that a run could do without
 MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
-LOUD = frozenset(
-    {"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed", "decomposition_failed"}
-)
 
 
 class Lifecycle:
@@ -68,12 +64,11 @@ class Lifecycle:
         self.base = base
         self.config = config
         self.tracker = SubspaceTracker(config)
-        self.policy: Policy = config.policy or ThresholdPolicy(
-            config.rule, config.patience, descend=config.descent_steps > 0
-        )
+        self.policy = policy_of(config)
         self.layers: dict[str, FollowedLayer] = {}
         self.left_alone: list[LeftAlone] = []
         self.decisions: dict[str, Decision] = {}
+        self.questions: dict[str, Question] = {}  # that they answer
         self.events: list[Event] = []
         self.guard = LossGuard()
         self.guarded: dict[str, int] = {}  # layer -> step of its switch, while the loss guard watches it
@@ -151,7 +146,7 @@ class Lifecycle:
     def _stop_following(self, layer: FollowedLayer, reason: str) -> None:
         del self.layers[layer.name]
         self.left_alone.append(LeftAlone(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
-        self.emit(layer.name, "unsupported", reason)
+        self.note(layer.name, "unsupported", reason)
 
     @torch.no_grad()
     def restore_layers(self, ranks: Mapping[str, int | None], saved: Mapping[str, linalg.Basis] | None = None) -> None:
@@ -206,7 +201,7 @@ class Lifecycle:
         known = layer.nonfinite
         usable = self.tracker.ensure_basis(layer, step)
         if layer.nonfinite and not known:
-            self.emit(layer.name, "nonfinite", "NaN or Inf in the weight from the start: no basis, not measured")
+            self.note(layer.name, "nonfinite", "NaN or Inf in the weight from the start: no basis, not measured")
         return usable
 
     def enter_factors(self) -> list[factor_step.Entered]:
@@ -270,7 +265,7 @@ class Lifecycle:
             elif layer.failures >= decomposition.IN_A_ROW and name not in self.warned:
                 self.warned.add(name)
                 reason = f"its decomposition failed {layer.failures} times in a row, also in float64: old basis kept"
-                self.emit(name, "decomposition_failed", reason, numbers={"basis_step": layer.basis_step})
+                self.note(name, "decomposition_failed", reason, {"basis_step": layer.basis_step})
 
     def drop_sketches(self) -> None:
         """Sketches go with the gradients they belong to."""
@@ -281,14 +276,11 @@ class Lifecycle:
     def _switch_landed(self, landed: Landed) -> None:
         """Install the factors of layers whose descent is done, and say what became of the others."""
         for layer in (*landed.extended, *landed.failed):
+            gives_up = layer in landed.failed
+            if gives_up:
+                self.end_descent(layer, LayerState.DENSE)
             safe = layer.thresholds.reconstruction_safe
-            numbers = {"reconstruction_error": landed.errors[layer.name], "reconstruction_safe": safe}
-            if layer in landed.extended:
-                self.emit(layer.name, "descent_extended", "not exact enough yet", numbers=numbers)
-                continue
-            self.end_descent(layer, LayerState.DENSE)
-            reason = f"not exact enough after {MAX_EXTENSIONS} extensions"
-            self.emit(layer.name, "descent_failed", reason, LayerState.DESCENDING, LayerState.DENSE, numbers)
+            self.emit(transitions.not_landed(self.steps, layer.name, landed.errors[layer.name], safe, gives_up))
         self.switch(landed.ready, (), landed.errors, "descent done")
 
     def end_descent(self, layer: FollowedLayer, state: LayerState) -> None:
@@ -332,8 +324,8 @@ class Lifecycle:
         if wanted > self.stretch or 2 * wanted <= self.stretch:
             self.stretch = wanted
             numbers = {"share": share, "max_overhead": limit, "interval": float(self.interval)}
-            self.emit("*", "interval", f"looking took {share:.1%} of the time: next intervals are longer or shorter",
-                      numbers=numbers)  # fmt: skip
+            reason = f"looking took {share:.1%} of the time: next intervals are longer or shorter"
+            self.note("*", "interval", reason, numbers)
 
     def _decide(self, layer: FollowedLayer) -> None:
         if layer.state == LayerState.WARMUP and self.steps >= self.config.warmup:
@@ -342,24 +334,22 @@ class Lifecycle:
         last = layer.history[-1]
         if last.nonfinite and not layer.nonfinite:
             reason = "NaN or Inf in gradient, weight or basis: not measured"
-            self.emit(layer.name, "nonfinite", reason, numbers={"measurements": last.nonfinite})
+            self.note(layer.name, "nonfinite", reason, {"measurements": last.nonfinite})
         layer.nonfinite = bool(last.nonfinite)
         # A line that has just started says nothing about danger, nor does warmup, nor an interval without gradients.
         recent = [m for m in layer.line[-self.config.patience :] if m.principal_excess is not None]
         ready = layer.state != LayerState.WARMUP and len(recent) == self.config.patience
         if ready and decision.danger != layer.danger:
             layer.danger = decision.danger
-            kind = "danger" if decision.danger else "danger_over"
-            reason = "the gradient attacks" if decision.danger else "the gradient leaves alone"
-            excess = {} if last.principal_excess is None else {"principal_excess": last.principal_excess}
-            numbers = {**excess, "principal_danger": layer.thresholds.principal_danger}
-            self.emit(layer.name, kind, f"{reason} what the layer has learned", numbers=numbers)
+            threshold = layer.thresholds.principal_danger
+            self.emit(transitions.danger(self.steps, layer.name, decision.danger, last, threshold))
             if self.config.on_danger == "protect" and self.config.mode == "auto":
                 self.protect(layer, decision.danger, "in danger" if decision.danger else "the danger is over")
                 self.decisions[layer.name] = self._ask_policy(layer)
 
     def _ask_policy(self, layer: FollowedLayer) -> Decision:
         info = layer.info(self.base_reason(layer), self.steps)
+        self.questions[layer.name] = Question(info=info, state=layer.state, analyses=len(layer.line))
         decision = self.policy.decide(info, layer.state, layer.line, layer.thresholds)
         if not isinstance(decision, Decision):
             raise TypeError(f"policy.decide must return a Decision, got {decision!r} for layer {layer.name!r}")
@@ -380,14 +370,13 @@ class Lifecycle:
         if begin:
             if layer.state == LayerState.DESCENDING:
                 self.end_descent(layer, LayerState.DENSE)
-                stopped = (LayerState.DESCENDING, LayerState.DENSE)
-                self.emit(layer.name, "descent_stopped", "its principal block is protected", *stopped)
+                self.emit(transitions.descent_stopped(self.steps, layer.name, "its principal block is protected"))
             layer.protect(by_hand, principal)
             anchor = layer.anchor
         else:
             layer.release()
         if anchor is not None:
-            self.emit(layer.name, "protect" if begin else "release", reason, numbers={"rank": len(anchor.block)})
+            self.emit(transitions.protection(self.steps, layer.name, begin, reason, len(anchor.block)))
 
     def protect_by_hand(self, layer: FollowedLayer, rank: int | None) -> None:
         """Protect a layer on the exact leading directions of its weight, as of now."""
@@ -429,8 +418,7 @@ class Lifecycle:
                 layer.descent_end = self.steps + duration(self.config.descent_steps, captures)
                 self.acted = True
                 reason = self.decisions[layer.name].reason
-                numbers = {"rank": layer.rank, "until_step": layer.descent_end}
-                self.emit(layer.name, "descend", reason, LayerState.DENSE, LayerState.DESCENDING, numbers)
+                self.emit(transitions.descend(self.steps, layer.name, reason, layer.rank, layer.descent_end))
         dense = [layer for layer in wanted[Action.FACTORIZE] if layer.factored is None]
         dense = [layer for layer in dense if not self.base_reason(layer) and layer.rank < break_even_rank(*layer.shape)]
         bases, errors = exact_bases(dense)
@@ -470,7 +458,7 @@ class Lifecycle:
         if not back:
             return
         for name, (kind, reason, numbers) in back.items():
-            self.emit(name, kind, reason, numbers=numbers)
+            self.note(name, kind, reason, numbers)
         self.switch({}, [self.layers[name] for name in back], {}, "a guard tripped")
         if risen is not None:
             self.guard.switched()  # earlier switches are not to blame for this level
@@ -511,10 +499,10 @@ class Lifecycle:
             self.guard.switched()
             self.guarded.update(dict.fromkeys(bases, self.steps))
         for event in events:
-            self.emit(*event)
+            self.emit(event)
         self.tell("after_switch", self.steps, names)
 
-    def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> _Event:
+    def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> Event:
         before, protected = layer.state, layer.anchor is not None
         by_hand, layer.dense_anchor = layer.protected_by_hand, None
         to_factors_(layer, self.base, basis)
@@ -523,16 +511,9 @@ class Lifecycle:
         self.tracker.keep_images(layer, self.steps)
         if protected:
             layer.protect(by_hand)
-        info = layer.info()
-        numbers: dict[str, float] = {
-            "rank": layer.rank,
-            "reconstruction_error": error,
-            "parameters_before": info.dense_numel,
-            "parameters_after": info.factored_numel,
-        }
-        return layer.name, "factorize", reason, before, LayerState.FACTORIZED, numbers
+        return transitions.factorize(self.steps, layer.info(), reason, before, error)
 
-    def _merge(self, layer: FollowedLayer, reason: str) -> _Event:
+    def _merge(self, layer: FollowedLayer, reason: str) -> Event:
         decision = self.decisions.get(layer.name)
         if reason == "decided" and decision is not None:
             reason = decision.reason
@@ -542,10 +523,9 @@ class Lifecycle:
         self.end_descent(layer, LayerState.DENSE)
         layer.cooldown_until = self.steps + self.config.cooldown
         self.guarded.pop(layer.name, None)
-        numbers: dict[str, float] = {"rank": layer.rank, "cooldown": self.config.cooldown}
-        return layer.name, "merge", reason, LayerState.FACTORIZED, LayerState.DENSE, numbers
+        return transitions.merge(self.steps, layer.name, reason, layer.rank, self.config.cooldown)
 
-    def _resize(self, layer: FollowedLayer, rank: int) -> _Event:
+    def _resize(self, layer: FollowedLayer, rank: int) -> Event:
         before, factors = layer.rank, layer.basis
         assert factors is not None
         if rank <= before:
@@ -554,43 +534,27 @@ class Lifecycle:
             resize_(layer, self.base, self.tracker.grown(layer, rank, self.steps))
         layer.start_line()
         layer.cooldown_until = self.steps + self.config.cooldown
-        kind, reason = "grow" if rank > before else "shrink", self.decisions[layer.name].reason
-        return layer.name, kind, reason, layer.state, layer.state, {"rank_before": before, "rank": layer.rank}
+        return transitions.resize(self.steps, layer.name, self.decisions[layer.name].reason, before, layer.rank)
 
     def plan(self) -> Plan:
         """How the budget is spread as of now."""
         return budget.plan(self.layers, self.config.budget, self.steps)
 
     def _note_stall(self) -> None:
-        """A run that can't act says so, loudly, with the numbers."""
+        """A run that can't act says so, loudly."""
         if self.acted or not self.layers or self.config.mode != "auto" or self.analyses % self.config.stall_after:
             return
-        blockers = Counter(
-            decision.blocker.name if decision.blocker else decision.action.value for decision in self.decisions.values()
-        )
-        counts = ", ".join(f"{name} blocks {count}" for name, count in blockers.most_common())
-        example = "; ".join(f"{name}: {decision.reason}" for name, decision in list(self.decisions.items())[:3])
-        self.emit(
-            "*",
-            "stalled",
-            f"{self.analyses} analyses and nothing ever acted: {counts} of {len(self.layers)} layers ({example})",
-        )
+        self.emit(transitions.stalled(self.steps, self.analyses, self.decisions, len(self.layers)))
 
-    def emit(
-        self,
-        layer: str,
-        kind: str,
-        reason: str,
-        before: LayerState | None = None,
-        after: LayerState | None = None,
-        numbers: Mapping[str, float] | None = None,
-    ) -> None:
+    def note(self, layer: str, kind: str, reason: str, numbers: Mapping[str, float] | None = None) -> None:
+        """Something happened that changed no layer's form: emit it."""
+        self.emit(Event(step=self.steps, layer=layer, kind=kind, reason=reason, numbers=dict(numbers or {})))
+
+    def emit(self, event: Event) -> None:
         """Record an event, log it and tell the listeners."""
-        event = Event(step=self.steps, layer=layer, kind=kind, reason=reason, before=before, after=after,
-                      numbers=dict(numbers or {}))  # fmt: skip
         self.events.append(event)
         del self.events[:-MAX_EVENTS]
-        logger.log(logging.WARNING if kind in LOUD else logging.INFO, "%s", event)
+        logger.log(logging.WARNING if event.kind in transitions.LOUD else logging.INFO, "%s", event)
         self.tell("on_event", event)
 
     def tell(self, method: str, *arguments: Any) -> None:
@@ -611,7 +575,7 @@ class Lifecycle:
 
     def layer_report(self, layer: FollowedLayer) -> LayerReport:
         """A layer as of now, as a plain record."""
-        return inventory.report(layer, self.base, self.decisions.get(layer.name))
+        return inventory.report(layer, self.base, self.decisions.get(layer.name), self.questions.get(layer.name))
 
     def summary(self) -> Summary:
         """The run as of now, as a plain record."""
@@ -693,7 +657,7 @@ class Lifecycle:
         self.steps, self.analyses, self.acted = saved["steps"], saved["analyses"], saved["acted"]
         self.last_analysis, self.stretch = saved["last_analysis"], saved["stretch"]
         self.events = [Event.from_plain(values) for values in saved["events"]]
-        self.decisions = {}
+        self.decisions, self.questions = {}, {}
         self.guard.load_state_dict(saved["guard"])
         self.guarded = dict(saved["guarded"])
         failing = (name for name, state in saved["layers"].items() if state["failures"] >= decomposition.IN_A_ROW)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 from .records import Event, Summary
+
+if TYPE_CHECKING:
+    from .optimizer import SubspaceAwareOptimizer
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of a distributed run that prints and logs: ``RANK`` is 0, or not set."""
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 class Listener:
     """Called by the optimizer, in the thread that trains. Every method does nothing here."""
+
+    def on_start(self, optimizer: SubspaceAwareOptimizer) -> None:
+        """Once, when it is added to an optimizer."""
 
     def on_analysis(self, summary: Summary) -> None:
         """After each analysis of the followed layers, with the run as of then."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import factor_step
+from . import factor_step, transitions
 from .config import SubspaceConfig
 from .descent import exact_bases
 from .factorization import saved_factors
@@ -111,10 +111,11 @@ class SubspaceAwareOptimizer(Optimizer):
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
         self.config = config or SubspaceConfig()
         self._life = Lifecycle(base_optimizer, self.config)
-        self._life.listeners.extend(listeners)
         self._init_hooks()
         self._follow_layers(first=True)
         self._attach()
+        for listener in listeners:
+            self.add_listener(listener)
 
     def _init_hooks(self) -> None:
         # Optimizer.__init__ wants parameters, and its __setstate__ writes into the base's defaults.
@@ -431,7 +432,7 @@ class SubspaceAwareOptimizer(Optimizer):
         for layer in chosen:
             if layer.state == LayerState.DESCENDING:
                 self._life.end_descent(layer, LayerState.DENSE)
-                self._life.emit(layer.name, "descent_stopped", "by hand", LayerState.DESCENDING, LayerState.DENSE)
+                self._life.emit(transitions.descent_stopped(self.steps, layer.name, "by hand"))
         merges = [layer for layer in chosen if layer.factored is not None]
         self._life.switch({}, merges, {}, "by hand")
         self._life.forget_decisions(layer.name for layer in chosen)
@@ -512,6 +513,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
     def add_listener(self, listener: Listener) -> None:
         """Call ``listener`` from now on. Listeners are not copied, pickled or saved with the optimizer."""
+        listener.on_start(self)
         self._life.listeners.append(listener)
 
     def plan(self) -> Plan:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .config import Thresholds
+from .config import SubspaceConfig, Thresholds
 from .planner import quantum
 from .records import Action, Condition, Decision, LayerInfo, LayerMetrics, LayerState
 
@@ -194,3 +194,8 @@ class ThresholdPolicy:
             *(test(history[-1], t) for test in tests),
             Condition(name="patience", value=streak, threshold=self.patience, above=True, or_equal=True),
         )
+
+
+def policy_of(config: SubspaceConfig) -> Policy:
+    """The user's own policy, or the library's with the rule that the configuration names."""
+    return config.policy or ThresholdPolicy(config.rule, config.patience, descend=config.descent_steps > 0)

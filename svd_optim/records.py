@@ -20,6 +20,11 @@ def clean(text: object) -> str:
     return "".join(c for c in str(text) if unicodedata.category(c) not in _NOT_TEXT)
 
 
+def significant(x: float, digits: int = 7) -> float:
+    """``x`` to so many significant digits: what float32 holds, and what a log can repeat exactly."""
+    return float(f"{x:.{digits}g}")
+
+
 class LayerState(StrEnum):
     """Where a layer is in its life: warmup -> dense -> (descending ->) factorized."""
 
@@ -84,7 +89,8 @@ class LayerMetrics:
     """One analysis of one layer. Alignments are means over the gradients measured since the last one.
 
     A value is ``None`` where it is undefined: no gradient was measured, the gradient or the weight
-    was zero, there is no earlier basis to compare with, or chance level is already 1.
+    was zero, there is no earlier basis to compare with, or chance level is already 1. Numbers have seven
+    significant digits (:func:`significant`).
     """
 
     step: int
@@ -167,6 +173,15 @@ class Decision:
     def blocker(self) -> Condition | None:
         """The first condition that does not hold, or ``None``."""
         return next((c for c in self.conditions if not c.holds), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the policy was asked about a layer at an analysis: with the history, all that its decision rests on."""
+
+    info: LayerInfo
+    state: LayerState
+    analyses: int  # of its history, up to this one, that are of this rank and state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +289,8 @@ class LayerReport:
     weight_bytes_dense: int  # the same three, were the layer dense
     grad_bytes_dense: int
     state_bytes_dense: int
+    question: Question | None = None  # what the policy was asked at the last analysis
+    spectrum: tuple[float, ...] = ()  # S_1, S_2, S_4, ..., S_k over ||W||_F, as of the last analysis
 
     @property
     def condition(self) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,11 +21,11 @@ from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .listeners import Listener
+from .listeners import Listener, is_main_process
 from .records import Action, Condition, Event, LayerReport, LayerState, Plan, Summary, clean
+from .transitions import LOUD
 
-_ALARMS = ("danger", "stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed",
-           "decomposition_failed")  # events  # fmt: skip
+_ALARMS = LOUD | {"danger"}
 _NARROW = 100  # below so many columns: abbreviations, and a gap of one
 _ALWAYS = 99  # importance of a column that is never left out
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
@@ -451,7 +450,7 @@ class ConsoleReport(Listener):
         self._print(summary_renderable(summary, self.console.width))
 
     def _print(self, what: RenderableType) -> None:
-        if os.environ.get("RANK", "0") not in ("", "0"):
+        if not is_main_process():
             return
         encoding = self.console.encoding
         if not encoding.startswith("utf"):  # an ASCII log file must not end the training with an exception

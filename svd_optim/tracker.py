@@ -24,7 +24,7 @@ from .layers import SKETCH_SIZE, FactorizedLinear
 from .linalg import Basis, working
 from .planner import uniform_rank
 from .protection import Anchor, anchor_dense, anchor_factors, restore_dense_
-from .records import LayerInfo, LayerMetrics, LayerState
+from .records import LayerInfo, LayerMetrics, LayerState, significant
 
 HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
@@ -56,6 +56,7 @@ class FollowedLayer:
     sums: Tensor | None = None  # (2 + 3k,) float64 on the device: measured, nonfinite, three alignments
     capture: list[float] = field(default_factory=list)  # of the last analyses, at every rank from 1 to k
     history: list[LayerMetrics] = field(default_factory=list)  # its analyses, oldest first
+    spectrum: tuple[float, ...] = ()  # S at its octaves over ||W||_F, as of the last of them
     line_start: int = -1  # analyses up to this step were of another rank or state: no decision rests on them
     factored: Factored | None = None
     outside: Tensor | None = None  # (m, s): sum of a factorized layer's sketches since the last analysis
@@ -158,6 +159,18 @@ class FollowedLayer:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def octaves(k: int) -> list[int]:
+    """The ranks 1, 2, 4, ... below ``k``, and ``k``: where a spectrum is looked at."""
+    return [*(2**i for i in range((k - 1).bit_length())), k]
+
+
+def _spectrum(S: Sequence[float], stable_rank: float | None) -> tuple[float, ...]:
+    """Singular values at the octaves over ||W||_F, with four digits; empty where they are unknown."""
+    if stable_rank is None or not S[0] > 0:
+        return ()
+    return tuple(significant(S[k - 1] / S[0] / math.sqrt(stable_rank), 4) for k in octaves(len(S)))
 
 
 def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:
@@ -379,15 +392,17 @@ class SubspaceTracker:
         values = iter(torch.cat(rows).tolist())
         metrics = {}
         for layer, row in zip(layers, rows, strict=True):
-            metrics[layer.name] = self._metrics(layer, list(islice(values, len(row))), step)
+            S, rest = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
+            metrics[layer.name] = self._metrics(layer, rest, step)
+            layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
             keep = max(HISTORY, self.config.patience)
             layer.history = [*layer.history, metrics[layer.name]][-keep:]
             layer.sums = layer.pending = None
         return metrics
 
     def _row(self, layer: FollowedLayer) -> Tensor:
-        """[*pending, *sums] on the device, (SCALARS + 2 + 3k,)."""
-        assert layer.pending is not None
+        """[*S, *pending, *sums] on the device, float64, (k + SCALARS + 2 + 3k,)."""
+        assert layer.pending is not None and layer.basis is not None
         sums = layer.sums
         if sums is None:
             sums = layer.pending.new_zeros(2 + 3 * layer.rank)
@@ -395,7 +410,7 @@ class SubspaceTracker:
             bad = torch.maximum(sums[1], layer.factored.nonfinite.double())
             sums = torch.cat([sums[:1], bad[None], sums[2:]])
             layer.factored.nonfinite = None
-        return torch.cat([layer.pending, sums])
+        return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, sums])
 
     def _refresh_one(
         self, layer: FollowedLayer, image: Tensor | None, finite: bool, useful: bool, holds: bool, step: int
@@ -488,24 +503,27 @@ class SubspaceTracker:
             before = layer.capture if len(layer.capture) == k else curve
             layer.capture = [(a + b) / 2 for a, b in zip(before, curve, strict=True)]  # steadies the plan
         known = bool(finite) and not math.isnan(error)  # a zero matrix has no subspace
+        values: dict[str, float | None] = {
+            "principal_alignment": principal,
+            "input_alignment": right,
+            "tangent_capture": capture,
+            "principal_excess": linalg.chance_corrected(principal, k / m),
+            "input_excess": linalg.chance_corrected(right, k / n),
+            "capture_excess": linalg.chance_corrected(capture, 1 - (1 - k / m) * (1 - k / n)),
+            "subspace_angle": _known(angle) if known else None,
+            "subspace_drift": _known(drift) if known else None,
+            "reconstruction_error": error if known else None,
+            "stable_rank": stable if known else None,
+            "skew": _known(skew),
+        }
         return LayerMetrics(
             step=step,
             rank=k,
             measured=int(count),
-            principal_alignment=principal,
-            input_alignment=right,
-            tangent_capture=capture,
-            principal_excess=linalg.chance_corrected(principal, k / m),
-            input_excess=linalg.chance_corrected(right, k / n),
-            capture_excess=linalg.chance_corrected(capture, 1 - (1 - k / m) * (1 - k / n)),
-            subspace_angle=_known(angle) if known else None,
-            subspace_drift=_known(drift) if known else None,
-            reconstruction_error=error if known else None,
-            stable_rank=stable if known else None,
             effective_rank=int(effective) if known and effective <= k else None,
             exact_rank=int(exact) if known and exact <= k else None,
-            skew=_known(skew),
             nonfinite=int(bad) + (finite == 0.0),
+            **{name: None if x is None else significant(x) for name, x in values.items()},
         )
 
     # ---- saving ----------------------------------------------------------------------------

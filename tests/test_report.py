@@ -13,7 +13,6 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from svd_optim import SubspaceAwareOptimizer
-from svd_optim.lifecycle import LOUD
 from svd_optim.records import (
     Action,
     Condition,
@@ -28,6 +27,7 @@ from svd_optim.records import (
     Summary,
 )
 from svd_optim.report import ConsoleReport, event_line, layer_table, plan_table, summary_renderable
+from svd_optim.transitions import LOUD
 
 PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 GPT = [f"blocks.{block}.{part}" for block in range(4) for part in PARTS]
