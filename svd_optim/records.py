@@ -349,6 +349,25 @@ class Summary:
         own = sum(self.seconds.get(phase, 0.0) for phase in ("measure", "refresh", "decide"))
         return own / self.seconds_total if self.seconds_total > 0 else 0.0
 
+    def metrics(self) -> dict[str, float]:
+        """All numbers of the last analysis as one flat dict, ready for any tracker.
+
+        ``svd/<layer>/<metric>`` for each number of its :class:`LayerMetrics` that is defined, and for all
+        layers together ``svd/parameters`` (share of their dense numbers that they hold now),
+        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on looking).
+        """
+        dense, now = self.parameters()
+        values = {
+            "svd/parameters": now / max(1, dense),
+            "svd/factorized": self.count(LayerState.FACTORIZED) / max(1, len(self.layers)),
+            "svd/overhead": self.analysis_share,
+        }
+        for row in self.layers:
+            known = {} if row.metrics is None else vars(row.metrics)
+            name = row.name or "(model)"
+            values |= {f"svd/{name}/{key}": float(x) for key, x in known.items() if x is not None and key != "step"}
+        return values
+
     def parameters(self, layers: Iterable[LayerReport] | None = None) -> tuple[int, int]:
         """(numbers in the followed weights were they dense, numbers in them now)."""
         rows: Sequence[LayerReport] = self.layers if layers is None else tuple(layers)
