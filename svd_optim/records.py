@@ -7,10 +7,13 @@ round-trips through :func:`dataclasses.asdict`, so it can be logged, saved and c
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 _NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
 
@@ -247,8 +250,22 @@ class PlannedLayer:
         return self.parameters_dense if self.rank is None else self.rank * (sum(self.shape) + 1)
 
 
+class Shown:
+    """Records that ``rich.print`` and notebooks show as tables; rich is imported when they are, not before."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from .report import renderable
+
+        yield renderable(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        from .report import html
+
+        return html(self)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Shown):
     """How a parameter budget is spread over the followed layers: what ``optimizer.plan()`` returns."""
 
     step: int
@@ -326,7 +343,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Shown):
     """The whole run as of now: what ``optimizer.summary()`` returns and ``report.py`` renders."""
 
     step: int

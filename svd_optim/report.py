@@ -414,6 +414,27 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     return Group(*parts)
 
 
+def renderable(record: object, width: int) -> RenderableType:
+    """What rich shows of a record, a summary or a plan, in so many columns.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(record, Summary):
+        return summary_renderable(record, width)
+    if isinstance(record, Plan):
+        return plan_table(record, width)
+    raise TypeError(f"there is no table for a {type(record).__name__}")
+
+
+def html(what: RenderableType, width: int = 120) -> str:
+    """As a block of HTML with its own styles, for a notebook; ``width`` in columns."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)
+    console.print(what)
+    block = "<pre style='white-space:pre;overflow-x:auto;line-height:normal'>{code}</pre>"
+    return console.export_html(inline_styles=True, code_format=block)
+
+
 class ConsoleReport(Listener):
     """Prints during training: each event as a line, and the layer table now and then.
 
