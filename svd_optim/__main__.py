@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from .alerts import AlertWatch
 from .config import SubspaceConfig, Thresholds
-from .log import Run, plain, read_log
+from .live import LiveView
+from .log import Run, feed, plain, read_log
 from .records import Event, LayerReport, Summary
 from .replay import Replay, differences, replay
 from .report import Strip, event_line, layer_table, name_table, summary_renderable, why_table
@@ -127,7 +131,30 @@ def why(args: argparse.Namespace, console: Console) -> None:
 
 def watch(args: argparse.Namespace, console: Console) -> None:
     """Follow a log that is being written, until it is interrupted."""
-    raise NotImplementedError
+    run, watching, told, head = Run(), AlertWatch(), -1, None
+    with LiveView(console) as view:
+        for lines in appended(args.log):
+            try:
+                feed(run, lines)
+            except ValueError as error:
+                raise Problem(str(error)) from error
+            if run.head is not head:  # a resumed run takes back what came after its checkpoint
+                head = run.head
+                told = min(told, head["step"] - 1)
+            news = [index for index, analysis in enumerate(run.analyses) if analysis["step"] > told]
+            for index in news:
+                summary = run.summary(index)
+                alerts = watching.update(summary)
+                for event in run.events:
+                    if told < event.step <= summary.step:
+                        view.on_event(event)
+                told = summary.step
+                if index < news[-1]:
+                    view.state.update(summary)  # behind already: it only makes the trends
+                    continue
+                if alerts:
+                    view.on_alerts(alerts)
+                view.on_analysis(summary)
 
 
 def plot(args: argparse.Namespace, console: Console) -> None:
@@ -171,7 +198,33 @@ def replayed(args: argparse.Namespace, console: Console) -> None:
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
     """Spectra of a model file."""
-    raise NotImplementedError
+    from .inspection import inspect_file, inspection_table
+
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("singular values", total=None)
+            found = inspect_file(args.file, args.budget, lambda done, n: progress.update(bar, completed=done, total=n))
+    except OSError as error:
+        raise Problem(f"can't read {args.file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise Problem(str(error)) from error
+    if args.json:
+        as_json(console, asdict(found))
+        return
+    console.print(inspection_table(found, console.width))
+
+
+def appended(path: Path) -> Iterator[list[str]]:
+    """Whole lines of a file as they come, for ever; it need not be there yet."""
+    part = ""
+    while not path.exists():
+        time.sleep(WATCH_SECONDS)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            text = part + file.read()
+            *lines, part = text.split("\n")
+            yield lines
+            time.sleep(WATCH_SECONDS)
 
 
 # ---- what they show ----------------------------------------------------------------------------------

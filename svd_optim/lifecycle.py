@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import budget, decomposition, factor_step, inventory, linalg, moments, transitions
+from .alerts import AlertWatch
 from .config import SubspaceConfig
 from .descent import Landed, descend_, duration, exact_bases
 from .faults import undone_on_error
@@ -70,6 +71,7 @@ class Lifecycle:
         self.decisions: dict[str, Decision] = {}
         self.questions: dict[str, Question] = {}  # that they answer
         self.events: list[Event] = []
+        self.watch = AlertWatch()
         self.guard = LossGuard()
         self.guarded: dict[str, int] = {}  # layer -> step of its switch, while the loss guard watches it
         self.steps = 0
@@ -310,7 +312,11 @@ class Lifecycle:
         self._note_stall()
         self._keep_to_time()
         if self.listeners:
-            self.tell("on_analysis", self.summary())
+            summary = self.summary()
+            alerts = self.watch.update(summary)
+            if alerts:
+                self.tell("on_alerts", alerts)
+            self.tell("on_analysis", summary)
 
     def _keep_to_time(self) -> None:
         """Stretch the intervals when looking takes more than its share of the time, and give it back later."""

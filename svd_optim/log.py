@@ -367,12 +367,14 @@ def _config(plain: Mapping[str, Any]) -> SubspaceConfig:
 def _decision(plain: Mapping[str, Any] | None) -> Decision | None:
     if plain is None:
         return None
+    conditions = tuple(map(_condition, plain["conditions"]))
+    attack = None if plain["attack"] is None else _condition(plain["attack"])
+    return Decision(**{**plain, "action": Action(plain["action"]), "conditions": conditions, "attack": attack})
+
+
+def _condition(plain: Mapping[str, Any]) -> Condition:
     numbers = ("value", "threshold", "margin")
-    conditions = tuple(
-        Condition(**{key: _number(value) if key in numbers else value for key, value in condition.items()})
-        for condition in plain["conditions"]
-    )
-    return Decision(**{**plain, "action": Action(plain["action"]), "conditions": conditions})
+    return Condition(**{key: _number(value) if key in numbers else value for key, value in plain.items()})
 
 
 def read_log(path: str | Path) -> Run:

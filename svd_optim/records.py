@@ -171,6 +171,7 @@ class Decision:
     conditions: tuple[Condition, ...] = ()
     danger: bool = False  # what the layer has learned is under attack (alerts; never blocks capture)
     rank: int | None = None  # to grow or shrink to
+    attack: Condition | None = None  # principal_excess against principal_danger, in this analysis alone
 
     @property
     def blocker(self) -> Condition | None:
