@@ -279,16 +279,16 @@ def replay_table(run: Run, result: Replay, width: int) -> Table:
 
     names = list(run.reports)
     columns = [
-        (f"{kind}{where}", first(log, kind))
-        for where, log in ((", run", run.events), (", replay", result.events))
-        for kind in ("descend", "factorize")
+        (header, first(log, kind))
+        for log, headers in ((run.events, ("run: start", "switch")), (result.events, ("replay: start", "switch")))
+        for kind, header in zip(("descend", "factorize"), headers, strict=True)
     ]
     strips = [Strip(header, [steps.get(name, "–") for name in names], 9) for header, steps in columns]
-    notes = [f"another life from {result.diverged[name]} on" if name in result.diverged else "" for name in names]
-    strips.append(Strip("", notes, 1, left=True))
-    counts = f"{len(columns[1][1])} layers switched, in the replay {len(columns[3][1])}"
+    notes = [f"from {result.diverged[name]}" if name in result.diverged else "" for name in names]
+    strips.append(Strip("estimate", notes, 8, left=True))
     caption = (
-        f"first steps of each  – never\nfrom where a layer's life is another one, the replay is an estimate\n{counts}"
+        f"start: of the first descent  switch: into factors ({len(columns[1][1])}, in the replay {len(columns[3][1])})"
+        "\nestimate: from that step on the layer's life is another one than was measured  – never"
     )
     return name_table("replay", Text(caption, style="dim"), names, strips, width)
 

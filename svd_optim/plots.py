@@ -63,7 +63,7 @@ def plot_run(run: Run, path: str | Path) -> None:
         raise ValueError("the run has no complete analysis yet: there is nothing to draw")
     figure = draw(list(run.summaries()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=80, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def draw(summaries: Sequence[Summary]) -> Figure:
