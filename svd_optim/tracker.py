@@ -261,7 +261,7 @@ class SubspaceTracker:
             assert layer.cached is not None and layer.module.weight.grad is not None
             U, _, V = layer.cached.leading(layer.rank)
             G = working(layer.module.weight.grad)
-            parts.append((linalg.energy(G), U.mT @ G, G @ V, V))
+            parts.append((linalg.energy(G), *linalg.projections(G, U, V)))
         e = linalg.projection_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))
         return e, torch.isfinite(e.total)
 

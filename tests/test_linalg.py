@@ -23,6 +23,7 @@ from svd_optim.linalg import (
     exact_basis,
     factored_gradient_energies,
     fade_minor_,
+    finite,
     first_basis,
     gradient_energies,
     project_off,
@@ -84,6 +85,24 @@ def assert_valid(basis: Basis) -> None:
 def close(a: Tensor | float, b: Tensor | float, rel: float = 1e-5, floor: float = 0.0) -> bool:
     a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
     return bool(torch.linalg.vector_norm(a - b) <= rel * torch.linalg.vector_norm(b) + floor)
+
+
+# ---- what is finite ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_finite_tells_which_of_a_batch_is(bad):
+    X = random(0, 3, 4, 5) * 5e37
+    assert finite(X).tolist() == [True] * 3
+    X[1, 2, 3] = bad
+    assert finite(X).tolist() == finite(X.mT).tolist() == [True, False, True]
+
+
+@given(shapes(), SEEDS, SCALES)
+def test_the_energy_is_the_same_however_the_matrix_lies(shape, seed, scale):
+    X = random(seed, 2, *shape[:2]) * scale
+    twin = X.double().square().sum((-2, -1))
+    assert close(energy(X) / twin, torch.ones(2), 1e-6) and close(energy(X.mT) / twin, torch.ones(2), 1e-6)
 
 
 # ---- energies of gradients -----------------------------------------------------------------
