@@ -160,6 +160,26 @@ def test_a_basis_that_holds_is_not_iterated_and_reports_what_it_measured(monkeyp
     assert iterated
 
 
+def test_a_basis_that_its_weight_maps_to_zero_is_made_anew() -> None:
+    """An iteration from it would find nothing."""
+    model = nn.Sequential(nn.Linear(40, 60, bias=False))
+    config = SubspaceConfig(mode="observe", rank=8, interval=4, measure_every=4, warmup=0)
+    optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-9), model, config)
+    Q, P = (torch.linalg.qr(_random(size, 40, seed=size).float())[0] for size in (60, 40))
+    for start in (0, 20):
+        with torch.no_grad():
+            model[0].weight.copy_(Q[:, start : start + 20] @ P[:, start : start + 20].mT)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(5, 40)).square().mean().backward()
+            optimizer.step()
+    cached = optimizer.layers["0"].cached
+    assert cached is not None
+    torch.testing.assert_close(cached.S, torch.ones(16))
+    for factor in (cached.U, cached.V):
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(16), atol=1e-5, rtol=0)
+
+
 def _random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
