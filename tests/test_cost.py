@@ -101,6 +101,9 @@ def test_every_basis_is_refreshed_once_an_interval_and_no_step_takes_more_than_i
     assert sorted(itertools.chain(*due)) == list(range(layers))
     slots = max(1, interval // every)
     assert max(map(len, due)) <= math.ceil(layers / slots)
+    if every > 1 and slots > 1 and interval % every == 0:  # else shares and measurements are not in step
+        measured = [step for step in range(1, len(due) + 1) if step % (every * stretch) == 0 or step == len(due)]
+        assert not any(due[step - 1] for step in measured)
 
 
 def test_refreshing_a_share_at_a_time_decides_like_refreshing_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
