@@ -246,9 +246,13 @@ class Lifecycle:
         return self.config.interval * self.stretch
 
     def _due_for_refresh(self) -> list[FollowedLayer]:
-        """An equal share of the layers at each measured step, so that no step pays for all of them."""
+        """An equal share of the layers halfway between measured steps: no step pays for all, nor for both.
+
+        Where there is one share only it is due with the analysis.
+        """
         slots = max(1, self.config.interval // self.config.measure_every)
-        position = self.steps % self.interval
+        early = self.interval // slots // 2 if slots > 1 else 0
+        position = (self.steps + early) % self.interval
         due = [slot for slot in range(slots) if (slot + 1) * self.interval // slots % self.interval == position]
         return [layer for layer in self.layers.values() if layer.index % slots in due]
 
