@@ -72,6 +72,19 @@ def _told(condition: Condition) -> str:
     return str(condition)
 
 
+def about_to_act(layer: LayerReport) -> bool:
+    """Whether a decision waits for the next cohort to be carried out."""
+    decision = layer.decision
+    if decision is None or decision.action == Action.HOLD:
+        return False
+    done = {
+        Action.DESCEND: layer.state != LayerState.DENSE,
+        Action.FACTORIZE: layer.state == LayerState.FACTORIZED,
+        Action.MERGE: layer.state != LayerState.FACTORIZED,
+    }
+    return not done.get(decision.action, layer.rank == decision.rank)
+
+
 class AlertWatch:
     """Remembers what it has said.
 
@@ -108,7 +121,7 @@ class AlertWatch:
             return Alert(step=step, layer=layer.name, level=level, kind=kind, text=text, value=value,
                          threshold=threshold, steps=steps)  # fmt: skip
 
-        acting = decision.action != Action.HOLD
+        acting = about_to_act(layer)
         if decision.danger:
             yield alert(Level.CRITICAL, "danger", "the gradient attacks what the layer has learned", decision.attack)
         if acting:

@@ -16,9 +16,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from .alerts import WINDOW, Alert, Level, trend
+from .alerts import WINDOW, Alert, Level, about_to_act, trend
 from .listeners import Listener, is_main_process
-from .records import Action, Event, LayerReport, LayerState, Summary, clean
+from .records import Event, LayerReport, LayerState, Summary, clean
 from .report import (
     COLUMNS,
     ConsoleReport,
@@ -112,7 +112,7 @@ def urgency(layer: LayerReport) -> int:
         return 0
     if layer.metrics is not None and layer.metrics.nonfinite:
         return 1
-    if decision is not None and decision.action != Action.HOLD:
+    if about_to_act(layer):
         return 2
     if layer.state != LayerState.WARMUP and near_thresholds(layer):
         return 3

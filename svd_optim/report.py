@@ -335,8 +335,9 @@ def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
         line.append(f"{level}  ", style={"critical": "bold red", "warning": "yellow"}.get(level, "dim"))
         line.append(clean(kind), style="bold")
         for alert in members[:names]:
-            line.append(f"  {_name(alert.layer)}: {clean(alert.text)}" if len(members) == 1 else
-                        f"  {_shorten(_name(alert.layer), 30)} {number(alert.value)}")  # fmt: skip
+            value = "" if alert.value is None else f" {number(alert.value)}"
+            told = f"{_name(alert.layer)}: {clean(alert.text)}" if len(members) == 1 else ""
+            line.append(f"  {told or _shorten(_name(alert.layer), 30) + value}")
         if len(members) > names:
             line.append(f"  and {len(members) - names} more")
         lines.append(line)
