@@ -61,6 +61,16 @@ def recorded(path: Path, kind: str = "muon", steps: int = 200, seed: int = 0, **
     return keep, optimizer
 
 
+ACTS = {  # name of a configuration -> what happens in its run with AdamW and seed 0, so that it is worth replaying
+    "defaults": {"danger", "descend", "factorize", "merge"},
+    "protect": {"danger", "protect", "release", "descend"},
+    "alignment": {"descend", "factorize"},
+    "exact only": {"factorize", "shrink", "merge"},
+    "held back": {"descend", "factorize", "merge"},
+    "stalls": {"stalled"},
+    "rarely exact": {"descent_extended", "descent_failed"},
+    "observe": {"danger"},
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "protect": {"on_danger": "protect", "thresholds": Thresholds(principal_danger=0.25)},
@@ -76,7 +86,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_a_log_gives_back_every_summary_and_its_replay_every_event(tmp_path: Path, kind: str, name: str):
-    keep, optimizer = recorded(tmp_path / "log.jsonl", kind, seed=random.randrange(1000), **CONFIGS[name])
+    seed = 0 if kind == "adamw" else random.randrange(1000)
+    keep, optimizer = recorded(tmp_path / "log.jsonl", kind, seed=seed, **CONFIGS[name])
+    assert seed or kind == "muon" or ACTS[name] <= {event.kind for event in optimizer.events}
     run = read_log(tmp_path / "log.jsonl")
     assert list(map(timeless, run.summaries())) == list(map(timeless, keep.summaries))
     assert run.events == optimizer.events
@@ -85,14 +97,6 @@ def test_a_log_gives_back_every_summary_and_its_replay_every_event(tmp_path: Pat
     assert again.diverged == {}
     assert differences(run.events, again.events) == ([], [])
     assert again.events == tuple(run.events)
-
-
-def test_the_runs_above_contain_every_kind_of_event(tmp_path: Path):
-    kinds = set()
-    for i, (name, config) in enumerate(CONFIGS.items()):
-        for kind in ("muon", "adamw"):
-            kinds |= {event.kind for event in recorded(tmp_path / f"{name}{kind}{i}", kind, **config)[1].events}
-    assert kinds >= {"danger", "descend", "factorize", "merge", "protect", "descent_extended", "stalled"}
 
 
 def test_what_is_done_by_hand_is_repeated(tmp_path: Path):
