@@ -1,6 +1,6 @@
 """What a person sees in the terminal: tables, event lines and the summary at the end.
 
-Renders plain records and is the only module that imports rich. Everything that comes from outside
+Renders plain records. Everything that comes from outside
 (names, reasons, conditions of a user's policy) goes through :func:`.records.clean` into ``Text``: rich would
 take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
 (``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined); colour only repeats it.
@@ -27,7 +27,7 @@ from .transitions import LOUD
 
 _ALARMS = LOUD | {"danger"}
 _NARROW = 100  # below so many columns: abbreviations, and a gap of one
-_ALWAYS = 99  # importance of a column that is never left out
+ALWAYS = 99  # importance of a column that is never left out
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
 _ASCII = str.maketrans("–…→─·", "-.>-,")
@@ -50,7 +50,7 @@ def _shorten(text: str, width: int, head: int | None = None) -> str:
     return set_cell_size(text, head) + "…" + set_cell_size(text[::-1], tail)[::-1]
 
 
-def _shorten_names(names: Sequence[str], width: int) -> list[str]:
+def shorten_names(names: Sequence[str], width: int) -> list[str]:
     """Each name in at most ``width`` cells, and different names differently if that can be had.
 
     Cut in half, ``model.layers.7.attn.q_proj`` and ``model.layers.8.attn.q_proj`` are the same; so other
@@ -173,7 +173,7 @@ def _plain_table(title: str, gap: int = 2) -> Table:
     return table
 
 
-class _Strip(NamedTuple):
+class Strip(NamedTuple):
     """A column of a table as it is printed."""
 
     header: str
@@ -188,7 +188,7 @@ class _Strip(NamedTuple):
         return max(self.least, *map(cell_len, [self.header, *self.cells]))
 
 
-def _name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence[_Strip], width: int) -> Table:
+def name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence[Strip], width: int) -> Table:
     """Rows of layers. Where ``width`` does not hold all of it, names are cut and strips left out."""
     narrow = width < _NARROW
     gap = 1 if narrow else 2
@@ -200,7 +200,7 @@ def _name_table(title: str, caption: Text, names: Sequence[str], strips: Sequenc
         return width - sum(strip.width + gap for strip in shown)
 
     for strip in sorted(strips, key=lambda s: s.importance):
-        if room() >= min(widest, 18 if narrow else 30) or strip.importance == _ALWAYS:
+        if room() >= min(widest, 18 if narrow else 30) or strip.importance == ALWAYS:
             break
         shown = [s for s in shown if s is not strip]
     caption_width = min(width, max(map(cell_len, caption.plain.split("\n"))))  # it would wrap at the table's
@@ -210,10 +210,10 @@ def _name_table(title: str, caption: Text, names: Sequence[str], strips: Sequenc
     table.caption = caption
     table.add_column("layer", no_wrap=True, width=name_width)
     for strip in shown:
-        fixed = None if strip.importance == _ALWAYS else strip.width  # else that one is cut where nothing helps
+        fixed = None if strip.importance == ALWAYS else strip.width  # else that one is cut where nothing helps
         justify: JustifyMethod = "left" if strip.left else "right"
         table.add_column(strip.header, no_wrap=True, width=fixed, justify=justify, overflow="ellipsis")
-    for i, name in enumerate(_shorten_names(names, name_width)):
+    for i, name in enumerate(shorten_names(names, name_width)):
         table.add_row(Text(name), *(Text(s.cells[i], s.styles[i] if s.styles else "") for s in shown))
     return table
 
@@ -236,7 +236,7 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
     for column in _COLUMNS:
         state = column.field == "state"
         strips.append(
-            _Strip(
+            Strip(
                 column.short if narrow else column.header,
                 [_cell(column, layer, narrow) for layer in layers],
                 column.importance,
@@ -247,12 +247,12 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
             )
         )
     alarms = ["bold red" if x.decision and x.decision.danger else _STATE_STYLE[x.state] for x in layers]
-    strips.append(_Strip("decision", [_decision(layer) for layer in layers], _ALWAYS, left=True, styles=alarms))
+    strips.append(Strip("decision", [_decision(layer) for layer in layers], ALWAYS, left=True, styles=alarms))
     title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}"
     legend = _LEGEND if narrow else _LEGEND_WIDE
     if any(layer.protected for layer in layers):
         legend += "\n* principal block protected: kept from moving"
-    return _name_table(title, Text(legend, style="dim"), [layer.name for layer in layers], strips, width)
+    return name_table(title, Text(legend, style="dim"), [layer.name for layer in layers], strips, width)
 
 
 def plan_table(plan: Plan, width: int | None = None) -> Table:
@@ -267,13 +267,13 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
     narrow = width < _NARROW
     rows = plan.layers
     strips = [
-        _Strip("shape", ["x".join(map(str, row.shape)) for row in rows], 0, left=True),
-        _Strip("state", [_state(row.state, narrow) for row in rows], 1, left=True,
+        Strip("shape", ["x".join(map(str, row.shape)) for row in rows], 0, left=True),
+        Strip("state", [_state(row.state, narrow) for row in rows], 1, left=True,
                styles=[_STATE_STYLE[row.state] for row in rows]),
-        _Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
-        _Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
-        _Strip("missed", [_number(row.missed) for row in rows], 2),
-        _Strip("fixed", [_shorten(clean(row.fixed), 22, 21) for row in rows], _ALWAYS, left=True),
+        Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
+        Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
+        Strip("missed", [_number(row.missed) for row in rows], 2),
+        Strip("fixed", [_shorten(clean(row.fixed), 22, 21) for row in rows], ALWAYS, left=True),
     ]  # fmt: skip
     caption = Text("share: of its parameters  missed: of the gradient's energy, expected", style="dim")
     kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
@@ -282,7 +282,7 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
     if over > 0:
         caption.append(f"\n! above the budget by {over:,}: fixed layers and least ranks take more", style="bold red")
     title = f"step {plan.step} · plan for a budget of {plan.budget:.1%}"
-    return _name_table(title, caption, [row.name for row in rows], strips, width)
+    return name_table(title, caption, [row.name for row in rows], strips, width)
 
 
 def event_line(event: Event) -> Text:
@@ -333,7 +333,7 @@ def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
     table.add_column("layer", no_wrap=True)
     table.add_column("condition: value, threshold, distance", overflow="fold")
     names = [_name(layer.name) for layer in layers]
-    for layer, name in zip(layers, _shorten_names(names, max(12, width - 62)), strict=True):
+    for layer, name in zip(layers, shorten_names(names, max(12, width - 62)), strict=True):
         decision = layer.decision
         blocker = decision.blocker if decision else None
         if layer.state == LayerState.DESCENDING:

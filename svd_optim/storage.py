@@ -271,7 +271,7 @@ def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Par
     Raises:
         CheckpointError: with the file, the tensor and the reason.
     """
-    path = _resolve(folder)
+    path = resolve(folder)
     described = _read_manifest(path / MANIFEST)["files"]
     parts = {}
     for file in files:
@@ -286,7 +286,12 @@ def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Par
     return parts
 
 
-def _resolve(folder: Path) -> Path:
+def resolve(folder: Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the latest in a folder of them.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     name = ""
     try:
         if not folder.is_dir():
