@@ -88,6 +88,18 @@ def test_numbers_of_a_known_spectrum(tmp_path: Path):
     assert report.spectrum[:4] == pytest.approx([2 / math.sqrt(20)] * 3 + [1 / math.sqrt(20)], rel=1e-3)
 
 
+def test_the_numerical_rank_counts_from_the_larger_sides_rounding_in_float32_on(tmp_path: Path):
+    S = torch.tensor([3.0, 1.0, 3 * 2.5e-5, 3 * 2.3e-5, 1e-9], dtype=torch.float64)  # 200 * 2^-23 is 2.38e-5
+    for name, report in inspected(tmp_path, tall=with_spectrum(200, 20, S), wide=with_spectrum(20, 200, S)).items():
+        assert report.numerical_rank == 3, name
+
+
+@pytest.mark.parametrize("r", [20, 40, 60, 100, 200])
+def test_rounding_does_not_add_a_component(tmp_path: Path, r: int):
+    found = inspected(tmp_path, **{str(i): with_spectrum(r, r, torch.ones(r).double(), seed=i) for i in range(10)})
+    assert {report.effective_rank for report in found.values()} == {r * 19 // 20}
+
+
 @pytest.mark.parametrize(("m", "n"), [(700, 560), (560, 1100)])
 def test_the_gram_route_is_as_exact_as_its_docstring_says(m: int, n: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inspection, "BLOCK", 200 * min(m, n))  # several blocks, the last one partial
