@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rich
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .decomposition import LinAlgError
 from .planner import uniform_rank
-from .records import significant
+from .records import clean, significant
+from .report import ALWAYS, Strip, name_table
 from .tensor_files import StoredTensor, open_tensors
 from .tracker import octaves
 
@@ -26,6 +30,11 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 DIRECT_BELOW = 512  # smaller side up to which a matrix is decomposed itself; above, its Gram matrix is
 BLOCK = 2**24  # numbers of a matrix that are in float64 at a time: 128 MiB
 _EPS32 = 2.0**-23
+_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_LEGEND = (
+    "stable: ‖W‖²/S₁²  r95, r99: components for 95, 99 % of ‖W‖²  num: numerical rank (float32)\n"
+    "keep: rank that the budget keeps  energy, error: share of ‖W‖² it keeps, relative error it makes"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,7 @@ class Inspection:
 
 
 def inspect_file(
-    path: str | Path, budget: float = 0.5, progress: Callable[[int, int, str], None] | None = None
+    path: str | Path, budget: float = 0.5, progress: Callable[[int, int], None] | None = None
 ) -> Inspection:
     """The spectra of all matrices of a model; one of them at a time is in memory.
 
@@ -92,7 +101,7 @@ def inspect_file(
         path: a safetensors file, a PyTorch state dict, a folder, a checkpoint: see
             :func:`~svd_optim.tensor_files.open_tensors`.
         budget: the share of each matrix's numbers that the ranks asked about may keep, in (0, 1].
-        progress: called before each matrix with (matrices done, matrices in all, name).
+        progress: called before each matrix and at the end with (matrices done, matrices in all).
 
     Raises:
         OSError: a file is missing or can't be read.
@@ -103,10 +112,12 @@ def inspect_file(
     with open_tensors(path) as tensors:
         found, others = _sorted_out(tensors)
         matrices = []
-        for done, matrix in enumerate(found):
+        for matrix in found:
             if progress is not None:
-                progress(done, len(found), matrix.name)
+                progress(len(matrices), len(found))
             matrices.append(_report(matrix, budget))
+    if progress is not None:
+        progress(len(found), len(found))
     return Inspection(path=str(path), budget=budget, matrices=tuple(matrices), others=others)
 
 
@@ -239,3 +250,60 @@ def spectral_numbers(S: Tensor, shape: tuple[int, int], keep: int) -> dict[str, 
 def _components(kept: Tensor, share: float) -> int:
     """How many leading components hold a share of the energy, from the running sums."""
     return int((kept < share).sum()) + 1
+
+
+# ---- what is shown -----------------------------------------------------------------------------------
+
+
+def inspection_table(inspection: Inspection, width: int | None = None) -> Table:
+    """One row per matrix: name, type, shape, stable rank, components for 95 and 99 % of the energy, numerical
+    rank, and what a rank within the budget keeps: its energy, and the relative error.
+
+    The last column says what a matrix holds that is factorized already, or why there are no numbers (``–``).
+    ``width`` (columns; default: the terminal's) is as in :func:`.report.layer_table`.
+    """
+    width = rich.get_console().width if width is None else width
+    rows = inspection.matrices
+    strips = [
+        Strip("type", [_DTYPES.get(row.dtype, clean(row.dtype)) for row in rows], 0, left=True),
+        Strip("shape", ["x".join(map(str, row.shape)) for row in rows], 3, left=True),
+        Strip("stable", _cells(rows, lambda row: row.stable_rank, "{:.1f}"), 5),
+        Strip("r95", _cells(rows, lambda row: row.effective_rank, "{}"), 8),
+        Strip("r99", _cells(rows, lambda row: row.effective_rank_99, "{}"), 2),
+        Strip("num", _cells(rows, lambda row: row.numerical_rank, "{}"), 4),
+        Strip("keep", [str(row.budget_rank) for row in rows], 7),
+        Strip("energy", _cells(rows, lambda row: row.budget_energy, "{:.1%}"), 6),
+        Strip("error", _cells(rows, lambda row: row.budget_error, "{:.3f}"), 9),
+        Strip("", list(map(_note, rows)), ALWAYS, left=True, styles=list(map(_style, rows))),
+    ]
+    title = f"{clean(inspection.path)} · budget {inspection.budget:.1%}"
+    return name_table(title, _caption(inspection, width), [row.name for row in rows], strips, width)
+
+
+def _cells(rows: tuple[MatrixReport, ...], value: Callable[[MatrixReport], float | None], form: str) -> list[str]:
+    return ["–" if (x := value(row)) is None else form.format(x) for row in rows]
+
+
+def _note(row: MatrixReport) -> str:
+    factors = "" if row.factorized is None else f"rank {row.factorized}: {row.parameters / row.parameters_dense:.1%}"
+    problem = f"! {row.problem}" if row.problem else ""
+    return "  ".join(filter(None, (problem, factors)))
+
+
+def _style(row: MatrixReport) -> str:
+    return "bold red" if row.problem else "green"
+
+
+def _caption(inspection: Inspection, width: int) -> Text:
+    """The legend, parameters now against dense, and what was not looked at."""
+    lines = _LEGEND if width >= max(map(len, _LEGEND.split("\n"))) else _LEGEND.replace("  ", "\n")
+    caption = Text(lines, style="dim")
+    dense, now = inspection.parameters_dense, inspection.parameters
+    factorized = [row for row in inspection.matrices if row.factorized is not None]
+    text = f"{len(inspection.matrices):,} matrices, {dense:,} parameters"
+    if factorized:
+        text += f"; {len(factorized):,} factorized: {now:,} now, {now / dense:.1%}"
+    if inspection.others:
+        reasons = ", ".join(f"{clean(reason)} ({count:,})" for reason, count in inspection.others.items())
+        text += f"\nother tensors: {reasons}"
+    return caption.append(f"\n{text}", style="not dim")

@@ -22,7 +22,7 @@ from torch import Tensor
 from .records import clean
 from .storage import LATEST, MANIFEST, MODEL, STATE, CheckpointError, resolve
 
-PICKLED = (".pt", ".pth", ".bin")
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model", "model_state_dict")  # where training scripts keep the model in what they save
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # fmt: skip
@@ -42,7 +42,7 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
     """The tensors of a model, readable while the context lasts.
 
     Args:
-        path: a ``.safetensors`` file; a ``.pt``, ``.pth`` or ``.bin`` state dict (also one under ``"model"`` or
+        path: a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` state dict (also one under ``"model"`` or
             ``"state_dict"``); a folder of such files (with an index: those it names); one of this library's
             checkpoints, or a folder of them (the latest).
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import svd_optim.inspection as inspection
 from svd_optim import export_safetensors, factorize_, save_checkpoint
-from svd_optim.inspection import Inspection, MatrixReport, inspect_file, singular_values
-from svd_optim.inspection_report import inspection_table
+from svd_optim.inspection import Inspection, MatrixReport, inspect_file, inspection_table, singular_values
 from svd_optim.planner import uniform_rank
 from svd_optim.tracker import octaves
 
@@ -178,7 +177,7 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 16, bias=False))
 
 
-@pytest.mark.parametrize("suffix", ["pt", "pth", "bin"])
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "ckpt"])
 @pytest.mark.parametrize("nested", [(), ("model",), ("state_dict",), ("state_dict", "model")])
 def test_a_state_dict_of_pytorch_is_read_as_the_safetensors_file_is(
     tmp_path: Path, suffix: str, nested: tuple[str, ...]
@@ -316,11 +315,11 @@ def test_a_budget_out_of_range_is_refused(tmp_path: Path, budget: float):
 # ---- what is shown -----------------------------------------------------------------------------------
 
 
-def test_progress_is_told_before_each_matrix(tmp_path: Path):
+def test_progress_is_told_before_each_matrix_and_at_the_end(tmp_path: Path):
     save_file({f"w{i}": torch.randn(4, 5) for i in range(3)}, tmp_path / "a.safetensors")
-    told: list[tuple[int, int, str]] = []
+    told: list[tuple[int, int]] = []
     inspect_file(tmp_path / "a.safetensors", progress=lambda *args: told.append(args))
-    assert told == [(0, 3, "w0"), (1, 3, "w1"), (2, 3, "w2")]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_an_inspection_is_plain_json(tmp_path: Path):
