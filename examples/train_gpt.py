@@ -31,7 +31,7 @@ from torch import Tensor
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
-from svd_optim import ConsoleReport, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim import ConsoleReport, LayerState, Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.report import layer_table, summary_renderable
 
 PROMPTS = (
@@ -82,7 +82,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="a file or folder of text; default: the standard library")
     add("--seed", type=int, default=0, help="of the weights and the order of the data")
     add("--eval-every", type=positive, default=200, help="steps between validations")
-    add("--out", type=Path, default=Path("runs/train_gpt"), help="folder of model.safetensors and run.json")
+    add("--out", type=Path, default=Path("runs/train_gpt"), help="folder of model, run.json and log.jsonl")
     add("--threads", type=positive, help="threads torch may use")
     add("--short", action="store_true", help="a quick run as in CI; fails if no layer switches")
     wrapping = parser.add_mutually_exclusive_group()
@@ -345,6 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrapper:
         wrapper.add_listener(watch)
         wrapper.add_listener(ConsoleReport(every=10, console=console))
+        log = args.out / "log.jsonl"
+        log.unlink(missing_ok=True)  # another run's
+        wrapper.add_listener(RunLog(log))
 
     record = train(args, model, optimizers, (training, validation), watch)
 
@@ -358,6 +361,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(closing_table(numbers))
     save(args, model, record, watch, numbers, [str(e) for e in wrapper.summary().events] if wrapper else [])
     console.print(Text(f"saved: {args.out / 'model.safetensors'} and run.json"))
+    if wrapper:
+        console.print(
+            Text(f"look again: python -m svd_optim report {args.out / 'log.jsonl'} (or watch, why, plot, replay)")
+        )
     if args.short and wrapper and not args.observe and not numbers["layers switched"]:
         console.print("no layer switched")
         return 1

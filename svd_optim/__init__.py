@@ -1,10 +1,12 @@
 """Wrap your optimizer; see what training does to the weights; train on in fewer parameters."""
 
+from .alerts import Alert
 from .checkpoint import export_dense, export_safetensors, load_checkpoint, load_model, save_checkpoint
 from .config import LayerOverride, SubspaceConfig, Thresholds
 from .factorization import factorize_, merge_, restore_on_load_, restore_structure_
 from .layers import FactorizedLinear
 from .listeners import Listener
+from .live import LiveView
 from .log import Run, RunLog, read_log
 from .optimizer import SubspaceAwareOptimizer
 from .policy import Policy, ThresholdPolicy
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "Alert",
     "CheckpointError",
     "Condition",
     "ConsoleReport",
@@ -28,6 +31,7 @@ __all__ = [
     "LayerReport",
     "LayerState",
     "Listener",
+    "LiveView",
     "Plan",
     "Policy",
     "Run",

@@ -22,6 +22,7 @@ def attempt(decompose: Callable[[torch.dtype], Basis], dtype: torch.dtype) -> Ba
             basis = decompose(tried)
         except LinAlgError:
             continue
-        if bool(torch.stack([torch.isfinite(factor).all() for factor in basis]).all()):
+        extremes = torch.stack([extreme for factor in basis for extreme in (factor.amax(), factor.amin())])
+        if bool(torch.isfinite(extremes).all()):  # NaN is carried along, and no copy made
             return Basis(*(factor.to(dtype) for factor in basis))
     return None

@@ -45,6 +45,7 @@ class MatrixReport:
     shape: tuple[int, int]
     dtype: str  # "bfloat16", ...: as it is stored
     factorized: int | None = None  # the rank, if it is stored as U (m, k), S (k,), V (n, k)
+    parameters: int  # numbers that are stored
     problem: str = ""  # "NaN or Inf", "zero", "no convergence"; empty where all numbers are known
     stable_rank: float | None = None  # ||W||_F^2 / S_1^2
     effective_rank: int | None = None  # components for 95 % of the energy ||W||_F^2
@@ -59,11 +60,6 @@ class MatrixReport:
     def parameters_dense(self) -> int:
         """Numbers in the dense matrix."""
         return self.shape[0] * self.shape[1]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that are stored."""
-        return self.parameters_dense if self.factorized is None else self.factorized * (sum(self.shape) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +107,7 @@ def inspect_file(
         raise ValueError(f"budget must be in (0, 1], got {budget!r}: the share of the numbers to keep")
     with open_tensors(path) as tensors:
         found, others = _sorted_out(tensors)
-        matrices = []
+        matrices: list[MatrixReport] = []
         for matrix in found:
             if progress is not None:
                 progress(len(matrices), len(found))
@@ -178,7 +174,6 @@ def _report(matrix: _Matrix, budget: float) -> MatrixReport:
     m, n = matrix.shape
     rank = matrix.parts[1].shape[0] if len(matrix.parts) == 3 else None
     keep = min(uniform_rank(m, n, budget), m, n)
-    dtype = matrix.parts[0].dtype
     loaded = [part.load() for part in matrix.parts]
     numbers: dict[str, Any] = {}
     if not all(bool(torch.isfinite(_largest(X))) for X in loaded):
@@ -189,7 +184,15 @@ def _report(matrix: _Matrix, budget: float) -> MatrixReport:
             numbers = spectral_numbers(S, matrix.shape, keep) if S[0] > 0 else {"problem": "zero", "numerical_rank": 0}
         except LinAlgError:
             numbers["problem"] = "no convergence"
-    return MatrixReport(name=matrix.name, shape=matrix.shape, dtype=dtype, factorized=rank, budget_rank=keep, **numbers)
+    return MatrixReport(
+        name=matrix.name,
+        shape=matrix.shape,
+        dtype=matrix.parts[0].dtype,
+        factorized=rank,
+        parameters=sum(X.numel() for X in loaded),
+        budget_rank=keep,
+        **numbers,
+    )
 
 
 def _largest(X: Tensor) -> Tensor:

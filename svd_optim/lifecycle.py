@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import budget, decomposition, factor_step, inventory, linalg, moments, transitions
+from .alerts import AlertWatch
 from .config import SubspaceConfig
 from .descent import Landed, descend_, duration, exact_bases
 from .faults import undone_on_error
@@ -70,6 +71,7 @@ class Lifecycle:
         self.decisions: dict[str, Decision] = {}
         self.questions: dict[str, Question] = {}  # that they answer
         self.events: list[Event] = []
+        self.watch = AlertWatch()
         self.guard = LossGuard()
         self.guarded: dict[str, int] = {}  # layer -> step of its switch, while the loss guard watches it
         self.steps = 0
@@ -244,9 +246,13 @@ class Lifecycle:
         return self.config.interval * self.stretch
 
     def _due_for_refresh(self) -> list[FollowedLayer]:
-        """An equal share of the layers at each measured step, so that no step pays for all of them."""
+        """An equal share of the layers halfway between measured steps: no step pays for all, nor for both.
+
+        Where there is one share only it is due with the analysis.
+        """
         slots = max(1, self.config.interval // self.config.measure_every)
-        position = self.steps % self.interval
+        early = self.interval // slots // 2 if slots > 1 else 0
+        position = (self.steps + early) % self.interval
         due = [slot for slot in range(slots) if (slot + 1) * self.interval // slots % self.interval == position]
         return [layer for layer in self.layers.values() if layer.index % slots in due]
 
@@ -310,7 +316,11 @@ class Lifecycle:
         self._note_stall()
         self._keep_to_time()
         if self.listeners:
-            self.tell("on_analysis", self.summary())
+            summary = self.summary()
+            alerts = self.watch.update(summary)
+            if alerts:
+                self.tell("on_alerts", alerts)
+            self.tell("on_analysis", summary)
 
     def _keep_to_time(self) -> None:
         """Stretch the intervals when looking takes more than its share of the time, and give it back later."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from .alerts import Alert
 from .records import Event, Summary
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ class Listener:
 
     def on_analysis(self, summary: Summary) -> None:
         """After each analysis of the followed layers, with the run as of then."""
+
+    def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
+        """At an analysis, before :meth:`on_analysis`: what somebody should look at now and was not told yet."""
 
     def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
         """Before ``layers`` change between dense and factorized, all in one event."""

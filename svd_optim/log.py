@@ -63,13 +63,13 @@ _BYTES = ("weight_bytes", "grad_bytes", "state_bytes", "watching_bytes",
 _ASKED = {field.name: field.default for field in fields(LayerInfo) if field.name not in ("name", "shape", "rank")}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON has it: numbers that are not finite become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _number(value: Any) -> Any:
@@ -184,7 +184,7 @@ class RunLog(Listener):
             return
         if self._head is not None:
             records, self._head = [self._head | {"step": step}, *records], None
-        lines = (json.dumps(_plain(r), separators=(",", ":"), allow_nan=False) + "\n" for r in records)
+        lines = (json.dumps(plain(r), separators=(",", ":"), allow_nan=False) + "\n" for r in records)
         try:
             self._file.write("".join(lines).encode())
             self._file.flush()
@@ -367,12 +367,14 @@ def _config(plain: Mapping[str, Any]) -> SubspaceConfig:
 def _decision(plain: Mapping[str, Any] | None) -> Decision | None:
     if plain is None:
         return None
+    conditions = tuple(map(_condition, plain["conditions"]))
+    attack = None if plain["attack"] is None else _condition(plain["attack"])
+    return Decision(**{**plain, "action": Action(plain["action"]), "conditions": conditions, "attack": attack})
+
+
+def _condition(plain: Mapping[str, Any]) -> Condition:
     numbers = ("value", "threshold", "margin")
-    conditions = tuple(
-        Condition(**{key: _number(value) if key in numbers else value for key, value in condition.items()})
-        for condition in plain["conditions"]
-    )
-    return Decision(**{**plain, "action": Action(plain["action"]), "conditions": conditions})
+    return Condition(**{key: _number(value) if key in numbers else value for key, value in plain.items()})
 
 
 def read_log(path: str | Path) -> Run:

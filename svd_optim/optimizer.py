@@ -536,24 +536,11 @@ class SubspaceAwareOptimizer(Optimizer):
         return self._life.summary()
 
     def metrics(self) -> dict[str, float]:
-        """What the last analysis found, as one flat dict of numbers for any tracker. Reads nothing from the device.
+        """What the last analysis found, as one flat dict of numbers: see :meth:`Summary.metrics`.
 
-        ``svd/<layer>/<metric>`` for each number of its :class:`LayerMetrics` that is defined, and for all
-        layers together ``svd/parameters`` (share of their dense numbers that they hold now),
-        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on looking).
+        Reads nothing from the device.
         """
-        summary = self.summary()
-        dense, now = summary.parameters()
-        values = {
-            "svd/parameters": now / max(1, dense),
-            "svd/factorized": summary.count(LayerState.FACTORIZED) / max(1, len(summary.layers)),
-            "svd/overhead": summary.analysis_share,
-        }
-        for row in summary.layers:
-            known = {} if row.metrics is None else vars(row.metrics)
-            name = row.name or "(model)"
-            values |= {f"svd/{name}/{key}": float(x) for key, x in known.items() if x is not None and key != "step"}
-        return values
+        return self.summary().metrics()
 
     def history(self, layer: str) -> dict[str, torch.Tensor]:
         """A layer's last analyses, oldest first: each number of :class:`LayerMetrics` over them, NaN where undefined.

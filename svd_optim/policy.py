@@ -82,6 +82,16 @@ def _reconstruction_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
     )
 
 
+def _attack(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="danger",
+        value=metrics.principal_excess,
+        threshold=t.principal_danger,
+        above=True,
+        margin=t.warn_margin,
+    )
+
+
 STRUCTURAL = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even")
 _REASONS = {
     "in_plan": "in_plan: the plan keeps it dense, where a parameter does most",
@@ -119,6 +129,12 @@ class ThresholdPolicy:
         thresholds: Thresholds,
     ) -> Decision:
         """See :class:`Policy`."""
+        decision = self._decide(layer, state, history, thresholds)
+        return replace(decision, attack=_attack(history[-1], thresholds)) if history else decision
+
+    def _decide(
+        self, layer: LayerInfo, state: LayerState, history: Sequence[LayerMetrics], thresholds: Thresholds
+    ) -> Decision:
         danger = self._in_danger(history, thresholds)
         if state == LayerState.FACTORIZED and history:
             return self._inside(layer, history, thresholds, danger)
@@ -167,9 +183,7 @@ class ThresholdPolicy:
 
     def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
         recent = history[-self.patience :]
-        return len(recent) == self.patience and all(
-            m.principal_excess is not None and m.principal_excess > t.principal_danger for m in recent
-        )
+        return len(recent) == self.patience and all(_attack(m, t).holds for m in recent)
 
     def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
         """All conditions as of the last analysis, the structural ones first, patience last."""

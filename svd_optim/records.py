@@ -7,10 +7,13 @@ round-trips through :func:`dataclasses.asdict`, so it can be logged, saved and c
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 _NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
 
@@ -168,6 +171,7 @@ class Decision:
     conditions: tuple[Condition, ...] = ()
     danger: bool = False  # what the layer has learned is under attack (alerts; never blocks capture)
     rank: int | None = None  # to grow or shrink to
+    attack: Condition | None = None  # principal_excess against principal_danger, in this analysis alone
 
     @property
     def blocker(self) -> Condition | None:
@@ -247,8 +251,22 @@ class PlannedLayer:
         return self.parameters_dense if self.rank is None else self.rank * (sum(self.shape) + 1)
 
 
+class Shown:
+    """Records that ``rich.print`` and notebooks show as tables; rich is imported when they are, not before."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from .report import renderable
+
+        yield renderable(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        from .report import html
+
+        return html(self)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Shown):
     """How a parameter budget is spread over the followed layers: what ``optimizer.plan()`` returns."""
 
     step: int
@@ -326,7 +344,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Shown):
     """The whole run as of now: what ``optimizer.summary()`` returns and ``report.py`` renders."""
 
     step: int
@@ -348,6 +366,25 @@ class Summary:
         """Share of the wall time since the first step that measuring, refreshing and deciding took."""
         own = sum(self.seconds.get(phase, 0.0) for phase in ("measure", "refresh", "decide"))
         return own / self.seconds_total if self.seconds_total > 0 else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers of the last analysis as one flat dict, ready for any tracker.
+
+        ``svd/<layer>/<metric>`` for each number of its :class:`LayerMetrics` that is defined, and for all
+        layers together ``svd/parameters`` (share of their dense numbers that they hold now),
+        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on looking).
+        """
+        dense, now = self.parameters()
+        values = {
+            "svd/parameters": now / max(1, dense),
+            "svd/factorized": self.count(LayerState.FACTORIZED) / max(1, len(self.layers)),
+            "svd/overhead": self.analysis_share,
+        }
+        for row in self.layers:
+            known = {} if row.metrics is None else vars(row.metrics)
+            name = row.name or "(model)"
+            values |= {f"svd/{name}/{key}": float(x) for key, x in known.items() if x is not None and key != "step"}
+        return values
 
     def parameters(self, layers: Iterable[LayerReport] | None = None) -> tuple[int, int]:
         """(numbers in the followed weights were they dense, numbers in them now)."""

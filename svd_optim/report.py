@@ -1,6 +1,6 @@
 """What a person sees in the terminal: tables, event lines and the summary at the end.
 
-Renders plain records. Everything that comes from outside
+Renders plain records and is the only module that imports rich. Everything that comes from outside
 (names, reasons, conditions of a user's policy) goes through :func:`.records.clean` into ``Text``: rich would
 take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
 (``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined); colour only repeats it.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import rich
@@ -21,6 +23,7 @@ from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .alerts import Alert, Level
 from .listeners import Listener, is_main_process
 from .records import Action, Condition, Event, LayerReport, LayerState, Plan, Summary, clean
 from .transitions import LOUD
@@ -30,7 +33,7 @@ _NARROW = 100  # below so many columns: abbreviations, and a gap of one
 ALWAYS = 99  # importance of a column that is never left out
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
-_ASCII = str.maketrans("–…→─·", "-.>-,")
+_ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
 # Conditions that are plain facts, as a word; the policy's reason says the rest.
 _FACTS = {"base_understood": "unsupported", "in_plan": "kept dense", "unprotected": "protected"}
 
@@ -68,7 +71,7 @@ def shorten_names(names: Sequence[str], width: int) -> list[str]:
     return best
 
 
-def _number(value: object, digits: int = 3) -> str:
+def number(value: object, digits: int = 3) -> str:
     """A number in few cells, ``–`` if undefined; never raises."""
     if value is None:
         return "–"
@@ -93,7 +96,7 @@ def _blocker(condition: Condition) -> str:
         return _FACTS[condition.name]
     value, threshold = condition.value, condition.threshold
     if condition.name == "cooldown":
-        return f"cooldown {_number(value)}"
+        return f"cooldown {number(value)}"
     name = clean(condition.name).removesuffix("_safe").removeprefix("below_")
     name = ("~" if condition.near else "") + _shorten(name.replace("reconstruction", "recon"), 12)
     if value is None:
@@ -114,7 +117,7 @@ def _decision(layer: LayerReport) -> str:
     if layer.state == LayerState.DESCENDING:
         text = str(layer.state)
     elif decision is not None and decision.action != Action.HOLD:
-        text = str(decision.action) if decision.rank is None else f"{decision.action} to {_number(decision.rank)}"
+        text = str(decision.action) if decision.rank is None else f"{decision.action} to {number(decision.rank)}"
     elif layer.state == LayerState.FACTORIZED:
         text = str(layer.state)
     elif decision is None:
@@ -128,7 +131,7 @@ def _state(state: LayerState, narrow: bool) -> str:
     return _STATE_SHORT[state] if narrow else str(state)
 
 
-class _Column(NamedTuple):
+class Column(NamedTuple):
     header: str
     short: str  # header when narrow
     digits: int  # decimals when narrow
@@ -137,33 +140,40 @@ class _Column(NamedTuple):
     condition: str = ""  # that tests the value
 
 
-_COLUMNS = (
-    _Column("state", "state", 0, 11, "state"),
-    _Column("shape", "shape", 0, 3, "shape"),
-    _Column("rank", "rank", 0, 10, "rank"),
-    _Column("principal", "prin", 2, 2, "principal_alignment"),
-    _Column("minor", "minor", 2, 1, "minor_alignment"),
-    _Column("excess", "exc", 2, 5, "principal_excess", "minor_safe"),
-    _Column("drift", "drift", 3, 9, "subspace_drift", "stable"),
-    _Column("angle", "angle", 2, 0, "subspace_angle"),
-    _Column("recon", "recon", 3, 6, "reconstruction_error", "reconstruction_safe"),
-    _Column("capture", "capt", 2, 7, "tangent_capture"),
-    _Column("capt.exc", "cexc", 2, 4, "capture_excess", "capture_safe"),
+COLUMNS = (
+    Column("state", "state", 0, 11, "state"),
+    Column("shape", "shape", 0, 3, "shape"),
+    Column("rank", "rank", 0, 10, "rank"),
+    Column("principal", "prin", 2, 2, "principal_alignment"),
+    Column("minor", "minor", 2, 1, "minor_alignment"),
+    Column("excess", "exc", 2, 5, "principal_excess", "danger"),
+    Column("drift", "drift", 3, 9, "subspace_drift", "stable"),
+    Column("angle", "angle", 2, 0, "subspace_angle"),
+    Column("recon", "recon", 3, 6, "reconstruction_error", "reconstruction_safe"),
+    Column("capture", "capt", 2, 7, "tangent_capture"),
+    Column("capt.exc", "cexc", 2, 4, "capture_excess", "capture_safe"),
 )
 _SIGNS = "~ near threshold  ! danger  – undefined"
 _LEGEND = f"exc: above chance (cexc: of capt)  {_SIGNS}"
 _LEGEND_WIDE = f"excess, capt.exc: principal, capture above chance  {_SIGNS}"
 
 
-def _cell(column: _Column, layer: LayerReport, narrow: bool) -> str:
+def near_thresholds(layer: LayerReport) -> set[str]:
+    """Names of the conditions whose values are within the warning margin of their thresholds."""
+    if layer.decision is None:
+        return set()
+    attack = () if layer.decision.attack is None else (layer.decision.attack,)
+    return {condition.name for condition in (*layer.decision.conditions, *attack) if condition.near}
+
+
+def _cell(column: Column, layer: LayerReport, narrow: bool) -> str:
     if column.field == "state":
         return _state(layer.state, narrow) + ("*" if layer.protected else "")
     if column.field in ("shape", "rank"):
         return "x".join(map(str, layer.shape)) if column.field == "shape" else str(layer.rank)
-    conditions = layer.decision.conditions if layer.decision else ()
-    near = any(c.near and c.name == column.condition for c in conditions)
-    number = _number(getattr(layer.metrics, column.field, None), column.digits if narrow else 3)
-    return f"~{number}" if near else number
+    near = column.condition in near_thresholds(layer)
+    shown = number(getattr(layer.metrics, column.field, None), column.digits if narrow else 3)
+    return f"~{shown}" if near else shown
 
 
 def _plain_table(title: str, gap: int = 2) -> Table:
@@ -230,15 +240,30 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
     left out; numbers never wrap.
     """
     width = rich.get_console().width if width is None else width
+    title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}"
+    return layer_rows(summary.layers, width, title)
+
+
+def layer_rows(
+    layers: Sequence[LayerReport],
+    width: int,
+    title: str,
+    legend: bool = True,
+    mark: Callable[[str, str], str] = lambda layer, metric: "",
+) -> Table:
+    """The rows of :func:`layer_table` for some layers, in the order given.
+
+    Args:
+        mark: of (layer, metric): what to put behind the value.
+    """
     narrow = width < _NARROW
-    layers = summary.layers
     strips = []
-    for column in _COLUMNS:
+    for column in COLUMNS:
         state = column.field == "state"
         strips.append(
             Strip(
                 column.short if narrow else column.header,
-                [_cell(column, layer, narrow) for layer in layers],
+                [_cell(column, layer, narrow) + mark(layer.name, column.field) for layer in layers],
                 column.importance,
                 left=state or column.field == "shape",
                 # so that columns do not come and go with the marks
@@ -248,11 +273,10 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
         )
     alarms = ["bold red" if x.decision and x.decision.danger else _STATE_STYLE[x.state] for x in layers]
     strips.append(Strip("decision", [_decision(layer) for layer in layers], ALWAYS, left=True, styles=alarms))
-    title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}"
-    legend = _LEGEND if narrow else _LEGEND_WIDE
+    caption = _LEGEND if narrow else _LEGEND_WIDE
     if any(layer.protected for layer in layers):
-        legend += "\n* principal block protected: kept from moving"
-    return name_table(title, Text(legend, style="dim"), [layer.name for layer in layers], strips, width)
+        caption += "\n* principal block protected: kept from moving"
+    return name_table(title, Text(caption if legend else "", style="dim"), [x.name for x in layers], strips, width)
 
 
 def plan_table(plan: Plan, width: int | None = None) -> Table:
@@ -272,7 +296,7 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
                styles=[_STATE_STYLE[row.state] for row in rows]),
         Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
         Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
-        Strip("missed", [_number(row.missed) for row in rows], 2),
+        Strip("missed", [number(row.missed) for row in rows], 2),
         Strip("fixed", [_shorten(clean(row.fixed), 22, 21) for row in rows], ALWAYS, left=True),
     ]  # fmt: skip
     caption = Text("share: of its parameters  missed: of the gradient's energy, expected", style="dim")
@@ -295,9 +319,29 @@ def event_line(event: Event) -> Text:
         line.append(f"  {event.before} → {event.after}")
     line.append(f"  {clean(event.reason)}")
     if event.numbers:
-        numbers = ", ".join(f"{clean(key)}={_number(value, 4)}" for key, value in event.numbers.items())
+        numbers = ", ".join(f"{clean(key)}={number(value, 4)}" for key, value in event.numbers.items())
         line.append(f"  [{numbers}]")
     return line
+
+
+def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
+    """A line for each level and kind: the first few layers with their numbers, and how many more there are."""
+    groups: dict[tuple[Level, str], list[Alert]] = {}
+    for alert in alerts:
+        groups.setdefault((alert.level, alert.kind), []).append(alert)
+    lines = []
+    for (level, kind), members in groups.items():
+        line = Text(f"step {members[0].step}  ")
+        line.append(f"{level}  ", style={"critical": "bold red", "warning": "yellow"}.get(level, "dim"))
+        line.append(clean(kind), style="bold")
+        for alert in members[:names]:
+            value = "" if alert.value is None else f" {number(alert.value)}"
+            told = f"{_name(alert.layer)}: {clean(alert.text)}" if len(members) == 1 else ""
+            line.append(f"  {told or _shorten(_name(alert.layer), 30) + value}")
+        if len(members) > names:
+            line.append(f"  and {len(members) - names} more")
+        lines.append(line)
+    return lines
 
 
 def _sizes(summary: Summary) -> Table:
@@ -320,11 +364,30 @@ def _sizes(summary: Summary) -> Table:
 
 def _times(summary: Summary) -> Text:
     total = summary.seconds_total
-    text = Text(f"analysis took {summary.analysis_share:.1%} of {_number(total, 2)} s")
+    text = Text(f"analysis took {summary.analysis_share:.1%} of {number(total, 2)} s")
     parts = sorted(summary.seconds.items(), key=lambda item: -item[1])
     share = " ({:.1%})".format
-    phases = (f"{clean(k)} {_number(v, 2)} s{share(v / total) if total > 0 else ''}" for k, v in parts)
+    phases = (f"{clean(k)} {number(v, 2)} s{share(v / total) if total > 0 else ''}" for k, v in parts)
     return text.append(": " + " · ".join(phases)) if parts else text
+
+
+def why_table(layer: LayerReport) -> Table:
+    """All that the last decision of a layer rests on: each condition, its value, its threshold, whether it holds."""
+    table = _plain_table(f"{_name(layer.name)}: {layer.state}, rank {layer.rank}")
+    for header in ("condition", "value", "", "threshold", "holds"):
+        table.add_column(header, no_wrap=True, justify="right" if header in ("value", "threshold") else "left")
+    decision = layer.decision
+    conditions = decision.conditions if decision is not None else ()
+    attack = () if decision is None or decision.attack is None else (decision.attack,)
+    for condition in (*conditions, *attack):
+        sign = (">" if condition.above else "<") + ("=" if condition.or_equal else "")
+        holds = "yes" if condition.holds else "no"
+        verdict = f"{'! ' if condition.name == 'danger' and condition.holds else ''}{holds}{' ~' * condition.near}"
+        threshold = number(condition.threshold, 4)
+        table.add_row(*map(Text, (clean(condition.name), number(condition.value, 4), sign, threshold, verdict)))
+    action = "" if decision is None or decision.action == Action.HOLD else f"{decision.action}: "
+    table.caption = Text(f"{action}{clean(layer.reason)}", style="not dim")
+    return table
 
 
 def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
@@ -414,27 +477,59 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     return Group(*parts)
 
 
+def renderable(record: object, width: int) -> RenderableType:
+    """What rich shows of a record, a summary or a plan, in so many columns.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(record, Summary):
+        return summary_renderable(record, width)
+    if isinstance(record, Plan):
+        return plan_table(record, width)
+    raise TypeError(f"there is no table for a {type(record).__name__}")
+
+
+def html(what: RenderableType, width: int = 120) -> str:
+    """As a block of HTML with its own styles, for a notebook; ``width`` in columns."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)
+    console.print(what)
+    block = "<pre style='white-space:pre;overflow-x:auto;line-height:normal'>{code}</pre>"
+    return console.export_html(inline_styles=True, code_format=block)
+
+
 class ConsoleReport(Listener):
     """Prints during training: each event as a line, and the layer table now and then.
 
-    Prints nothing in a distributed run except on rank 0 (environment variable ``RANK``).
+    Prints nothing in a distributed run except on rank 0 (environment variable ``RANK``). Bars of tqdm are
+    taken aside while it prints.
 
     Args:
-        every: analyses between layer tables; 0 prints events only.
+        every: analyses between layer tables; 0 prints events and alerts only.
         console: where to print; default: rich's own, which a progress bar shares.
+        alerts: the least level to print, ``"critical"``, ``"warning"`` or ``"info"``; see :mod:`.alerts`.
 
     Raises:
         TypeError: ``every`` is not an integer.
-        ValueError: ``every`` is negative.
+        ValueError: ``every`` is negative, or ``alerts`` is no level.
     """
 
-    def __init__(self, every: int = 10, console: Console | None = None) -> None:
+    def __init__(self, every: int = 10, console: Console | None = None, alerts: str = "critical") -> None:
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"ConsoleReport.every must be an integer, got {every!r}")
         if every < 0:
             raise ValueError(f"ConsoleReport.every must be at least 0 (0: events only), got {every}")
+        levels = [str(level) for level in Level]
+        if alerts not in levels:
+            raise ValueError(f"ConsoleReport.alerts must be one of {', '.join(map(repr, levels))}, got {alerts!r}")
         self.every = every
         self.console = rich.get_console() if console is None else console
+        self.levels = levels[: levels.index(alerts) + 1]
+
+    def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
+        """Print a line for each kind of alert, but for danger, of which an event tells."""
+        for line in alert_lines([a for a in alerts if a.level in self.levels and a.kind != "danger"]):
+            self._print(line)
 
     def on_analysis(self, summary: Summary) -> None:
         """Print the layer table at every ``every``-th analysis."""
@@ -459,4 +554,7 @@ class ConsoleReport(Listener):
                 plain.print(what)
             text = capture.get().translate(_ASCII).encode(encoding, "replace").decode(encoding)
             what = Text(text.rstrip("\n"))
-        self.console.print(what)
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        bars = nullcontext() if tqdm is None else tqdm.external_write_mode(file=self.console.file)
+        with bars:
+            self.console.print(what)

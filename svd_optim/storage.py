@@ -287,11 +287,6 @@ def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Par
 
 
 def resolve(folder: Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the latest in a folder of them.
-
-    Raises:
-        CheckpointError: there is none.
-    """
     name = ""
     try:
         if not folder.is_dir():

@@ -42,9 +42,9 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
     """The tensors of a model, readable while the context lasts.
 
     Args:
-        path: a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` state dict (also one under ``"model"`` or
-            ``"state_dict"``); a folder of such files (with an index: those it names); one of this library's
-            checkpoints, or a folder of them (the latest).
+        path: a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` state dict (also one under
+            ``"model"`` or ``"state_dict"``); a folder of such files (with an index: those it names); one of this
+            library's checkpoints, or a folder of them (the latest).
 
     Raises:
         OSError: a file is missing or can't be read.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +199,17 @@ def _private_generator(config: SubspaceConfig, layer: FollowedLayer, step: int) 
     return torch.Generator().manual_seed((config.seed * 1_000_003 + layer.index) * 1_000_003 + step)
 
 
+class _Look(NamedTuple):
+    """A dense weight against its cached basis; both transposed where the weight is tall."""
+
+    tall: bool
+    W: Tensor  # (m, n), m <= n
+    old: Basis
+    image: Tensor  # (m, q) = W V: the first product of a refresh, too
+    angle: Tensor  # by which W V has left the span of U
+    drift: Tensor
+
+
 class SubspaceTracker:
     """Measures gradients against cached bases and turns the measurements into metrics.
 
@@ -274,7 +285,7 @@ class SubspaceTracker:
             assert layer.cached is not None and layer.module.weight.grad is not None
             U, _, V = layer.cached.leading(layer.rank)
             G = working(layer.module.weight.grad)
-            parts.append((linalg.energy(G), U.mT @ G, G @ V, V))
+            parts.append((linalg.energy(G), *linalg.projections(G, U, V)))
         e = linalg.projection_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))
         return e, torch.isfinite(e.total)
 
@@ -357,25 +368,28 @@ class SubspaceTracker:
             return
         looked = [self._look(layer) for layer in layers]
         flags = torch.stack([flags for _, flags in looked]).tolist()
-        for layer, (image, _), (finite, useful, holds) in zip(layers, looked, flags, strict=True):
-            layer.pending = self._refresh_one(layer, image, finite, useful, holds, step)
+        for layer, (look, _), (finite, useful, holds) in zip(layers, looked, flags, strict=True):
+            layer.pending = self._refresh_one(layer, look, finite, useful, holds, step)
 
-    def _look(self, layer: FollowedLayer) -> tuple[Tensor | None, Tensor]:
-        """(W V of a dense weight, [the weight is finite, its basis is of use, it still holds]).
+    def _look(self, layer: FollowedLayer) -> tuple[_Look | None, Tensor]:
+        """(how a dense weight lies to its basis, [the weight is finite, its basis is of use, it still holds]).
 
-        The basis of a zero matrix is of no use.
+        The basis of a zero matrix is of no use, nor is one that holds NaN or Inf, or that the weight maps to zero.
         """
         module = layer.module
         if isinstance(module, FactorizedLinear):
             finite = torch.stack([torch.isfinite(p).all() for p in (module.U, module.S, module.V)]).all()
             return None, torch.stack([finite, torch.ones_like(finite), torch.ones_like(finite)])
         assert layer.cached is not None
-        U, S, V = layer.cached
-        W = working(module.weight)
-        image = W @ V  # (m, q): the first product of a refresh, too
-        useful = torch.stack([torch.isfinite(factor).all() for factor in layer.cached]).all() & (S[0] > 0)
-        _, drift = linalg.left_residual(image, U, layer.rank)
-        return image, torch.stack([torch.isfinite(W).all(), useful, useful & (drift < HOLDS)])
+        W, old = working(module.weight), layer.cached
+        tall = len(W) > W.shape[1]
+        if tall:  # the shorter side is the cheaper one to look at, and to orthonormalise
+            W, old = W.mT, old.transposed()
+        image = W @ old.V
+        angle, drift = linalg.left_residual(image, old.U, layer.rank)
+        useful = torch.isfinite(drift) & (old.S[0] > 0)
+        look = _Look(tall, W, old, image, angle, drift)
+        return look, torch.stack([linalg.finite(W), useful, useful & (drift < HOLDS)])
 
     @torch.no_grad()
     def analyse(self, layers: Iterable[FollowedLayer], step: int) -> dict[str, LayerMetrics]:
@@ -413,7 +427,7 @@ class SubspaceTracker:
         return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, sums])
 
     def _refresh_one(
-        self, layer: FollowedLayer, image: Tensor | None, finite: bool, useful: bool, holds: bool, step: int
+        self, layer: FollowedLayer, look: _Look | None, finite: bool, useful: bool, holds: bool, step: int
     ) -> Tensor:
         """[angle, drift, error, stable, effective and exact rank, skew, finite] on the device, (SCALARS,)."""
         unknown = torch.full((SCALARS,), math.nan, dtype=torch.float64, device=layer.weight.device)
@@ -421,24 +435,20 @@ class SubspaceTracker:
         if not finite:
             return unknown
         k, since = layer.rank, layer.basis_step
-        if layer.factored is not None:
+        if look is None:
             new, angle, drift, total, skew = self._analyse_factors(layer)
             self.keep_images(layer, step)
         else:
-            old = layer.cached
-            assert old is not None and image is not None
-            W = working(layer.module.weight)
-            refreshed = self._refreshed(layer, W, image, useful, holds)
+            refreshed = self._refreshed(layer, look, useful, holds)
             if refreshed is None:
                 return unknown
-            new, total = refreshed, linalg.energy(W)
-            if holds:  # the spans stay as they were at basis_step
-                angle, drift = linalg.left_residual(image, old.U, k)
-            else:
-                angle, drift = self._change(old.leading(k), new.leading(k))
+            new, total = refreshed, linalg.energy(working(layer.module.weight))
+            angle, drift = look.angle, look.drift
+            if not holds:  # else the spans stay as they were at basis_step
+                angle, drift = self._change(look.old.leading(k), new.leading(k))
                 layer.basis_step = step
             skew = torch.zeros_like(angle)
-            layer.cached = new
+            layer.cached = new.transposed() if look.tall else new
         drift = (drift * DRIFT_STEPS / max(1, step - since)).clamp(max=1.0)
         squares = new.S[:k].double().square()
         error = linalg.reconstruction_error(new.S[:k], total)
@@ -448,20 +458,19 @@ class SubspaceTracker:
         scalars = (angle, drift, error, total / squares[0], effective, exact, skew, unknown[-1])
         return torch.stack([x.double() for x in scalars])
 
-    def _refreshed(self, layer: FollowedLayer, W: Tensor, image: Tensor, useful: bool, holds: bool) -> Basis | None:
-        """The basis of a dense weight as of now; ``None``: it can't be had, and the old one stays."""
-        old = layer.cached
-        assert old is not None
+    def _refreshed(self, layer: FollowedLayer, look: _Look, useful: bool, holds: bool) -> Basis | None:
+        """The basis of ``look.W`` as of now; ``None``: it can't be had, and the old one stays."""
 
         def decompose(dtype: torch.dtype) -> Basis:
-            before = Basis(*(factor.to(dtype) for factor in old))
+            W, image = look.W.to(dtype), look.image.to(dtype)
+            old = Basis(*(factor.to(dtype) for factor in look.old))
             if holds:
-                return linalg.ritz_basis(image.to(dtype), before)
+                return linalg.ritz_basis(image, old)
             if not useful:
-                return linalg.exact_basis(W.to(dtype), old.S.shape[0])
-            return linalg.refresh_basis(W.to(dtype), before, image.to(dtype))
+                return linalg.exact_basis(W, len(old.S))
+            return linalg.refresh_basis(W, old, image)
 
-        new = attempt(decompose, W.dtype)
+        new = attempt(decompose, look.W.dtype)
         layer.count_decomposition(new is not None)
         return new
 

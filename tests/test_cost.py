@@ -101,6 +101,9 @@ def test_every_basis_is_refreshed_once_an_interval_and_no_step_takes_more_than_i
     assert sorted(itertools.chain(*due)) == list(range(layers))
     slots = max(1, interval // every)
     assert max(map(len, due)) <= math.ceil(layers / slots)
+    if every > 1 and slots > 1 and interval % every == 0:  # else shares and measurements are not in step
+        measured = [step for step in range(1, len(due) + 1) if step % (every * stretch) == 0 or step == len(due)]
+        assert not any(due[step - 1] for step in measured)
 
 
 def test_refreshing_a_share_at_a_time_decides_like_refreshing_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +161,26 @@ def test_a_basis_that_holds_is_not_iterated_and_reports_what_it_measured(monkeyp
     optimizer.param_groups[0]["lr"] = 100.0
     steps(4)
     assert iterated
+
+
+def test_a_basis_that_its_weight_maps_to_zero_is_made_anew() -> None:
+    """An iteration from it would find nothing."""
+    model = nn.Sequential(nn.Linear(40, 60, bias=False))
+    config = SubspaceConfig(mode="observe", rank=8, interval=4, measure_every=4, warmup=0)
+    optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-9), model, config)
+    Q, P = (torch.linalg.qr(_random(size, 40, seed=size).float())[0] for size in (60, 40))
+    for start in (0, 20):
+        with torch.no_grad():
+            model[0].weight.copy_(Q[:, start : start + 20] @ P[:, start : start + 20].mT)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(5, 40)).square().mean().backward()
+            optimizer.step()
+    cached = optimizer.layers["0"].cached
+    assert cached is not None
+    torch.testing.assert_close(cached.S, torch.ones(16))
+    for factor in (cached.U, cached.V):
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(16), atol=1e-5, rtol=0)
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:

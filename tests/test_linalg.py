@@ -23,6 +23,7 @@ from svd_optim.linalg import (
     exact_basis,
     factored_gradient_energies,
     fade_minor_,
+    finite,
     first_basis,
     gradient_energies,
     project_off,
@@ -84,6 +85,24 @@ def assert_valid(basis: Basis) -> None:
 def close(a: Tensor | float, b: Tensor | float, rel: float = 1e-5, floor: float = 0.0) -> bool:
     a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
     return bool(torch.linalg.vector_norm(a - b) <= rel * torch.linalg.vector_norm(b) + floor)
+
+
+# ---- what is finite ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_finite_tells_which_of_a_batch_is(bad):
+    X = random(0, 3, 4, 5) * 5e37
+    assert finite(X).tolist() == [True] * 3
+    X[1, 2, 3] = bad
+    assert finite(X).tolist() == finite(X.mT).tolist() == [True, False, True]
+
+
+@given(shapes(), SEEDS, SCALES)
+def test_the_energy_is_the_same_however_the_matrix_lies(shape, seed, scale):
+    X = random(seed, 2, *shape[:2]) * scale
+    twin = X.double().square().sum((-2, -1))
+    assert close(energy(X) / twin, torch.ones(2), 1e-6) and close(energy(X.mT) / twin, torch.ones(2), 1e-6)
 
 
 # ---- energies of gradients -----------------------------------------------------------------
@@ -403,6 +422,61 @@ def test_refresh_is_exact_where_the_basis_spans_half_the_space():
     W = random(0, 30, 20)
     old = exact_basis(random(1, 30, 20), 10)
     assert close(refresh_basis(W, old).S, torch.linalg.svdvals(W.double())[:10], 1e-6)
+
+
+SPECTRA = {
+    "decaying": lambda r: torch.arange(1, r + 1) ** -0.5,
+    "condition 1e12": lambda r: torch.logspace(0, -12, r),
+    "an outlier": lambda r: torch.cat([torch.tensor([1e3]), 1.0 / torch.arange(1, r)]),
+    "low rank": lambda r: torch.cat([torch.ones(3), torch.zeros(r - 3)]),
+    "flat": lambda r: torch.ones(r),
+    "zero": lambda r: torch.zeros(r),
+}
+
+
+@settings(max_examples=60)
+@given(st.integers(24, 48), st.integers(24, 48), st.sampled_from(sorted(SPECTRA)), SEEDS, SCALES)
+def test_an_iterated_refresh_is_valid_for_any_spectrum_and_scale(m, n, kind, seed, scale):
+    """Below half of the space, where it iterates, in float32: never worse than what it started from."""
+    old, new = (with_spectrum(seed + i, m, n, SPECTRA[kind](min(m, n))) for i in (0, 2))
+    W = (old + 0.02 * new) * scale
+    q = min(m, n) // 2 - 2
+    start = exact_basis(old * scale, q)
+    basis = refresh_basis(W, start)
+    assert_valid(basis)
+    S = torch.linalg.svdvals(W.double())
+    best, kept, stale = (float(x) for x in (S[:q].square().sum(), *(energy(b.U.mT @ W) for b in (basis, start))))
+    assert stale * (1 - 1e-6) <= kept <= best * (1 + 1e-6)
+    assert close(torch.diag(basis.S) / scale, basis.U.mT @ (W / scale) @ basis.V, 1e-5)  # triplets of W
+    if kind == "condition 1e12":  # the spectrum falls fast enough for two power steps to be exact
+        assert best - kept <= 1e-5 * best
+
+
+@pytest.mark.parametrize(("m", "n"), [(60, 40), (40, 60), (40, 40)])
+def test_a_refresh_of_the_transpose_is_the_transposed_refresh(m, n):
+    W = decaying(m, n, 0.5)
+    old = exact_basis(W + 0.01 * random(3, m, n), 12)
+    basis = refresh_basis(W, old)
+    turned = refresh_basis(W.mT, old.transposed()).transposed()
+    image = W.mT @ old.U if m > n else W @ old.V
+    for other in (refresh_basis(W, old, image), *([turned] if m != n else [])):
+        assert close(other.S, basis.S) and close(product(other), product(basis), 1e-5)
+
+
+@pytest.mark.parametrize(("m", "n"), [(120, 60), (60, 120), (90, 90)])
+def test_metrics_of_a_refreshed_basis_are_those_of_the_float64_svd(m, n):
+    k = 20
+    W = decaying(m, n, 1.0)
+    old = exact_basis(W, k + OVERSAMPLING)
+    W = W + 0.01 * energy(W).sqrt().float() * random(5, m, n) / (m * n) ** 0.5
+    G = random(6, m, n)
+    found, twin = refresh_basis(W, old).leading(k), exact_basis(W.double(), k)
+    pairs = (
+        (aligned(gradient_energies(G, found.U, found.V)), aligned(gradient_energies(G.double(), twin.U, twin.V))),
+        (reconstruction_error(found.S, energy(W)), reconstruction_error(twin.S, energy(W))),
+    )
+    for a, b in pairs:
+        assert float((a - b).abs().max()) < 1e-3
 
 
 # ---- how far a subspace moved ---------------------------------------------------------------

@@ -26,7 +26,7 @@ from svd_optim.records import (
     PlannedLayer,
     Summary,
 )
-from svd_optim.report import ConsoleReport, event_line, layer_table, plan_table, summary_renderable
+from svd_optim.report import ConsoleReport, event_line, layer_table, plan_table, renderable, summary_renderable
 from svd_optim.transitions import LOUD
 
 PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -505,3 +505,14 @@ def test_history_is_each_metric_over_the_analyses():
             assert math.isnan(value) if known is None else value == known
     with pytest.raises(KeyError, match="no followed layer is called 'down'; followed: up, mid"):
         optimizer.history("down")
+
+
+def test_records_show_themselves_in_a_terminal_and_in_a_notebook():
+    end = summary(*map(layer, GPT), layer("x[/y]<b>&\x1b[2J"))
+    assert show(end, 140) == show(summary_renderable(end, 140), 140)
+    page = end._repr_html_()
+    assert "blocks.3.mlp.c_fc" in page and "x[/y]&lt;b&gt;&amp;[2J" in page and "\x1b" not in page
+    plan = Plan(step=1, budget=0.5, layers=())
+    assert show(plan, 120) == show(plan_table(plan, 120), 120)
+    with pytest.raises(TypeError, match="int"):
+        renderable(3, 80)

@@ -1,0 +1,69 @@
+"""The recipes of ``examples/trackers.py``, with what they wrote read back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import matrices, net, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim import Muon
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig, Summary
+from trackers import TensorBoard, WeightsAndBiases
+
+CONFIG = {"warmup": 20, "interval": 10, "descent_steps": 40, "cohort": 20, "patience": 2}
+
+
+class Keep(Listener):
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def on_analysis(self, summary: Summary) -> None:
+        self.metrics[summary.step] = summary.metrics()
+
+
+def run_with(*listeners: Listener) -> SubspaceAwareOptimizer:
+    model = net()
+    optimizer = SubspaceAwareOptimizer(
+        Muon(matrices(model), lr=0.02), model, SubspaceConfig(**CONFIG), listeners=listeners
+    )
+    train(model, optimizer, 100)
+    return optimizer
+
+
+def test_tensorboard_holds_every_number_at_its_step(tmp_path: Path):
+    keep = Keep()
+    with SummaryWriter(str(tmp_path)) as writer:
+        optimizer = run_with(TensorBoard(writer), keep)
+    read = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0})
+    read.Reload()
+    found: dict[int, dict[str, float]] = {step: {} for step in keep.metrics}
+    for tag in read.Tags()["scalars"]:
+        for scalar in read.Scalars(tag):
+            found[scalar.step][tag] = scalar.value
+    assert found == {s: {k: pytest.approx(v, rel=1e-6) for k, v in m.items()} for s, m in keep.metrics.items()}
+    assert len(found) == 10 and "svd/mid/capture_excess" in found[100]
+    texts = [t.tensor_proto.string_val[0].decode() for t in read.Tensors("svd/events/text_summary")]
+    assert texts == [str(event) for event in optimizer.events] and texts
+
+
+def test_weights_and_biases_offline_takes_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    logged = []
+    with wandb.init(mode="offline", dir=tmp_path, project="svd_optim") as run:
+        log = run.log
+        monkeypatch.setattr(run, "log", lambda values: (logged.append(values), log(values)))
+        keep = Keep()
+        run_with(WeightsAndBiases(run), keep)
+    assert [row.pop("svd/step") for row in logged] == list(keep.metrics)
+    assert logged == list(keep.metrics.values())
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert all(name.encode() in content for name in keep.metrics[100])
