@@ -30,7 +30,7 @@ from .transitions import LOUD
 
 _ALARMS = LOUD | {"danger"}
 _NARROW = 100  # below so many columns: abbreviations, and a gap of one
-_ALWAYS = 99  # importance of a column that is never left out
+ALWAYS = 99  # importance of a column that is never left out
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
 _ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
@@ -210,7 +210,7 @@ def name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence
         return width - sum(strip.width + gap for strip in shown)
 
     for strip in sorted(strips, key=lambda s: s.importance):
-        if room() >= min(widest, 18 if narrow else 30) or strip.importance == _ALWAYS:
+        if room() >= min(widest, 18 if narrow else 30) or strip.importance == ALWAYS:
             break
         shown = [s for s in shown if s is not strip]
     caption_width = min(width, max(map(cell_len, caption.plain.split("\n"))))  # it would wrap at the table's
@@ -220,7 +220,7 @@ def name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence
     table.caption = caption
     table.add_column("layer", no_wrap=True, width=name_width)
     for strip in shown:
-        fixed = None if strip.importance == _ALWAYS else strip.width  # else that one is cut where nothing helps
+        fixed = None if strip.importance == ALWAYS else strip.width  # else that one is cut where nothing helps
         justify: JustifyMethod = "left" if strip.left else "right"
         table.add_column(strip.header, no_wrap=True, width=fixed, justify=justify, overflow="ellipsis")
     for i, name in enumerate(shorten_names(names, name_width)):
@@ -272,7 +272,7 @@ def layer_rows(
             )
         )
     alarms = ["bold red" if x.decision and x.decision.danger else _STATE_STYLE[x.state] for x in layers]
-    strips.append(Strip("decision", [_decision(layer) for layer in layers], _ALWAYS, left=True, styles=alarms))
+    strips.append(Strip("decision", [_decision(layer) for layer in layers], ALWAYS, left=True, styles=alarms))
     caption = _LEGEND if narrow else _LEGEND_WIDE
     if any(layer.protected for layer in layers):
         caption += "\n* principal block protected: kept from moving"
@@ -297,7 +297,7 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
         Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
         Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
         Strip("missed", [number(row.missed) for row in rows], 2),
-        Strip("fixed", [_shorten(clean(row.fixed), 22, 21) for row in rows], _ALWAYS, left=True),
+        Strip("fixed", [_shorten(clean(row.fixed), 22, 21) for row in rows], ALWAYS, left=True),
     ]  # fmt: skip
     caption = Text("share: of its parameters  missed: of the gradient's energy, expected", style="dim")
     kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
