@@ -202,11 +202,9 @@ class LiveView(Listener):
             self._plain.on_alerts(alerts)
 
     def on_event(self, event: Event) -> None:
-        """Below the table, or as a line."""
+        """Below the table, with the next analysis; or as a line."""
         self.state.tell(events=[event])
-        if self._drawing():
-            self.draw()
-        else:
+        if not self._drawing():
             self._plain.on_event(event)
 
     def on_analysis(self, summary: Summary) -> None:
