@@ -153,7 +153,7 @@ class SubspaceConfig:
             the rules; see :class:`svd_optim.policy.Policy`.
         thresholds: see :class:`Thresholds`.
         interval: steps between analyses (metrics, decisions). Within it every basis is refreshed once,
-            an equal share of them halfway between measured steps.
+            an equal share of them on the step before each measured one.
         measure_every: steps between measured gradients; 1 measures every gradient.
         max_overhead: share of the time, by the host's clock, that measuring, refreshing and deciding may
             take; intervals are stretched by whole factors to keep to it, with an event each time. Then the

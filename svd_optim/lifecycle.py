@@ -246,12 +246,12 @@ class Lifecycle:
         return self.config.interval * self.stretch
 
     def _due_for_refresh(self) -> list[FollowedLayer]:
-        """An equal share of the layers halfway between measured steps: no step pays for all, nor for both.
+        """An equal share of the layers on the step before each measured one: no step pays for all, nor for both.
 
-        Where there is one share only it is due with the analysis.
+        Where there is one share only, or each step is measured, the last share is due with the analysis.
         """
         slots = max(1, self.config.interval // self.config.measure_every)
-        early = self.interval // slots // 2 if slots > 1 else 0
+        early = 1 if 1 < slots < self.interval else 0
         position = (self.steps + early) % self.interval
         due = [slot for slot in range(slots) if (slot + 1) * self.interval // slots % self.interval == position]
         return [layer for layer in self.layers.values() if layer.index % slots in due]

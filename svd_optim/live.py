@@ -220,6 +220,7 @@ class LiveView(Listener):
         if not self._lives:
             live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop")
             live.start()
+            self.console.show_cursor(True)  # a run that is killed can't give it back
             self._lives.append(live)
         size = self.console.size
         self._lives[0].update(self.state.render(size.width, size.height - 1), refresh=True)

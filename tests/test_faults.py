@@ -71,7 +71,7 @@ def test_a_decomposition_that_fails_keeps_the_old_basis_and_warns_after_three(
     same_bits(kept, list(layer.basis))
     assert caplog.text.count("up: decomposition_failed") + caplog.text.count("up  decomposition_failed") <= 1
     events = [event for event in optimizer.events if event.kind == "decomposition_failed"]
-    assert [(event.layer, event.step) for event in events] == [("up", 33), ("mid", 38)]  # once, with its name
+    assert [(event.layer, event.step) for event in events] == [("up", 34), ("mid", 39)]  # once, with its name
     assert "up" in caplog.text
     metrics = optimizer.why()[0].metrics
     assert metrics is not None and metrics.measured and metrics.subspace_drift is None
