@@ -131,7 +131,10 @@ def why(args: argparse.Namespace, console: Console) -> None:
 
 def watch(args: argparse.Namespace, console: Console) -> None:
     """Follow a log that is being written, until it is interrupted."""
-    run, watching, told, head = Run(), AlertWatch(), -1, None
+    run, watching, told = Run(), AlertWatch(), -1
+    head = run.head
+    if not args.log.exists():
+        console.print(Text(f"waiting for {args.log}"))
     with LiveView(console) as view:
         for lines in appended(args.log):
             try:
@@ -353,6 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head` has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        Console(stderr=True).print(Text(f"svd_optim {args.command}: {error}"), soft_wrap=True)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

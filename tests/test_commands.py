@@ -154,6 +154,7 @@ def test_what_is_no_log_is_said_in_a_line(tmp_path: Path, run: Run):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_bytes(b"hello\n\xff\xfe\n")
     (tmp_path / "head").write_text('{"record":"run","schema":99,"svd_optim":"9"}\n')
+    assert "directory" in run("watch", tmp_path, status=2)
     for name in ("empty", "text", "head", "nowhere", "."):
         error = run("report", tmp_path / name, status=2)
         assert error.startswith("svd_optim report: ") and len(error.strip().splitlines()) == 1
@@ -191,6 +192,9 @@ def test_watch_follows_a_run_and_ends_with_control_c(tmp_path: Path):
         env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
     )  # fmt: skip
     assert watching.stdout is not None
+    assert watching.stdout.readline().startswith("waiting for")
+    path.touch()  # as a run does that has not analysed yet
+    time.sleep(1)
     record(path, steps=120)
     time.sleep(3)
     with path.open("a") as file:
