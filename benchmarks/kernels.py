@@ -10,8 +10,8 @@
 - measure: the alignments of a gradient, against the predecessor's explicit projections (its SVD not counted).
 - layer: forward + backward of a linear layer inside factors at half its parameters, against dense, and the
   optimizer's step of each, with the retraction.
-- retract: bringing factors back to rank k after a step, one layer or a batch, against Cholesky-QR (Gram matrices in
-  float64) and against a full SVD of the product.
+- retract: bringing factors back to rank k after a step, one layer or a batch: by Gram matrices, which is what a step in
+  float32 takes on a CPU unless a layer is too ill-conditioned, by QR, and by a full SVD of the product.
 
 Rivals take turns, round by round; times are medians, ratios medians of ratios of the same round. "Bound" is the larger
 of operations over the measured matmul rate and bytes over the measured bandwidth: the time without which it can't be
@@ -24,7 +24,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import platform
 import statistics
 import sys
@@ -298,7 +297,7 @@ def retract(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
             L = linalg.project_off(0.01 * random(b, n, k, device=args.device) * K.std(), V)
             ways: dict[str, Callable[[], Basis]] = {
                 "QR, QR, SVD": lambda K=K, L=L, U=U, V=V: linalg.retract(K, L, U, V),
-                "Cholesky-QR": lambda K=K, L=L, U=U, V=V: by_cholesky(K, L, U, V),
+                "Gram matrices": lambda K=K, L=L, U=U, V=V: linalg.quick_retract(K, L, U, V).basis,
                 "full SVD": lambda K=K, L=L, U=U, V=V, k=k: linalg.exact_basis(K @ V.mT + U @ L.mT, k),
             }
             product = K.double() @ V.double().mT + U.double() @ L.double().mT
@@ -311,21 +310,6 @@ def retract(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
             operations = b * (8 * (m + n) * k * k + 20 * k**3)
             yield from lines("retract", f"{b} of {m} × {n}, k = {k}", ways, args,
                              machine.bound(operations, b * 8 * (m + n) * k), errors)  # fmt: skip
-
-
-def by_cholesky(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Basis:
-    """The same retraction from Gram matrices in float64: Q = K R^-1 with R^T R = K^T K."""
-    k = K.shape[-1]
-    gram = K.double().mT @ K.double()
-    shift = 1e-14 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    R = torch.linalg.cholesky_ex(gram + shift[..., None, None] * torch.eye(k, device=K.device), upper=True)[0]
-    Q = torch.linalg.solve_triangular(R, K.double(), upper=True, left=False).to(K.dtype)
-    Y = V @ R.to(K.dtype).mT + L @ (U.mT @ Q)
-    squares, O = torch.linalg.eigh(Y.double().mT @ Y.double())
-    S = squares.flip(-1).clamp(min=math.ulp(0.0)).sqrt()
-    O = O.flip(-1)
-    Z = (Y.double() @ O / S.unsqueeze(-2)).to(K.dtype)
-    return Basis(Q @ O.to(K.dtype), S.to(K.dtype), Z)
 
 
 # ---- the table ---------------------------------------------------------------------------------------

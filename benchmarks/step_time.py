@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,9 +137,10 @@ def clock_of(device: str) -> Callable[[], float]:
     return on_cuda if device.startswith("cuda") else time.perf_counter
 
 
-def rows_of(case: Case) -> list[str]:
+def rows_of(case: Case, wanted: Sequence[str] = ROWS) -> list[str]:
+    """Those that there are of the wanted ones, and the one that all are compared with."""
     galore = case.optimizer == "adamw" and importlib.util.find_spec("galore_torch") is not None
-    return [row for row in ROWS if row != "galore" or galore]
+    return [row for row in ROWS if row == "bare" or (row in wanted and (row != "galore" or galore))]
 
 
 def blocks(values: list[float]) -> Iterator[list[float]]:
@@ -148,10 +149,10 @@ def blocks(values: list[float]) -> Iterator[list[float]]:
         yield values[i : i + INTERVAL]
 
 
-def measure(case: Case, intervals: int) -> dict[str, Any]:
-    """All rows of a case, interleaved."""
+def measure(case: Case, rows: Sequence[str], intervals: int) -> dict[str, Any]:
+    """The rows of a case, interleaved."""
     clock = clock_of(case.device)
-    runs = [contestant(row, case) for row in rows_of(case)]
+    runs = [contestant(row, case) for row in rows]
     for number in range(1, INTERVAL):  # warm-up, to the first analysis
         for run in runs:
             run.step(number, clock)
@@ -224,10 +225,10 @@ def _train_an_interval(case: Case, row: str) -> None:
         run.step(number, time.perf_counter)
 
 
-def peaks(case: Case, threads: int) -> dict[str, int]:
+def peaks(case: Case, rows: Sequence[str], threads: int) -> dict[str, int]:
     """Peak memory of each row, in a process of its own."""
     found = {}
-    for row in rows_of(case):
+    for row in rows:
         arguments = [sys.executable, __file__, "--threads", str(threads), "--peak", json.dumps([asdict(case), row])]
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         found[row] = int(done.stdout.splitlines()[-1])
@@ -269,6 +270,7 @@ def main() -> int:
     parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
     parser.add_argument("--widths", nargs="+", type=int, default=(256, 512, 1024))
     parser.add_argument("--tokens", nargs="+", type=int, default=(512, 4096))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="bare is always among them")
     parser.add_argument("--intervals", type=int, default=3, help="of 20 steps, measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -291,8 +293,9 @@ def main() -> int:
             for tokens in args.tokens:
                 depth = 1 if args.smoke else depth_of(width)
                 case = Case(optimizer, width, tokens, depth, args.device)
-                memory = {} if args.no_peaks else peaks(case, args.threads)
-                results.append({"case": asdict(case), "rows": measure(case, args.intervals), "peaks": memory})
+                rows = rows_of(case, args.rows)
+                memory = {} if args.no_peaks else peaks(case, rows, args.threads)
+                results.append({"case": asdict(case), "rows": measure(case, rows, args.intervals), "peaks": memory})
                 if args.json:
                     machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads}
                     args.json.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")

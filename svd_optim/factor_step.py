@@ -23,13 +23,14 @@ from torch import Tensor
 from . import linalg
 from .decomposition import LinAlgError, attempt
 from .layers import FactorizedLinear
-from .linalg import Basis, project_off, retract
+from .linalg import Basis, project_off, quick_retract, retract
 from .moments import UNDERSTOOD, turn_
 from .protection import Anchor, restored_factors
 
 # What is left over of a derived scale: the best of a small grid (``benchmarks/quality.py``, "step x ...").
 MUON_SCALE = 2**-0.5
 ENTRYWISE_SCALE = 1.0
+MAX_AMPLIFICATION = 30.0  # of rounding errors, 1e-7, in retractions without QR
 
 
 def masters(module: FactorizedLinear, kept: Basis | None) -> Basis:
@@ -182,34 +183,20 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     Returns:
         The layers, and whether their retractions were possible at all.
     """
-    U, S, V = batch.U, batch.S, batch.V
-    K0 = U * S.unsqueeze(-2)
-    K1 = torch.stack([layer.module.U.to(U.dtype) for layer in batch.layers])
-    L1 = torch.stack([layer.module.V.to(U.dtype) for layer in batch.layers])
-    # What the gradient did, apart from decay, which keeps its size whatever the scale.
-    scale_K, scale_L, decay = batch.scales
-    K = (1.0 - decay) * K0
-    dK = K1.sub_((1.0 - decay) * batch.K)
-    K.add_(dK, alpha=scale_K)
-    L = project_off(L1.mul_(scale_L), V)  # Adam turns the update of L back into span(V)
-    finite = linalg.finite(K) & linalg.finite(L)  # (b,)
-    ok = finite[:, None, None]
-    new, failed = _retracted(torch.where(ok, K, K0), torch.where(ok, L, 0.0), Basis(U, S, V))
-    for factor in (new.U, new.S.unsqueeze(-1), new.V):
-        finite = finite & linalg.finite(factor)
-    ok = finite[:, None, None]
-    new = Basis(torch.where(ok, new.U, U), torch.where(finite[:, None], new.S, S), torch.where(ok, new.V, V))
+    K, L = _stepped(batch)
+    new, turns, finite, failed = _retracted_quickly(K, L, batch) or _retracted(K, L, batch)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
             one = _anchored(Basis(*(factor[i] for factor in new)), layer.anchor)
             if one is None:
                 failed.add(i)
-                one = Basis(U[i], S[i], V[i])
+                one = Basis(batch.U[i], batch.S[i], batch.V[i])
             for factor, restored in zip(new, one, strict=True):
                 factor[i].copy_(restored)
+            turns = None
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
-    turn_(states_K, states_L, (U, V), (new.U, new.V))
+    turn_(states_K, states_L, (batch.U, batch.V), (new.U, new.V), turns)
     for i, layer in enumerate(batch.layers):
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
         bad = (~finite[i]).to(torch.int64)
@@ -217,7 +204,52 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     return [(layer, i not in failed) for i, layer in enumerate(batch.layers)]
 
 
-def _retracted(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
+def _stepped(batch: Entered) -> tuple[Tensor, Tensor]:
+    """K and L as the base optimizer's step leaves them, scaled; (b, m, k) and (b, n, k)."""
+    K1 = torch.stack([layer.module.U.to(batch.U.dtype) for layer in batch.layers])
+    L1 = torch.stack([layer.module.V.to(batch.U.dtype) for layer in batch.layers])
+    # What the gradient did, apart from decay, which keeps its size whatever the scale.
+    scale_K, scale_L, decay = batch.scales
+    dK = K1.sub_(batch.K * (1.0 - decay))
+    K = (batch.U * batch.S.unsqueeze(-2)).mul_(1.0 - decay).add_(dK, alpha=scale_K)
+    return K, L1.mul_(scale_L)
+
+
+class _Retracted(NamedTuple):
+    new: Basis  # (b, ...)
+    turns: tuple[Tensor, Tensor] | None  # (U^T U', V^T V'), if that is known
+    finite: Tensor  # (b,) bool: layers that moved
+    failed: set[int]  # indices of those whose retraction was not possible
+
+
+def _retracted_quickly(K: Tensor, L: Tensor, batch: Entered) -> _Retracted | None:
+    """Without QR, if all of the batch is up to it: the host asks, which costs nothing on a CPU."""
+    if K.device.type != "cpu" or K.dtype != torch.float32:
+        return None
+    with suppress(LinAlgError):
+        quick = quick_retract(K, L, batch.U, batch.V)
+        good = quick.amplified <= MAX_AMPLIFICATION  # not so if K or L is not finite
+        if bool(good.all()):
+            return _Retracted(quick.basis, (quick.of_U, quick.of_V), good, set())
+    return None
+
+
+def _retracted(K: Tensor, L: Tensor, batch: Entered) -> _Retracted:
+    """By QR. A layer whose K or L is not finite keeps its factors, and so does one whose retraction fails."""
+    old = Basis(batch.U, batch.S, batch.V)
+    L = project_off(L, old.V)  # Adam turns the update of L back into span(V)
+    finite = linalg.finite(K) & linalg.finite(L)  # (b,)
+    ok = finite[:, None, None]
+    K, L = torch.where(ok, K, old.U * old.S.unsqueeze(-2)), torch.where(ok, L, 0.0)
+    new, failed = _attempted(K, L, old)
+    for factor in (new.U, new.S.unsqueeze(-1), new.V):
+        finite = finite & linalg.finite(factor)
+    ok = finite[:, None, None]
+    new = Basis(torch.where(ok, new.U, old.U), torch.where(ok[..., 0], new.S, old.S), torch.where(ok, new.V, old.V))
+    return _Retracted(new, None, finite, failed)
+
+
+def _attempted(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
     """The retraction of all layers of a batch; where it fails, also in float64, the old factors and the index."""
     with suppress(LinAlgError):
         return retract(K, L, old.U, old.V), set()

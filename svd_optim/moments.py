@@ -118,9 +118,10 @@ def turn_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: T
 
 def _turn_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, turns: Pair) -> Pair:
     (U, V), (U1, V1), (of_U, of_V) = old, new, turns
-    M_K1 = M_K @ of_V + U @ (M_L.mT @ V1)
-    M_L1 = project_off(V @ (M_K.mT @ U1) + M_L @ of_U, V1)
-    return M_K1, M_L1
+    to_K, to_L = M_L.mT @ V1, M_K.mT @ U1  # (k, k)
+    M_L1 = V @ to_L + M_L @ of_U
+    M_L1 -= V1 @ (of_V.mT @ to_L + to_K.mT @ of_U)  # V1 V1^T of it
+    return M_K @ of_V + U @ to_K, M_L1
 
 
 def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,20 +190,21 @@ def join(state_K: Mapping[str, Any], state_L: Mapping[str, Any], U: Tensor, V: T
     return _finished(state, state_K, state_L)
 
 
-def turn_(
-    states_K: list[Moments], states_L: list[Moments], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-) -> None:
+def turn_(states_K: list[Moments], states_L: list[Moments], old: Pair, new: Pair, turns: Pair | None = None) -> None:
     """Turn the states of b layers of equal shape and equal keys from the bases ``old`` to ``new``.
 
     Args:
         old, new: (U, V), each (b, m, k) and (b, n, k).
+        turns: (U^T U', V^T V'), each (b, k, k), if they are known.
     """
     K0: Moments = {}
     L0: Moments = {}
     K1: Moments = {}
     L1: Moments = {}
     turned = [key for key, value in states_K[0].items() if _is_moment(key, value) and key in states_L[0]]
-    turns = (old[0].mT @ new[0], old[1].mT @ new[1]) if turned else old  # (b, k, k)
+    if not turned:
+        return
+    turns = turns or (old[0].mT @ new[0], old[1].mT @ new[1])
     for key in turned:
         K0[key] = torch.stack([working(s[key]) for s in states_K])
         L0[key] = torch.stack([working(s[key]) for s in states_L])

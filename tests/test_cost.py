@@ -55,7 +55,11 @@ def reads() -> Iterator[Callable[[], int]]:
 
 @pytest.mark.parametrize("base", ["adamw_fused", "muon", "sgd"])  # plain AdamW reads its own step numbers
 def test_steps_between_analyses_read_nothing(base: str) -> None:
-    """Dense, descending and factorized, measured or not; a refresh is part of an analysis."""
+    """Dense, descending and factorized, measured or not; a refresh is part of an analysis.
+
+    Of equal factorized layers one flag a step is read, on the CPU only, where nobody waits for it: whether their
+    retraction needs QR.
+    """
     model, optimizer = make(base, quick(interval=20, measure_every=3))
     seen: set[LayerState] = set()
     train(model, optimizer, 1)  # makes the first bases
@@ -63,13 +67,14 @@ def test_steps_between_analyses_read_nothing(base: str) -> None:
         model.zero_grad()
         loss_of(model, step).backward()
         states = {row.state for row in optimizer.why()}
+        equal = {layer.rank for layer in optimizer.layers.values() if layer.factored is not None}
         due = {layer.name for layer in _due_next(optimizer)}
         lands = any(layer.descent_end in (step, step + 1, step + 2) for layer in optimizer.layers.values())
         with reads() as count:
             optimizer.step()
             found = count()
         if not due and not lands and optimizer.steps % 20:
-            assert found == 0, optimizer.steps
+            assert found == len(equal), optimizer.steps
             seen |= states
         elif due:
             assert found > 0  # the counter counts

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import factorize_
+from svd_optim import factor_step, factorize_
 from svd_optim.factor_step import (
     Factored,
     all_lr_zero,
@@ -23,7 +23,7 @@ from svd_optim.factor_step import (
     update_scales,
     write_,
 )
-from svd_optim.linalg import Basis, exact_basis, project_off
+from svd_optim.linalg import Basis, exact_basis, project_off, retract
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -267,6 +267,31 @@ def test_a_batch_steps_like_its_members(kind):
             tangent_step(optimizer, [layer])
     for a, b in zip(together, alone, strict=True):
         assert norm(product(a) - product(b)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
+def test_steps_with_and_without_qr_are_the_same(kind, monkeypatch):
+    def run(limit: float) -> tuple[list[Tensor], int]:
+        monkeypatch.setattr(factor_step, "MAX_AMPLIFICATION", limit)
+        with_qr = []
+        monkeypatch.setattr(factor_step, "retract", lambda *args: with_qr.append(1) or retract(*args))
+        layers = [factored(24, 18, 6, F32, seed=10 * i) for i in range(2)]
+        optimizer = optimizer_of(kind, layers, lr=0.003)
+        for step in range(20):
+            for i, layer in enumerate(layers):
+                set_gradient(layer, random(100 * step + i, 24, 18, dtype=F32))
+            tangent_step(optimizer, layers)
+            for layer in layers:
+                assert_valid(layer, 3e-6)
+        moments = [v for layer in layers for v in optimizer.state[layer.module.V].values() if v is not None]
+        return [*map(product, layers), *(v for v in moments if v.ndim == 2)], len(with_qr)
+
+    (quick, no_qr), (slow, all_qr) = run(factor_step.MAX_AMPLIFICATION), run(0.0)
+    assert (no_qr, all_qr) == (0, 20)
+    for a, b in zip(quick[:2], slow[:2], strict=True):
+        assert norm(a - b) < 1e-4 * norm(a)
+    for a, b in zip(quick[2:], slow[2:], strict=True):  # up to the signs of the bases
+        assert norm(a.abs() - b.abs()) < 1e-3 * norm(a)
 
 
 # ---- NaN ---------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def test_a_retraction_that_fails_keeps_the_factors(base: str, monkeypatch: pytes
     train(model, optimizer, 3)
     before = [t.clone() for t in (model.mid.U, model.mid.S, model.mid.V)]
     up = model.up.weight.clone()
-    monkeypatch.setattr(torch.linalg, "svd", failing)
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, failing)
     train(model, optimizer, [3])
     same_bits(before, [model.mid.U, model.mid.S, model.mid.V])
     assert not torch.equal(up, model.up.weight) and optimizer.steps == 4  # all else went on
@@ -115,6 +116,7 @@ def test_a_retraction_that_fails_in_float32_only_is_done_in_float64(monkeypatch:
         svd = torch.linalg.svd
         with monkeypatch.context() as patch:
             if patched:
+                patch.setattr(torch.linalg, "eigh", failing)
                 only64 = lambda X, *a, **k: svd(X, *a, **k) if X.dtype == torch.float64 else failing()  # noqa: E731
                 patch.setattr(torch.linalg, "svd", only64)
             train(model, optimizer, 5)

@@ -27,6 +27,7 @@ from svd_optim.linalg import (
     first_basis,
     gradient_energies,
     project_off,
+    quick_retract,
     reconstruction_error,
     refresh_basis,
     retract,
@@ -75,9 +76,9 @@ def orthonormality(Q: Tensor) -> float:
     return float((Q.double().mT @ Q.double() - torch.eye(Q.shape[-1])).abs().max())
 
 
-def assert_valid(basis: Basis) -> None:
-    assert orthonormality(basis.U) < 1e-5
-    assert orthonormality(basis.V) < 1e-5
+def assert_valid(basis: Basis, tolerance: float = 1e-5) -> None:
+    assert orthonormality(basis.U) < tolerance
+    assert orthonormality(basis.V) < tolerance
     assert (basis.S >= 0).all()
     assert (basis.S.diff() <= 0).all()
 
@@ -691,6 +692,61 @@ def test_the_retraction_of_a_batch_is_that_of_its_members():
     for i in range(3):
         one = retract(K[i], L[i], U[i], V[i])
         assert close(product(Basis(*(t[i] for t in new))), product(one), 1e-10)
+
+
+def quick_case(
+    shape: tuple[int, int, int], seed: int, scale: float, step: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(K, L, U, V) after a step whose update of L has a part in span(V), too."""
+    m, n, k = shape
+    U, S, V = point(seed, m, n, k, torch.float32)
+    return (U * S + step * random(seed + 2, m, k)) * scale, step * random(seed + 3, n, k) * scale, U, V
+
+
+@given(shapes(), SEEDS, SCALES, st.sampled_from([0.0, 0.01, 0.3, 1.0, 30.0]))
+def test_the_quick_retraction_is_the_same_where_it_says_so(shape, seed, scale, step):
+    """Against QR in float64; orthonormal as float32 is, times what it says that errors are amplified by."""
+    K, L, U, V = quick_case(shape, seed, scale, step)
+    new, of_U, of_V, amplified = quick_retract(K, L, U, V)
+    if not float(amplified) <= 30.0:
+        return
+    K, L, U, V = (X.double() for X in (K / scale, L / scale, U, V))
+    twin = retract(K, project_off(L, V), U, V)
+    assert_valid(new, 3e-7 * len(V) ** 0.5 * max(5.0, float(amplified)))
+    assert close(product(new) / scale, product(twin), 1e-5 * float(amplified))
+    assert close(new.S / scale, twin.S, 1e-5 * float(amplified))
+    for turn, old, turned in ((of_U, U, new.U), (of_V, V, new.V)):
+        assert close(turn, old.mT @ turned.double(), 3e-6 * float(amplified), floor=3e-6 * float(amplified))
+
+
+def test_small_steps_are_quick():
+    """Else the last test tests little."""
+    for seed in range(20):
+        assert float(quick_retract(*quick_case((40, 30, 8), seed, 1.0, 0.1)).amplified) < 3.0
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("lost", [1, 2, 4])
+def test_the_quick_retraction_knows_when_rank_is_lost(lost, scale):
+    U, _, V = point(0, 12, 10, 4, torch.float32)
+    S = torch.tensor([2.0, 1.5, 1.0, 0.5]) * (torch.arange(4) < 4 - lost) * scale
+    assert not quick_retract(U * S, torch.zeros(10, 4), U, V).amplified <= 30.0
+    K = U * 2.0 * scale
+    K[:, 1] = K[:, 0]
+    assert not quick_retract(K, torch.zeros(10, 4), U, V).amplified <= 30.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_layer_that_is_not_finite_leaves_the_others_of_its_quick_batch_alone(which, bad):
+    parts = [quick_case((9, 7, 3), 10 * i, 1.0, 0.1) for i in range(3)]
+    batch = [torch.stack(x) for x in zip(*parts, strict=True)]
+    batch[which][1, 2, 0] = bad
+    new = quick_retract(*batch)
+    assert (new.amplified <= 30.0).tolist() == [True, False, True]
+    for i in (0, 2):
+        one = quick_retract(*parts[i])
+        assert close(product(Basis(*(t[i] for t in new.basis))), product(one.basis), 1e-5)
 
 
 @given(shapes(), SEEDS)
