@@ -288,35 +288,38 @@ class Turned(NamedTuple):
 def quick_retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Turned:
     """The same by Cholesky-QR of K and the Gram matrix of what :func:`retract` calls Y, all in float32.
 
-    With K = Q R, X = U^T Q and V^T L = 0, Y = V R^T + L X and Y^T Y = R R^T + X^T L^T L X = E diag(S^2) E^T.
-    Then U' = Q E and V' = Y E diag(1/S). Only products are as long as K or L; what is (k, k) is in float64. It
-    takes less time than QR on a CPU and is no less orthonormal as long as little is amplified, which is so unless
-    K has almost lost its rank.
+    With K = Q R, X = U^T Q and P = V^T L, Y = V A + L X for A = R^T - P X, and Y^T Y = E diag(S^2) E^T follows from
+    the Gram matrix of V and L. Then U' = Q E and V' = Y E diag(1/S). Only products are as long as K or L; what is
+    (k, k) is in float64. It takes less time than QR on a CPU and is no less orthonormal as long as little is
+    amplified, which is so unless K has almost lost its rank.
 
     Args:
         K: (..., m, k). L: (..., n, k), of which (I - V V^T) L counts. U: (..., m, k). V: (..., n, k).
     """
-    gram, C, N, P = ((A.mT @ B).double() for A, B in ((K, K), (U, K), (L, L), (V, L)))  # (..., k, k)
-    of_gram, of_N = (X.diagonal(dim1=-2, dim2=-1) for X in (gram, N))  # squared norms of columns
-    d = of_gram.sqrt().unsqueeze(-2)  # K's columns differ in length, which is no ill condition
-    R = torch.linalg.cholesky_ex(gram / (d * d.mT), upper=True)[0] * d
-    X = torch.linalg.solve_triangular(R, C, upper=True, left=False)
-    H = R @ R.mT + X.mT @ ((N - P.mT @ P) @ X)
+    pairs = ((K, K), (U, K), (V, V), (V, L), (L, L))
+    KK, UK, VV, P, LL = ((left.mT @ right).double() for left, right in pairs)  # (..., k, k)
+    long_K, long_V, long_L = (gram.diagonal(dim1=-2, dim2=-1) for gram in (KK, VV, LL))  # squared norms of columns
+    d = long_K.sqrt().unsqueeze(-2)  # K's columns differ in length, which is no ill condition
+    R = torch.linalg.cholesky_ex(KK / (d * d.mT), upper=True)[0] * d
+    X = torch.linalg.solve_triangular(R, UK, upper=True, left=False)
+    A = R.mT - P @ X
+    H = A.mT @ (VV @ A + P @ X) + X.mT @ (P.mT @ A + LL @ X)
     whole = torch.isfinite(H).all(-1).all(-1)[..., None, None]  # eigh raises for NaN, for all of a batch
     squares, E = torch.linalg.eigh(torch.where(whole, H, torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)))
     S, E = squares.flip(-1).clamp(min=0.0).sqrt(), E.flip(-1)
-    by_K = torch.linalg.solve_triangular(R, E, upper=True)  # U' = K by_K
-    by_L = X @ (E / S.unsqueeze(-2))
-    by_V = R.mT @ (E / S.unsqueeze(-2))  # V' = V by_V + (I - V V^T) L by_L
-    sums = [(x[..., None] * by.square()).sum(-2).amax(-1) for x, by in ((of_gram, by_K), (of_N, by_L))]
-    short, long = torch.finfo(K.dtype), torch.finfo(torch.float64)
-    underflow = K.shape[-2] * short.tiny / of_gram.amin(-1)
-    in_float64 = long.eps / short.eps * (S[..., 0] / S[..., -1]).square()
+    by_K = torch.linalg.solve_triangular(R, E, upper=True)
+    E = E / S.unsqueeze(-2)
+    by_V, by_L = A @ E, X @ E
+    parts = ((long_K, by_K), (long_V, by_V), (long_L, by_L))
+    sums = [(long[..., None] * by.square()).sum(-2).amax(-1) for long, by in parts]
+    single, double = torch.finfo(K.dtype), torch.finfo(torch.float64)
+    underflow = K.shape[-2] * single.tiny / long_K.amin(-1)
+    in_float64 = double.eps / single.eps * (S[..., 0] / S[..., -1]).square()
     amplified = torch.stack([*sums, in_float64, underflow]).amax(0)
-    U1 = K @ by_K.to(K.dtype)
-    V1 = V @ (by_V - P @ by_L).to(K.dtype)
+    U1, V1 = K @ by_K.to(K.dtype), V @ by_V.to(K.dtype)
     V1 += L @ by_L.to(K.dtype)
-    return Turned(Basis(U1, S.to(K.dtype), V1), (C @ by_K).to(K.dtype), by_V.to(K.dtype), amplified)
+    of_U, of_V = UK @ by_K, VV @ by_V + P @ by_L
+    return Turned(Basis(U1, S.to(K.dtype), V1), of_U.to(K.dtype), of_V.to(K.dtype), amplified)
 
 
 def project_off(X: Tensor, V: Tensor) -> Tensor:
