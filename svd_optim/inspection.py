@@ -251,8 +251,8 @@ def spectral_numbers(S: Tensor, shape: tuple[int, int], keep: int) -> dict[str, 
 
 
 def _components(kept: Tensor, share: float) -> int:
-    """How many leading components hold a share of the energy, from the running sums."""
-    return int((kept < share).sum()) + 1
+    """How many leading components hold a share of the energy, but for rounding, from the running sums."""
+    return int((kept < share - 1e-12).sum()) + 1
 
 
 # ---- what is shown -----------------------------------------------------------------------------------

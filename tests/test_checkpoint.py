@@ -173,7 +173,8 @@ def test_load_model_for_inference(tmp_path: Path) -> None:
     x = torch.randn(5, 40)
     model = Run.new("adamw", seed=7).model.eval()
     load_model(tmp_path, model)
-    assert torch.equal(model(x), run.model.eval()(x))
+    with torch.no_grad():  # with gradients a layer that an optimizer follows multiplies in another order
+        assert torch.equal(model(x), run.model.eval()(x))
     low = Run.new("adamw", seed=7).model.to(torch.bfloat16).eval()
     load_model(tmp_path, low)
     assert low.up.U.dtype == torch.bfloat16

@@ -68,7 +68,8 @@ ACTS = {  # name of a configuration -> what happens in its run with AdamW and se
     "exact only": {"factorize", "shrink", "merge"},
     "held back": {"descend", "factorize", "merge"},
     "stalls": {"stalled"},
-    "rarely exact": {"descent_extended", "descent_failed"},
+    "rarely exact": {"descend", "descent_extended"},
+    "never exact": {"descend", "descent_extended", "descent_failed"},
     "observe": {"danger"},
 }
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,6 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "held back": {"thresholds": Thresholds(capture_safe=0.6, capture_lost=0.3), "budget": 0.7},
     "stalls": {"thresholds": Thresholds(angle_stable=0.0)},
     "rarely exact": {"thresholds": Thresholds(reconstruction_safe=1e-4)},
+    "never exact": {"thresholds": Thresholds(reconstruction_safe=0.0)},
     "observe": {"mode": "observe"},
 }
 
