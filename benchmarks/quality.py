@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
-from rivals import Core, ThreeFactors, TwoFactors, truncate_
+from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
 from svd_optim import LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
 from train_gpt import bits_per_byte, warm_down
 
@@ -55,6 +55,7 @@ class Row:
     config: dict[str, Any] | None = None  # of SubspaceConfig: ours
     at_once: bool = False  # ours, but truncated at once by hand
     form: type[torch.nn.Module] | None = None  # a rival's replacement of nn.Linear
+    projected: bool = False  # a dense model brought back to the rank of the budget every 20 steps: saves nothing
     galore: bool = False
     scale: float = 1.0  # of the factored step, beside the library's own
     dtype: torch.dtype = torch.float32  # of all weights
@@ -81,6 +82,8 @@ ROWS: dict[str, Row] = {
     "core only 0.5": Row(budget=0.5, form=Core),
     "ours 0.5, step x 0.7": Row(budget=0.5, config={"budget": 0.5}, scale=0.5**0.5),
     "ours 0.5, step x 1.4": Row(budget=0.5, config={"budget": 0.5}, scale=2**0.5),
+    "dense, projected 0.5": Row(budget=0.5, projected=True),
+    "dense, projected 0.25": Row(budget=0.25, projected=True),
     "GaLore, rank of 0.5": Row(galore=True, optimizers=("adamw",)),
     "dense, bfloat16": Row(dtype=torch.bfloat16, optimizers=("adamw",)),
     "ours 0.5, bfloat16": Row(budget=0.5, config={"budget": 0.5}, dtype=torch.bfloat16, optimizers=("adamw",)),
@@ -191,7 +194,7 @@ def train(job: Job) -> dict[str, Any]:
     schedulers = [warm_down(optimizer, sizes.steps) for optimizer in optimizers]
     stepping = [wrapper or optimizers[0], *optimizers[1:]]
     stream = batches(training, 1, sizes.sequence_length, job.seed)
-    seconds, losses = [], []
+    seconds = []
     for step in range(sizes.steps):
         if step == at and row.at_once and wrapper is not None:
             wrapper.factorize_([layer.name for layer in wrapper.plan().layers if layer.rank is not None])
@@ -199,6 +202,8 @@ def train(job: Job) -> dict[str, Any]:
             jumps.before_switch(step, ())
             truncate_(model.blocks, optimizers[0], optimizers[-1], row.form, row.budget)
             jumps.after_switch(step, ())
+        if row.projected and step >= at and (step - at) % 20 == 0:
+            project_(model.blocks, row.budget)
         start, paused = time.perf_counter(), jumps.seconds
         inputs, targets = next(stream)
         for optimizer in stepping:
@@ -210,7 +215,8 @@ def train(job: Job) -> dict[str, Any]:
             optimizer.step()
             scheduler.step()
         seconds.append(time.perf_counter() - start - (jumps.seconds - paused))
-        losses.append(loss.item())
+    if row.projected:
+        project_(model.blocks, row.budget)
     last = seconds[-max(1, len(seconds) // 5) :]  # all switches are behind
     return {
         "bpb": bits_per_byte(model, validation),

@@ -92,6 +92,18 @@ def truncate_(model: nn.Module, matrices: Optimizer, vectors: Optimizer, form: t
             vectors.param_groups[0]["params"].extend(p for p in trained if p.ndim == 1)
 
 
+@torch.no_grad()
+def project_(model: nn.Module, budget: float) -> None:
+    """Bring every ``nn.Linear`` in ``model`` to the nearest weight whose U, S, V would fit into ``budget``.
+
+    What remains a dense model, trained densely in between, is the bound for training at that rank.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            factors = ThreeFactors(module.weight, budget)
+            module.weight.copy_((factors.U * factors.S) @ factors.V.mT)
+
+
 class Ancestor:
     """The analysis of this project's predecessor: a full SVD of each weight, projections formed explicitly.
 
