@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from . import planner
 from .config import SubspaceConfig
+from .followed import FollowedLayer
 from .records import Decision, LayerState, Plan, PlannedLayer, break_even_rank
-from .tracker import RANK_HYSTERESIS, FollowedLayer, SubspaceTracker
+from .tracker import RANK_HYSTERESIS, SubspaceTracker
 
 PLAN_HYSTERESIS = 0.25  # after warmup a plan moves a rank only by more: a new rank starts a layer's analyses anew
 

@@ -16,8 +16,8 @@ import torch
 
 from . import linalg
 from .decomposition import attempt
+from .followed import FollowedLayer
 from .records import LayerState
-from .tracker import FollowedLayer
 from .transitions import MAX_EXTENSIONS
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .followed import FollowedLayer
 from .records import Decision, LayerReport, Question
-from .tracker import FollowedLayer
 
 
 def size(tensors: Iterable[Tensor | None]) -> int:

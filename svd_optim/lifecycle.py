@@ -24,6 +24,7 @@ from .alerts import AlertWatch
 from .config import SubspaceConfig
 from .descent import Landed, descend_, duration, exact_bases
 from .faults import undone_on_error
+from .followed import FollowedLayer, target_rank
 from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
@@ -43,7 +44,7 @@ from .records import (
 )
 from .selection import Selection, first_match
 from .switching import replace_parameters_, resize_, to_dense_, to_factors_
-from .tracker import FollowedLayer, SubspaceTracker, target_rank
+from .tracker import SubspaceTracker
 
 logger = logging.getLogger(__name__)
 
@@ -629,7 +630,7 @@ class Lifecycle:
             "guard": self.guard.state_dict(),
             "guarded": dict(self.guarded),
             "events": [event.as_plain() for event in self.events],
-            "layers": {name: self.tracker.layer_state(layer) for name, layer in self.layers.items()},
+            "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
         }
 
     def check_saved(self, saved: Mapping[str, Any], base_state: Mapping[str, Any]) -> None:
@@ -674,6 +675,6 @@ class Lifecycle:
         self.warned = set(failing)
         for name, state in saved["layers"].items():
             layer = self.layers[name]
-            self.tracker.load_layer_state(layer, state)
+            layer.load_state_dict(state)
             if layer.factored is not None:
                 self.own(layer)

@@ -22,6 +22,7 @@ from .config import SubspaceConfig
 from .descent import exact_bases
 from .factorization import saved_factors
 from .faults import uninterrupted
+from .followed import FollowedLayer
 from .inventory import watching_bytes
 from .layers import FactorizedLinear
 from .lifecycle import Lifecycle
@@ -29,7 +30,6 @@ from .linalg import Basis
 from .listeners import Listener
 from .records import Event, LayerMetrics, LayerReport, LayerState, Plan, Summary, break_even_rank, clean
 from .selection import select_layers
-from .tracker import FollowedLayer
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from . import moments
 from .factor_step import Factored, masters, write_
 from .factorization import factorize_, merge_
+from .followed import FollowedLayer
 from .layers import FactorizedLinear
 from .linalg import Basis, project_off, working
-from .tracker import FollowedLayer
 
 
 def replace_parameters_(

@@ -1,160 +1,31 @@
 """SubspaceTracker: the cached bases, what was measured against them, and when they are refreshed.
 
-It owns all analysis state, in float32 beside the optimizer (inside ``optimizer.state`` loading would
-cast it to the parameters' type). Per layer that is one basis, k (m + n) numbers and a few extra
-columns (a factorized layer is its own basis), five running sums and a short history.
+It writes all analysis state, which lies with the layers (``followed.py``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import linalg
-from .config import LayerOverride, SubspaceConfig, Thresholds
+from .config import SubspaceConfig
 from .decomposition import LinAlgError, attempt
-from .factor_step import Factored, masters
+from .followed import FollowedLayer
 from .layers import SKETCH_SIZE, FactorizedLinear
 from .linalg import Basis, working
-from .planner import uniform_rank
-from .protection import Anchor, anchor_dense, anchor_factors, restore_dense_
-from .records import LayerInfo, LayerMetrics, LayerState, significant
+from .records import LayerMetrics, significant
 
 HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
 SCALARS = 8  # of a layer's refresh: angle, drift, error, stable, effective and exact rank, skew, finite
 HOLDS = 0.01  # a basis whose energy-weighted sine to what it should be is below this is not iterated again
 RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
-
-
-@dataclass
-class FollowedLayer:
-    """One layer and everything known of it."""
-
-    name: str
-    module: nn.Linear
-    index: int  # in the wrapper's list: seeds its private generators
-    thresholds: Thresholds
-    rank: int
-    energy_target: float | None = None
-    explicit: bool = False  # the user gave its rank, share or energy: no plan changes it
-    keep_dense: bool = False  # what the plan says of it
-    cooldown_until: int = 0  # before that step it is left as it is
-    protected_by_hand: bool = False
-    dense_anchor: Anchor | None = None  # while it is dense and protected
-    state: LayerState = LayerState.WARMUP
-    cached: Basis | None = None  # of the dense weight, as of basis_step
-    images: tuple[Tensor, Tensor] | None = None  # of a factorized weight then: W Omega (m, s), W^T Psi (n, s)
-    basis_step: int = 0
-    pending: Tensor | None = None  # (SCALARS,) float64 on the device: of this interval's refresh, once it was
-    sums: Tensor | None = None  # (2 + 3k,) float64 on the device: measured, nonfinite, three alignments
-    capture: list[float] = field(default_factory=list)  # of the last analyses, at every rank from 1 to k
-    history: list[LayerMetrics] = field(default_factory=list)  # its analyses, oldest first
-    spectrum: tuple[float, ...] = ()  # S at its octaves over ||W||_F, as of the last of them
-    line_start: int = -1  # analyses up to this step were of another rank or state: no decision rests on them
-    factored: Factored | None = None
-    outside: Tensor | None = None  # (m, s): sum of a factorized layer's sketches since the last analysis
-    descent_end: int | None = None  # the step at which the factors are due
-    extensions: int = 0  # how often that was put off
-    danger: bool = False
-    nonfinite: bool = False  # its gradient or weight was NaN or Inf when it was last looked at
-    failures: int = 0  # decompositions that failed in a row
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (m, n), or U (m, k): the parameter that stands first in the optimizer."""
-        return self.module.U if isinstance(self.module, FactorizedLinear) else self.module.weight
-
-    @property
-    def basis(self) -> Basis | None:
-        """Leading singular triplets: the factors themselves, or those of the dense weight at the last refresh."""
-        if self.factored is not None:
-            return masters(self.factored.module, self.factored.kept)
-        return self.cached
-
-    @property
-    def anchor(self) -> Anchor | None:
-        """What its principal block is kept at while it is protected."""
-        return self.factored.anchor if self.factored is not None else self.dense_anchor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) = (out_features, in_features)."""
-        return self.module.out_features, self.module.in_features
-
-    def info(self, base_reason: str = "", step: int = 0) -> LayerInfo:
-        """What a policy may know at a step."""
-        return LayerInfo(
-            name=self.name,
-            shape=self.shape,
-            rank=self.rank,
-            base_understood=not base_reason,
-            base_reason=base_reason,
-            keep_dense=self.keep_dense,
-            protected=self.anchor is not None,
-            cooldown=max(0, self.cooldown_until - step),
-        )
-
-    @property
-    def line(self) -> tuple[LayerMetrics, ...]:
-        """The analyses that decisions rest on: those at the present rank and in the present state."""
-        return tuple(metrics for metrics in self.history if metrics.step > self.line_start)
-
-    def start_line(self) -> None:
-        """A new rank or state: decisions start from nothing."""
-        self.pending = None
-        self.line_start = self.history[-1].step if self.history else -1
-
-    @torch.no_grad()
-    def protect(self, by_hand: bool, principal: Basis | None = None) -> None:
-        """From now on the principal block stays what it is: the whole core in factors, else that of ``principal``.
-
-        Args:
-            principal: leading singular triplets of a dense weight; default: those known, at the layer's rank.
-        """
-        self.protected_by_hand = by_hand
-        if self.factored is not None:
-            factors = self.basis
-            assert factors is not None
-            self.factored.anchor = anchor_factors(factors)
-            return
-        if principal is None and self.cached is not None:
-            principal = self.cached.leading(self.rank)
-        if principal is not None:
-            self.dense_anchor = anchor_dense(working(self.module.weight), principal.U, principal.V)
-
-    def count_decomposition(self, ok: bool) -> None:
-        """Remember whether the last decomposition gave something."""
-        self.failures = 0 if ok else self.failures + 1
-
-    def release(self) -> None:
-        """End the protection."""
-        self.protected_by_hand, self.dense_anchor = False, None
-        if self.factored is not None:
-            self.factored.anchor = None
-
-    def hold_anchor(self) -> None:
-        """After a step of the base optimizer: put a protected dense weight's principal block back."""
-        if self.dense_anchor is not None:
-            W = self.module.weight
-            held = W if W.dtype == self.dense_anchor.U.dtype else W.to(self.dense_anchor.U.dtype)
-            restore_dense_(held, self.dense_anchor)
-            if held is not W:
-                W.copy_(held)
-
-    def set_rank(self, rank: int) -> None:
-        """Another rank: what was measured at the old one says nothing of it, but for the plan."""
-        if rank != self.rank:
-            self.rank, self.sums = rank, None
-            enough = self.cached is not None and rank <= len(self.cached.S)
-            self.cached = self.cached if enough else None
-            self.start_line()
 
 
 def _known(value: float) -> float | None:
@@ -171,27 +42,6 @@ def _spectrum(S: Sequence[float], stable_rank: float | None) -> tuple[float, ...
     if stable_rank is None or not S[0] > 0:
         return ()
     return tuple(significant(S[k - 1] / S[0] / math.sqrt(stable_rank), 4) for k in octaves(len(S)))
-
-
-def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:
-    """The rank to bring a layer to: by number, by fraction of min(m, n), or by its share of its parameters.
-
-    Raises:
-        ValueError: an explicit rank above min(m, n).
-    """
-    m, n = shape
-    overridden = override.budget is not None or override.energy is not None
-    rank = override.rank if override.rank is not None or overridden else config.rank
-    if isinstance(rank, int):
-        if rank > min(m, n):
-            raise ValueError(
-                f"layer {name!r} of shape ({m}, {n}) can't have rank {rank}: min(m, n) = {min(m, n)}. "
-                f"Give a fraction (rank=0.25), a budget, or an override for this layer"
-            )
-        return rank
-    if rank is not None:
-        return max(1, round(rank * min(m, n)))
-    return uniform_rank(m, n, override.budget if override.budget is not None else config.budget)
 
 
 def _private_generator(config: SubspaceConfig, layer: FollowedLayer, step: int) -> torch.Generator:
@@ -534,68 +384,3 @@ class SubspaceTracker:
             nonfinite=int(bad) + (finite == 0.0),
             **{name: None if x is None else significant(x) for name, x in values.items()},
         )
-
-    # ---- saving ----------------------------------------------------------------------------
-
-    def layer_state(self, layer: FollowedLayer) -> dict[str, Any]:
-        """Everything of a layer that a resumed run needs, as tensors and plain values."""
-        factored = isinstance(layer.module, FactorizedLinear)
-        kept = layer.factored.kept if layer.factored is not None else None
-        return {
-            "state": str(layer.state),
-            "factorized": factored,
-            "shape": list(layer.shape),
-            "rank": layer.rank,
-            "basis": None if layer.cached is None else list(layer.cached),
-            "images": None if layer.images is None else list(layer.images),
-            "basis_step": layer.basis_step,
-            "pending": layer.pending,
-            "sums": layer.sums,
-            "capture": list(layer.capture),
-            "line_start": layer.line_start,
-            "history": [vars(metrics) for metrics in layer.history],
-            "descent_end": layer.descent_end,
-            "extensions": layer.extensions,
-            "danger": layer.danger,
-            "keep_dense": layer.keep_dense,
-            "cooldown_until": layer.cooldown_until,
-            "protected_by_hand": layer.protected_by_hand,
-            "anchor": None if layer.anchor is None else list(layer.anchor),
-            "outside": layer.outside,
-            "kept": None if kept is None else list(kept),
-            "nonfinite": None if layer.factored is None else layer.factored.nonfinite,
-            "was_nonfinite": layer.nonfinite,
-            "failures": layer.failures,
-        }
-
-    def load_layer_state(self, layer: FollowedLayer, saved: dict[str, Any]) -> None:
-        """The inverse of :meth:`layer_state`, for a layer whose structure already fits."""
-        device = layer.weight.device
-
-        def basis(parts: list[Tensor] | None) -> Basis | None:
-            return None if parts is None else Basis(*(t.to(device, copy=True) for t in parts))
-
-        layer.state = LayerState(saved["state"])
-        layer.rank = int(saved["rank"])
-        layer.cached, layer.basis_step = basis(saved["basis"]), int(saved["basis_step"])
-        images = saved["images"]
-        layer.images = None if images is None else tuple(t.to(device, copy=True) for t in images)
-        layer.capture = [float(x) for x in saved["capture"]]
-        layer.pending = None if saved["pending"] is None else saved["pending"].to(device, copy=True)
-        layer.sums = None if saved["sums"] is None else saved["sums"].to(device, copy=True)
-        layer.line_start = int(saved["line_start"])
-        layer.history = [LayerMetrics(**values) for values in saved["history"]]
-        layer.descent_end, layer.extensions = saved["descent_end"], int(saved["extensions"])
-        layer.danger, layer.nonfinite = bool(saved["danger"]), bool(saved["was_nonfinite"])
-        layer.failures = int(saved["failures"])
-        layer.keep_dense, layer.cooldown_until = bool(saved["keep_dense"]), int(saved["cooldown_until"])
-        layer.protected_by_hand = bool(saved["protected_by_hand"])
-        anchor = saved["anchor"]
-        anchor = None if anchor is None else Anchor(*(t.to(device, copy=True) for t in anchor))
-        layer.dense_anchor = anchor if layer.factored is None else None
-        layer.outside = None if saved["outside"] is None else saved["outside"].to(device, copy=True)
-        if layer.factored is not None:
-            layer.factored.anchor = anchor
-            layer.factored.kept = basis(saved["kept"])
-            bad = saved["nonfinite"]
-            layer.factored.nonfinite = None if bad is None else bad.to(device, copy=True)

@@ -41,10 +41,10 @@ from svd_optim import (
     Thresholds,
 )
 from svd_optim.factor_step import masters
+from svd_optim.followed import FollowedLayer
 from svd_optim.linalg import Basis
 from svd_optim.moments import SECOND, join
 from svd_optim.switching import resize_
-from svd_optim.tracker import FollowedLayer
 
 MOMENTS = ("muon", "adamw", "adam", "sgd_nesterov", "rmsprop", "adagrad")
 # No layer goes back to dense here, and each may change its rank every 40 steps.
