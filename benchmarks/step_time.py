@@ -7,15 +7,18 @@
 Rows, for each optimizer, width and number of tokens a step:
 
 - bare: the optimizer alone;
-- observe: every matrix watched, with the defaults (bases refreshed every 20 steps, every 5th gradient measured);
+- observe: every matrix watched, with the defaults (bases refreshed every 20 steps, every 5th gradient measured), at
+  the ranks of half;
+- rank 10: the same at the rank of the ancestor;
 - ancestor: full SVDs and explicit projections of all layers, every 20 steps, as this project's predecessor did it;
 - half: all matrices factorized, half of their parameters;
 - GaLore (AdamW only, where galore-torch is installed): of the same rank as half.
 
 All take turns, step by step, so that whatever else the machine does falls on all of them alike. Ratios are medians
 over blocks of 20 steps (one whole interval) of sums of simultaneous steps; the slowest step is that of the median
-block. Shares of time are by the wrapper's own clock. Peak memory is measured in a process of its own for each row:
-resident bytes above what the process held before it built the model (on CUDA: what the allocator has given out).
+block. Shares of time are by the wrapper's own clock, or by that of the ancestor's analysis. Peak memory is measured in
+a process of its own for each row: resident bytes above what the process held before it built the model (on CUDA: what
+the allocator has given out).
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
 
 INTERVAL = 20
 SEQUENCE = 512
-ROWS = ("bare", "observe", "ancestor", "half", "galore")
+RANK = 10  # the predecessor's
+ROWS = ("bare", "observe", "rank 10", "ancestor", "half", "galore")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Contestant:
     optimizers: list[torch.optim.Optimizer]
     wrapper: SubspaceAwareOptimizer | None = None
     ancestor: Ancestor | None = None
+    analysing: float = 0.0  # seconds that the ancestor has taken
     seconds: list[float] = field(default_factory=list)  # one for each step
 
     @classmethod
@@ -91,13 +96,12 @@ class Contestant:
             optimizers = [torch.optim.AdamW([*matrices, *rest], lr=1e-3)]
         made = cls(row, case, model, optimizers)
         if row == "ancestor":
-            made.ancestor = Ancestor(matrices, rank=10)
+            made.ancestor = Ancestor(matrices, RANK)
         elif row != "bare":
-            mode = "observe" if row == "observe" else "manual"
-            half = {"*": LayerOverride(budget=0.5)}
-            made.wrapper = SubspaceAwareOptimizer(
-                optimizers[0], model, SubspaceConfig(mode=mode, interval=INTERVAL, overrides=half)
-            )
+            override = LayerOverride(rank=RANK) if row == "rank 10" else LayerOverride(budget=0.5)
+            mode = "manual" if row == "half" else "observe"
+            config = SubspaceConfig(mode=mode, interval=INTERVAL, overrides={"*": override})
+            made.wrapper = SubspaceAwareOptimizer(optimizers[0], model, config)
             made.optimizers = [made.wrapper, *optimizers[1:]]
         return made
 
@@ -111,7 +115,9 @@ class Contestant:
         self.model(batch[:, :-1], batch[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if self.ancestor is not None and number % INTERVAL == INTERVAL - 1:
+            begin = clock()
             self.ancestor.analyse()
+            self.analysing += clock() - begin
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -182,7 +188,9 @@ def measure(case: Case, rows: Sequence[str], intervals: int) -> dict[str, Any]:
 
 
 def phases(run: Contestant) -> dict[str, float]:
-    """Seconds so far, by the wrapper's clock."""
+    """Seconds so far, by the wrapper's clock or the ancestor's."""
+    if run.ancestor is not None:
+        return {"analyse": run.analysing}
     return dict(run.wrapper.summary().seconds) if run.wrapper is not None else {}
 
 
