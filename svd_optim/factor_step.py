@@ -28,7 +28,7 @@ from .moments import UNDERSTOOD, turn_
 from .protection import Anchor, restored_factors
 
 # What is left over of a derived scale: the best of a small grid (``benchmarks/quality.py``, "step x ...").
-MUON_SCALE = 2**-0.5
+MUON_SCALE = 0.5
 ENTRYWISE_SCALE = 1.0
 MAX_AMPLIFICATION = 30.0  # of rounding errors, 1e-7, in retractions without QR
 
@@ -105,7 +105,9 @@ def update_scales(
       only lr sqrt(mk). Hence sqrt(n/k) for K and sqrt(m/k) for L.
     * Muon: its update is orthogonal, so its size is set by the shape that it sees. Its shape factor is
       exchanged for that of W. Two steps of norm a together, dK V^T + U dL^T, have a norm of up to
-      sqrt(2) a where they share their directions: times 1/sqrt(2) they have at most the dense step's.
+      sqrt(2) a where they share their directions (V^T dL = 0), and of up to 2 a before what dL has in V is
+      projected off: times 1/2 they have at most the dense step's, all in all. Of 1/2, 1/sqrt(2) and 1 it
+      measured best.
 
     Args:
         state: what the optimizer keeps for K.
