@@ -196,7 +196,7 @@ def test_watch_follows_a_run_and_ends_with_control_c(tmp_path: Path):
     path.touch()  # as a run does that has not analysed yet
     time.sleep(1)
     record(path, steps=120)
-    time.sleep(3)
+    time.sleep(10)  # it has to be seen, also on a busy machine
     with path.open("a") as file:
         file.write('{"record":"event","st')  # a line that is still being written
     time.sleep(1)

@@ -277,7 +277,7 @@ def test_a_layer_that_is_held_back_grows_where_the_budget_has_room(base: str, se
         jumps = Jumps(model)
         optimizer.add_listener(jumps)
         optimizer.factorize_("a", rank=3)
-        model.train_on(optimizer, range(200))
+        model.train_on(optimizer, range(300))
         ends[budget] = model.distance()
         events = [event for event in optimizer.events if event.kind == "grow"]
         if budget == 0.12:
