@@ -105,9 +105,8 @@ def update_scales(
       only lr sqrt(mk). Hence sqrt(n/k) for K and sqrt(m/k) for L.
     * Muon: its update is orthogonal, so its size is set by the shape that it sees. Its shape factor is
       exchanged for that of W. Two steps of norm a together, dK V^T + U dL^T, have a norm of up to
-      sqrt(2) a where they share their directions (V^T dL = 0), and of up to 2 a before what dL has in V is
-      projected off: times 1/2 they have at most the dense step's, all in all. Of 1/2, 1/sqrt(2) and 1 it
-      measured best.
+      sqrt(2) a where they share their directions: times 1/sqrt(2) they have at most the dense step's. Times
+      1/2 measured better still.
 
     Args:
         state: what the optimizer keeps for K.
