@@ -119,9 +119,11 @@ def turn_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: T
 def _turn_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, turns: Pair) -> Pair:
     (U, V), (U1, V1), (of_U, of_V) = old, new, turns
     to_K, to_L = M_L.mT @ V1, M_K.mT @ U1  # (k, k)
-    M_L1 = V @ to_L + M_L @ of_U
+    M_K1, M_L1 = M_K @ of_V, M_L @ of_U
+    M_K1 += U @ to_K
+    M_L1 += V @ to_L
     M_L1 -= V1 @ (of_V.mT @ to_L + to_K.mT @ of_U)  # V1 V1^T of it
-    return M_K @ of_V + U @ to_K, M_L1
+    return M_K1, M_L1
 
 
 def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,8 @@ def reads() -> Iterator[Callable[[], int]]:
 def test_steps_between_analyses_read_nothing(base: str) -> None:
     """Dense, descending and factorized, measured or not; a refresh is part of an analysis.
 
-    Of equal factorized layers one flag a step is read, on the CPU only, where nobody waits for it: whether their
-    retraction needs QR.
+    Of equal factorized layers two numbers a step are read, on the CPU only, where nobody waits for them: in which
+    type their retraction is to be done, and whether it needs QR.
     """
     model, optimizer = make(base, quick(interval=20, measure_every=3))
     seen: set[LayerState] = set()
@@ -74,7 +74,7 @@ def test_steps_between_analyses_read_nothing(base: str) -> None:
             optimizer.step()
             found = count()
         if not due and not lands and optimizer.steps % 20:
-            assert found == len(equal), optimizer.steps
+            assert found == 2 * len(equal), optimizer.steps
             seen |= states
         elif due:
             assert found > 0  # the counter counts
