@@ -24,6 +24,7 @@ from .records import LayerMetrics, significant
 HISTORY = 64  # analyses kept per layer, or as many as patience needs
 DRIFT_STEPS = 20  # subspace_drift is given per this many steps
 SCALARS = 8  # of a layer's refresh: angle, drift, error, stable, effective and exact rank, skew, finite
+FAR = 0.05  # so much of it is measured by cosines alone
 HOLDS = 0.01  # a basis whose energy-weighted sine to what it should be is below this is not iterated again
 RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
 
@@ -58,6 +59,15 @@ class _Look(NamedTuple):
     image: Tensor  # (m, q) = W V: the first product of a refresh, too
     angle: Tensor  # by which W V has left the span of U
     drift: Tensor
+
+
+class _Judged(NamedTuple):
+    """What the host has to know of a weight and its basis to refresh it."""
+
+    finite: bool  # the weight
+    useful: bool  # the basis: not of a zero matrix, without NaN or Inf, not mapped to zero by the weight
+    holds: bool  # by HOLDS
+    far: bool  # by FAR
 
 
 class SubspaceTracker:
@@ -218,18 +228,15 @@ class SubspaceTracker:
             return
         looked = [self._look(layer) for layer in layers]
         flags = torch.stack([flags for _, flags in looked]).tolist()
-        for layer, (look, _), (finite, useful, holds) in zip(layers, looked, flags, strict=True):
-            layer.pending = self._refresh_one(layer, look, finite, useful, holds, step)
+        for layer, (look, _), judged in zip(layers, looked, flags, strict=True):
+            layer.pending = self._refresh_one(layer, look, _Judged(*judged), step)
 
     def _look(self, layer: FollowedLayer) -> tuple[_Look | None, Tensor]:
-        """(how a dense weight lies to its basis, [the weight is finite, its basis is of use, it still holds]).
-
-        The basis of a zero matrix is of no use, nor is one that holds NaN or Inf, or that the weight maps to zero.
-        """
+        """(how a dense weight lies to its basis, what it is :class:`_Judged` by (4,) bool)."""
         module = layer.module
         if isinstance(module, FactorizedLinear):
             finite = torch.stack([torch.isfinite(p).all() for p in (module.U, module.S, module.V)]).all()
-            return None, torch.stack([finite, torch.ones_like(finite), torch.ones_like(finite)])
+            return None, torch.stack([finite, *(torch.ones_like(finite),) * 3])
         assert layer.cached is not None
         W, old = working(module.weight), layer.cached
         tall = len(W) > W.shape[1]
@@ -239,7 +246,7 @@ class SubspaceTracker:
         angle, drift = linalg.left_residual(image, old.U, layer.rank)
         useful = torch.isfinite(drift) & (old.S[0] > 0)
         look = _Look(tall, W, old, image, angle, drift)
-        return look, torch.stack([linalg.finite(W), useful, useful & (drift < HOLDS)])
+        return look, torch.stack([linalg.finite(W), useful, useful & (drift < HOLDS), drift > FAR])
 
     @torch.no_grad()
     def analyse(self, layers: Iterable[FollowedLayer], step: int) -> dict[str, LayerMetrics]:
@@ -276,26 +283,24 @@ class SubspaceTracker:
             layer.factored.nonfinite = None
         return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, sums])
 
-    def _refresh_one(
-        self, layer: FollowedLayer, look: _Look | None, finite: bool, useful: bool, holds: bool, step: int
-    ) -> Tensor:
+    def _refresh_one(self, layer: FollowedLayer, look: _Look | None, judged: _Judged, step: int) -> Tensor:
         """[angle, drift, error, stable, effective and exact rank, skew, finite] on the device, (SCALARS,)."""
         unknown = torch.full((SCALARS,), math.nan, dtype=torch.float64, device=layer.weight.device)
-        unknown[-1] = float(finite)
-        if not finite:
+        unknown[-1] = float(judged.finite)
+        if not judged.finite:
             return unknown
         k, since = layer.rank, layer.basis_step
         if look is None:
             new, angle, drift, total, skew = self._analyse_factors(layer)
             self.keep_images(layer, step)
         else:
-            refreshed = self._refreshed(layer, look, useful, holds)
+            refreshed = self._refreshed(layer, look, judged)
             if refreshed is None:
                 return unknown
             new, total = refreshed, linalg.energy(working(layer.module.weight))
             angle, drift = look.angle, look.drift
-            if not holds:  # else the spans stay as they were at basis_step
-                angle, drift = self._change(look.old.leading(k), new.leading(k))
+            if not judged.holds:  # else the spans stay as they were at basis_step
+                angle, drift = self._change(look.old.leading(k), new.leading(k), judged.far)
                 layer.basis_step = step
             skew = torch.zeros_like(angle)
             layer.cached = new.transposed() if look.tall else new
@@ -308,15 +313,15 @@ class SubspaceTracker:
         scalars = (angle, drift, error, total / squares[0], effective, exact, skew, unknown[-1])
         return torch.stack([x.double() for x in scalars])
 
-    def _refreshed(self, layer: FollowedLayer, look: _Look, useful: bool, holds: bool) -> Basis | None:
+    def _refreshed(self, layer: FollowedLayer, look: _Look, judged: _Judged) -> Basis | None:
         """The basis of ``look.W`` as of now; ``None``: it can't be had, and the old one stays."""
 
         def decompose(dtype: torch.dtype) -> Basis:
             W, image = look.W.to(dtype), look.image.to(dtype)
             old = Basis(*(factor.to(dtype) for factor in look.old))
-            if holds:
+            if judged.holds:
                 return linalg.ritz_basis(image, old)
-            if not useful:
+            if not judged.useful:
                 return linalg.exact_basis(W, len(old.S))
             return linalg.refresh_basis(W, old, image)
 
@@ -324,11 +329,11 @@ class SubspaceTracker:
         layer.count_decomposition(new is not None)
         return new
 
-    def _change(self, old: Basis, new: Basis) -> tuple[Tensor, Tensor]:
+    def _change(self, old: Basis, new: Basis, far: bool) -> tuple[Tensor, Tensor]:
         """(angle, drift), of the side that moved more; NaN where a basis was of no use."""
         try:
-            angles, drifts = zip(*(linalg.subspace_change(a, b, new.S) for a, b in ((old.U, new.U), (old.V, new.V))),
-                                 strict=True)  # fmt: skip
+            sides = ((old.U, new.U), (old.V, new.V))
+            angles, drifts = zip(*(linalg.subspace_change(a, b, new.S, far) for a, b in sides), strict=True)
         except LinAlgError:
             return (unknown := new.S.new_full((), math.nan)), unknown
         return torch.maximum(*angles), torch.maximum(*drifts)

@@ -33,6 +33,7 @@ from svd_optim.linalg import (
     retract,
     subspace_change,
 )
+from svd_optim.tracker import FAR
 
 SCALES = st.sampled_from([1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e20, 1e30])
 SEEDS = st.integers(0, 10_000)
@@ -529,6 +530,22 @@ def test_turning_inside_the_subspace_is_no_change(shape, seed):
     U0 = orthonormal(seed, m, k)
     angle, drift = subspace_change(U0, U0 @ orthonormal(seed + 1, k, k), torch.ones(k))
     assert float(angle) < 3e-6 and float(drift) < 3e-6
+
+
+@given(st.integers(3, 24), SEEDS, st.sampled_from([0.05, 0.3, 1.2]), st.integers(1, 12))
+def test_what_has_moved_far_is_seen_by_cosines_alone(m, seed, angle, turned):
+    """To a thousandth, where the drift is what the tracker asks for at least."""
+    Q = orthonormal(seed, m, m, torch.float64)
+    k = m // 2
+    turned = min(k, m - k, turned)
+    U = Q[:, :k].clone()
+    U[:, :turned] = math.cos(angle) * Q[:, :turned] + math.sin(angle) * Q[:, k : k + turned]
+    U, U0, S = U.float(), Q[:, :k].float(), random(seed + 1, k).abs().sort(descending=True).values
+    expected_angle, expected_drift = change_twin(U0, U, S)
+    found, drift = subspace_change(U0, U, S, far=True)
+    assert math.isclose(math.sin(float(found)), math.sin(expected_angle), rel_tol=1e-3)
+    if expected_drift >= FAR:
+        assert math.isclose(float(drift), expected_drift, rel_tol=1e-3)
 
 
 def test_a_basis_that_is_not_quite_orthonormal_has_not_moved():
