@@ -180,7 +180,7 @@ def projection_energies(total: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Gradi
 
 def factored_gradient_energies(
     G_K: Tensor, G_L: Tensor, sketch: Tensor, U: Tensor, V: Tensor, Omega: Tensor
-) -> tuple[GradientEnergies, Tensor]:
+) -> tuple[GradientEnergies, Tensor, Tensor]:
     """The same energies of a gradient G that was never formed, from what a factored layer has.
 
     ||U^T G||, ||G V|| and ||U^T G V|| are exact. The rest of ||G||, the part outside the tangent
@@ -195,7 +195,7 @@ def factored_gradient_energies(
         Omega: (..., n, s), standard normal.
 
     Returns:
-        The energies, and whether sketch and gradients belong together ((...,) bool).
+        The energies, whether sketch and gradients belong together ((...,) bool), and R Omega, (..., m, s).
     """
     C = U.mT @ G_K  # (k, k)
     expected = (V @ C.mT + G_L).mT @ Omega  # (k, s) = U^T G Omega, as scaled as G_K and G_L
@@ -208,7 +208,7 @@ def factored_gradient_energies(
     right, lower = _column_energies(G_K), _column_energies(G_L)
     outside = energy(R) / Omega.shape[-1]
     left = _column_energies(C.mT) + lower
-    return GradientEnergies(right.sum(-1) + lower.sum(-1) + outside, left, right, _shells(C)), matches
+    return GradientEnergies(right.sum(-1) + lower.sum(-1) + outside, left, right, _shells(C)), matches, R
 
 
 def alignments(e: GradientEnergies) -> Tensor:

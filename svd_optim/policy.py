@@ -164,8 +164,12 @@ class ThresholdPolicy:
             return hold  # undefined: says nothing, for it or against it
         highest = max(captures)
         kept = Condition(name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True)
-        if not kept.holds:
-            return replace(hold, action=Action.MERGE, reason=f"factors can't follow: {kept}", conditions=(kept,))
+        known = [m.persistence for m in recent if m.persistence is not None]
+        persistent = Condition(name="persistent", value=min(known, default=None), threshold=t.persistent, above=True)
+        if not kept.holds and (persistent.holds or not known):
+            told = (kept, persistent) if known else (kept,)
+            reason = f"factors can't follow: {'; '.join(map(str, told))}"
+            return replace(hold, action=Action.MERGE, reason=reason, conditions=told)
         if layer.cooldown > 0:
             return hold
         step = quantum(*layer.shape)

@@ -105,6 +105,7 @@ class LayerMetrics:
     principal_excess: float | None = None  # principal_alignment, chance-corrected
     input_excess: float | None = None  # input_alignment, chance-corrected
     capture_excess: float | None = None  # tangent_capture, chance-corrected
+    persistence: float | None = None  # factorized: share of the gradient outside that stays, 0 if it is noise
     subspace_angle: float | None = None  # largest principal angle since the last analysis, radians
     subspace_drift: float | None = None  # energy-weighted sine, larger of both sides, per 20 steps
     reconstruction_error: float | None = None  # relative Frobenius error of keeping rank k

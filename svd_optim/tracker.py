@@ -119,17 +119,15 @@ class SubspaceTracker:
                 kind = (layer.factored is None, layer.shape, layer.rank, layer.weight.dtype, layer.weight.device)
                 batches.setdefault(kind, []).append(layer)
         for (dense, *_), batch in batches.items():
-            e, usable = self._dense_energies(batch) if dense else self._factored_energies(batch)
+            e, usable, outside = self._dense_energies(batch) if dense else self._factored_energies(batch)
             finite = torch.isfinite(e.left + e.right).all(-1)  # of a sketch we don't speak: it may be stale
             usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
             values = torch.where(usable[:, None, None], linalg.alignments(e), 0.0).double().flatten(1)
             add = torch.cat([torch.stack([usable, ~finite], dim=1).double(), values], dim=1)  # (b, 2 + 3k)
             for i, layer in enumerate(batch):
                 layer.sums = add[i].clone() if layer.sums is None else layer.sums + add[i]
-                module = layer.module
-                if isinstance(module, FactorizedLinear) and module.sketch is not None:
-                    assert module.sketch.grad is not None
-                    seen = torch.where(usable[i], working(module.sketch.grad), 0.0)
+                if outside is not None:  # of a gradient of unit length
+                    seen = torch.where(usable[i], outside[i].double() / e.total[i].sqrt(), 0.0).to(outside)
                     layer.outside = seen if layer.outside is None else layer.outside + seen
 
     def _measurable(self, layer: FollowedLayer) -> bool:
@@ -139,7 +137,7 @@ class SubspaceTracker:
             return all(t is not None for t in tensors)
         return module.weight.grad is not None and not module.weight.grad.is_sparse and layer.cached is not None
 
-    def _dense_energies(self, layers: Sequence[FollowedLayer]) -> tuple[linalg.GradientEnergies, Tensor]:
+    def _dense_energies(self, layers: Sequence[FollowedLayer]) -> tuple[linalg.GradientEnergies, Tensor, None]:
         parts = []
         for layer in layers:
             assert layer.cached is not None and layer.module.weight.grad is not None
@@ -147,9 +145,9 @@ class SubspaceTracker:
             G = working(layer.module.weight.grad)
             parts.append((linalg.energy(G), *linalg.projections(G, U, V)))
         e = linalg.projection_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))
-        return e, torch.isfinite(e.total)
+        return e, torch.isfinite(e.total), None
 
-    def _factored_energies(self, layers: Sequence[FollowedLayer]) -> tuple[linalg.GradientEnergies, Tensor]:
+    def _factored_energies(self, layers: Sequence[FollowedLayer]) -> tuple[linalg.GradientEnergies, Tensor, Tensor]:
         parts = []
         for layer in layers:
             module = layer.module
@@ -272,7 +270,7 @@ class SubspaceTracker:
         return metrics
 
     def _row(self, layer: FollowedLayer) -> Tensor:
-        """[*S, *pending, *sums] on the device, float64, (k + SCALARS + 2 + 3k,)."""
+        """[*S, *pending, outside, *sums] on the device, float64, (k + SCALARS + 1 + 2 + 3k,)."""
         assert layer.pending is not None and layer.basis is not None
         sums = layer.sums
         if sums is None:
@@ -281,7 +279,8 @@ class SubspaceTracker:
             bad = torch.maximum(sums[1], layer.factored.nonfinite.double())
             sums = torch.cat([sums[:1], bad[None], sums[2:]])
             layer.factored.nonfinite = None
-        return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, sums])
+        outside = sums.new_zeros(1) if layer.outside is None else linalg.energy(layer.outside)[None] / SKETCH_SIZE
+        return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums])
 
     def _refresh_one(self, layer: FollowedLayer, look: _Look | None, judged: _Judged, step: int) -> Tensor:
         """[angle, drift, error, stable, effective and exact rank, skew, finite] on the device, (SCALARS,)."""
@@ -357,15 +356,18 @@ class SubspaceTracker:
         return factors, unknown, drift, total, skew
 
     def _metrics(self, layer: FollowedLayer, row: list[float], step: int) -> LayerMetrics:
-        angle, drift, error, stable, effective, exact, skew, finite, count, bad, *sums = row
+        angle, drift, error, stable, effective, exact, skew, finite, outside, count, bad, *sums = row
         m, n = layer.shape
         k = layer.rank
-        principal = right = capture = None
+        principal = right = capture = persistence = None
         if count:
             *sides, curve = ([min(1.0, x / count) for x in accumulate(sums[i * k : (i + 1) * k])] for i in range(3))
             principal, right, capture = sides[0][-1], sides[1][-1], curve[-1]
             before = layer.capture if len(layer.capture) == k else curve
             layer.capture = [(a + b) / 2 for a, b in zip(before, curve, strict=True)]  # steadies the plan
+            each = count * (1.0 - capture)  # sum of squares of what `outside` is the sum of
+            if layer.factored is not None and count > 1 and each > 0:
+                persistence = (outside / each - 1.0) / (count - 1.0)
         known = bool(finite) and not math.isnan(error)  # a zero matrix has no subspace
         values: dict[str, float | None] = {
             "principal_alignment": principal,
@@ -374,6 +376,7 @@ class SubspaceTracker:
             "principal_excess": linalg.chance_corrected(principal, k / m),
             "input_excess": linalg.chance_corrected(right, k / n),
             "capture_excess": linalg.chance_corrected(capture, 1 - (1 - k / m) * (1 - k / n)),
+            "persistence": persistence,
             "subspace_angle": _known(angle) if known else None,
             "subspace_drift": _known(drift) if known else None,
             "reconstruction_error": error if known else None,

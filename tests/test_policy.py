@@ -197,7 +197,7 @@ def runs(n: int, **changes) -> list[LayerMetrics]:
     return [dataclasses.replace(metrics(i, **changes), rank=48) for i in range(n)]
 
 
-FREE, HELD_BACK, LOST = {"capture_excess": 0.7}, {"capture_excess": 0.2}, {"capture_excess": 0.05}
+FREE, HELD_BACK, LOST = {"capture_excess": 0.7}, {"capture_excess": 0.2}, {"capture_excess": 0.05, "persistence": 0.4}
 ROOMY = {"exact_rank": 29}
 MOVES = [  # what was seen -> what is done
     (FREE, Action.HOLD, None),
@@ -206,6 +206,8 @@ MOVES = [  # what was seen -> what is done
     (LOST, Action.MERGE, None),
     (HELD_BACK | ROOMY, Action.HOLD, None),  # it has room that it does not use
     (LOST | ROOMY, Action.MERGE, None),
+    (LOST | {"persistence": 0.1}, Action.GROW, 56),  # mere noise
+    (LOST | {"persistence": None}, Action.MERGE, None),  # one gradient an interval can't tell
 ]
 
 
@@ -221,7 +223,7 @@ def test_the_reasons_inside_factors():
     assert inside(runs(3)).reason == "factorized"
     assert inside(runs(3, **ROOMY)).reason == "all but 32 of 48 directions are negligible"
     assert inside(runs(3, **HELD_BACK)).reason == "held back: capture_safe: 0.2, needs > 0.4 (off by 0.2)"
-    lost = "factors can't follow: capture_kept: 0.05, needs >= 0.1 (off by 0.05)"
+    lost = "factors can't follow: capture_kept: 0.05, needs >= 0.1 (off by 0.05); persistent: 0.4 > 0.1"
     assert inside(runs(3, **LOST)).reason == lost
 
 
@@ -239,7 +241,9 @@ def test_only_what_all_of_the_last_analyses_agree_on(seen, action, rank, patienc
 def test_the_largest_of_the_last_analyses_counts():
     history = [runs(1, exact_rank=rank)[0] for rank in (9, 33, 17)]
     assert inside(history).rank == 40
-    history = [runs(1, capture_excess=c)[0] for c in (0.02, 0.1, 0.03)]  # one of them is not below
+    history = [runs(1, capture_excess=0.0, persistence=p)[0] for p in (0.4, 0.1, 0.4)]  # one is not above
+    assert inside(history).action == Action.GROW
+    history = [runs(1, capture_excess=c, persistence=0.4)[0] for c in (0.02, 0.1, 0.03)]  # one of them is not below
     assert inside(history).action == Action.GROW
     history = [runs(1, capture_excess=c)[0] for c in (0.02, 0.41, 0.03)]
     assert inside(history).action == Action.HOLD
@@ -290,21 +294,28 @@ def test_danger_is_told_inside_factors_whatever_is_done():
 
 
 @given(
-    st.lists(st.tuples(st.one_of(st.none(), st.floats(0, 1)), st.one_of(st.none(), st.integers(1, 48))), max_size=5),
+    st.lists(
+        st.tuples(
+            st.one_of(st.none(), st.floats(0, 1), st.floats(0, 0.12)),
+            st.one_of(st.none(), st.integers(1, 48)),
+            st.one_of(st.none(), st.floats(-0.3, 1)),
+        ),
+        max_size=5,
+    ),
     st.integers(1, 3),
     st.sampled_from([0, 7]),
 )
 def test_moves_inside_factors_are_those_of_the_twin(seen, patience, cooldown):
-    history = [runs(1, capture_excess=c, exact_rank=k)[0] for c, k in seen]
+    history = [runs(1, capture_excess=c, exact_rank=k, persistence=p)[0] for c, k, p in seen]
     decision = inside(history, dataclasses.replace(INSIDE, cooldown=cooldown), patience)
     recent = seen[-patience:]
     expected: tuple[Action, int | None] = Action.HOLD, None
-    if len(recent) == patience and all(c is not None for c, _ in recent):
-        needed = max(math.ceil((k or 48) / 8) * 8 for _, k in recent)
-        if all(c < 0.1 for c, _ in recent):
+    if len(recent) == patience and all(c is not None for c, *_ in recent):
+        needed = max(math.ceil((k or 48) / 8) * 8 for _, k, _ in recent)
+        if all(c < 0.1 and (p is None or p > 0.1) for c, _, p in recent):
             expected = Action.MERGE, None
         elif not cooldown:
-            held_back = all(c <= 0.4 for c, _ in recent)
+            held_back = all(c <= 0.4 for c, *_ in recent)
             if needed < 48 and not held_back:
                 expected = Action.SHRINK, needed
             elif needed == 48 and held_back:

@@ -26,6 +26,7 @@ from helpers import (
 from torch import Tensor, nn
 
 from svd_optim import Action, Decision, LayerState, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim.linalg import energy, project_off
 from svd_optim.moments import join
 
 
@@ -102,6 +103,53 @@ def test_only_the_layer_whose_data_changed_goes_back(base: str) -> None:
             break
     assert [name for name, *_ in happened(optimizer, "merge")] == ["changes"]
     assert factorized(model) == ["stays"]
+
+
+def persistence_of(gradients: list[Tensor], seed: int) -> tuple[float, float]:
+    """(as the wrapper has it, by its definition and the same sketch in float64) of the gradients of an interval."""
+    (m, n), count = gradients[0].shape, len(gradients)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(n, m, bias=False))
+    base = torch.optim.SGD(model.parameters(), lr=1e-30)
+    config = manual(interval=count, seed=seed, min_size=1)
+    optimizer = SubspaceAwareOptimizer(base, model, config)
+    optimizer.factorize_("all", rank=3)
+    module = model[0]
+    U, V, Omega = (x.detach().double() for x in (module.U, module.V, module.Omega))
+    seen = []
+    for G in gradients:
+        optimizer.zero_grad()
+        (model(torch.eye(n)) * G.T).sum().backward()  # whose gradient is G
+        G = G.double()
+        outside = project_off(project_off(G, U).mT, V).mT
+        sketched = outside @ Omega
+        known = energy(G) - energy(outside)
+        seen.append(sketched / (known + energy(sketched) / Omega.shape[1]).sqrt())
+        optimizer.step()
+    each = float(sum(energy(x) for x in seen))
+    twin = (float(energy(torch.stack(seen).sum(0))) / each - 1) / (count - 1)
+    found = optimizer.layers["0"].history[-1]
+    assert found.measured == count and found.persistence is not None
+    return found.persistence, twin
+
+
+@pytest.mark.parametrize("count", [2, 4, 7])
+def test_persistence_is_one_for_a_constant_gradient_and_nothing_for_noise(count: int) -> None:
+    shape, noise = (14, 11), []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        constant, *others = (torch.randn(shape, generator=generator) for _ in range(count + 1))
+        sizes = [10.0**i for i in range(count)]  # each gradient counts alike
+        found, twin = persistence_of([size * constant for size in sizes], seed)
+        assert math.isclose(found, 1.0, rel_tol=1e-4) and math.isclose(twin, 1.0, rel_tol=1e-4)
+        found, twin = persistence_of([(-1) ** i * constant for i in range(count)], seed)
+        assert math.isclose(found, ((count % 2) / count - 1) / (count - 1), rel_tol=1e-4)
+        found, twin = persistence_of([constant + G for G in others], seed)
+        assert math.isclose(found, twin, abs_tol=1e-4) and 0.1 < found < 0.9
+        found, twin = persistence_of(others, seed)
+        assert math.isclose(found, twin, abs_tol=1e-4)
+        noise.append(found)
+    assert abs(sum(noise) / len(noise)) < 0.1
 
 
 # ---- a loss that rises -----------------------------------------------------------------------------
