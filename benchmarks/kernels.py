@@ -292,12 +292,13 @@ def retract(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
     for (m, n), k in args.refreshes:
         for b in (1, 8):
             U, V = (torch.linalg.qr(random(b, x, k, device=args.device))[0] for x in (m, n))
-            K = U * torch.linspace(2, 0.1, k, device=args.device)
+            K = U * torch.linspace(2, 0.5, k, device=args.device)  # as a Muon layer's
             K = K + 0.01 * random(b, m, k, device=args.device) * K.std()
             L = linalg.project_off(0.01 * random(b, n, k, device=args.device) * K.std(), V)
             ways: dict[str, Callable[[], Basis]] = {
+                "Gram matrices": lambda K=K, L=L, U=U, V=V: linalg.quick_retract(K, L, U, V, torch.float32).basis,
+                "their eigenvectors in float64": lambda K=K, L=L, U=U, V=V: linalg.quick_retract(K, L, U, V).basis,
                 "QR, QR, SVD": lambda K=K, L=L, U=U, V=V: linalg.retract(K, L, U, V),
-                "Gram matrices": lambda K=K, L=L, U=U, V=V: linalg.quick_retract(K, L, U, V).basis,
                 "full SVD": lambda K=K, L=L, U=U, V=V, k=k: linalg.exact_basis(K @ V.mT + U @ L.mT, k),
             }
             product = K.double() @ V.double().mT + U.double() @ L.double().mT
