@@ -73,10 +73,10 @@ class Thresholds:
         capture_safe: factors can follow the gradient when ``capture_excess`` exceeds it. A factorized
             layer below it is held back, and grows where the budget has room.
         capture_lost: a factorized layer whose ``capture_excess`` stays below it follows the gradient
-            hardly better than by chance. It becomes dense again if, besides,
-        persistent: its ``persistence`` exceeds this: what its factors can't follow is no noise, which
-            comes out as 0, but points the same way from one batch to the next. Not asked for where an
-            interval measures one gradient only, which can't tell.
+            hardly better than by chance: it becomes dense again.
+        persistent: both only if ``persistence`` exceeds this: what the factors can't follow is no noise,
+            which comes out as 0, but points the same way from one batch to the next. Not asked for where
+            an interval measures one gradient only, which can't tell.
         angle_stable: stable when ``subspace_drift`` (a sine, per 20 steps) is below it.
         reconstruction_safe: exact enough to install factors when ``reconstruction_error`` (relative
             Frobenius error) is below it.

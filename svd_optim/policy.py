@@ -166,10 +166,15 @@ class ThresholdPolicy:
         kept = Condition(name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True)
         known = [m.persistence for m in recent if m.persistence is not None]
         persistent = Condition(name="persistent", value=min(known, default=None), threshold=t.persistent, above=True)
-        if not kept.holds and (persistent.holds or not known):
-            told = (kept, persistent) if known else (kept,)
-            reason = f"factors can't follow: {'; '.join(map(str, told))}"
-            return replace(hold, action=Action.MERGE, reason=reason, conditions=told)
+        noise = bool(known) and not persistent.holds  # is what the factors can't follow
+
+        def because(why: str, missing: Condition, action: Action, rank: int | None = None) -> Decision:
+            told = (missing, persistent) if known else (missing,)
+            reason = f"{why}: {'; '.join(map(str, told))}"
+            return replace(hold, action=action, reason=reason, conditions=told, rank=rank)
+
+        if not kept.holds and not noise:
+            return because("factors can't follow", kept, Action.MERGE)
         if layer.cooldown > 0:
             return hold
         step = quantum(*layer.shape)
@@ -180,9 +185,8 @@ class ThresholdPolicy:
         if free.holds and spare:
             reason = f"all but {rank} of {layer.rank} directions are negligible"
             return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)
-        if not free.holds and not spare:  # held back, and using all the directions that it has
-            reason, rank = f"held back: {free}", layer.rank + step
-            return replace(hold, action=Action.GROW, reason=reason, conditions=(free,), rank=rank)
+        if not free.holds and not spare and not noise:  # held back, and using all the directions that it has
+            return because("held back", free, Action.GROW, layer.rank + step)
         return hold
 
     def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:

@@ -366,9 +366,11 @@ def test_manual_mode_changes_no_rank() -> None:
 
 @pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("sgd", 1)])
 def test_ranks_do_not_flutter(base: str, seed: int) -> None:
-    """Where all that is left is noise a layer is held back at every rank, and each new direction negligible."""
+    """Where all that is left is noise, and taken for more, a layer is held back at every rank, and each new direction
+    negligible."""
     model = Parallel(seed, noise=0.3, a=2, b=5)
-    thresholds = Thresholds(angle_stable=0.9, capture_safe=0.15, capture_lost=0.0, reconstruction_safe=0.2)
+    limits = {"angle_stable": 0.9, "capture_safe": 0.15, "capture_lost": 0.0, "reconstruction_safe": 0.2}
+    thresholds = Thresholds(**limits, persistent=0.0)
     optimizer = changing(base, model, thresholds=thresholds, cooldown=60, patience=1, budget=0.4)
     optimizer.factorize_("all", rank=8)
     model.train_on(optimizer, range(360))
