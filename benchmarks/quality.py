@@ -1,6 +1,6 @@
 """What does training in fewer parameters cost in quality? Ours, the ways around it, and a smaller dense model.
 
-    python benchmarks/quality.py --quick          # one seed, the headline rows, shorter runs
+    python benchmarks/quality.py --quick          # one seed, the headline rows, half as long: half an hour
     python benchmarks/quality.py                  # everything; hours. Stop and start again at will
     python benchmarks/quality.py --report         # only the table of what is there
 
