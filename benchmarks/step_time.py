@@ -134,13 +134,26 @@ def contestant(row: str, case: Case) -> Contestant:
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """Wall-clock seconds, with the device's queue empty."""
+    """Seconds: the host's, or on CUDA the device's own between events, with its queue empty."""
+    if not device.startswith("cuda"):
+        return time.perf_counter
+    last, seconds = _event(), 0.0
 
     def on_cuda() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        nonlocal last, seconds
+        now = _event()
+        seconds += last.elapsed_time(now) / 1e3
+        last = now
+        return seconds
 
-    return on_cuda if device.startswith("cuda") else time.perf_counter
+    return on_cuda
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    event.synchronize()
+    return event
 
 
 def rows_of(case: Case, wanted: Sequence[str] = ROWS) -> list[str]:
