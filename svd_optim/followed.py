@@ -48,7 +48,7 @@ class FollowedLayer:
     spectrum: tuple[float, ...] = ()  # S at its octaves over ||W||_F, as of the last of them
     line_start: int = -1  # analyses up to this step were of another rank or state: no decision rests on them
     factored: Factored | None = None
-    outside: Tensor | None = None  # (m, s): sum of a factorized layer's sketches since the last analysis
+    outside: Tensor | None = None  # (m, s): sketches of what factors missed of unit gradients, summed over an interval
     descent_end: int | None = None  # the step at which the factors are due
     extensions: int = 0  # how often that was put off
     danger: bool = False

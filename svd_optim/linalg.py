@@ -72,6 +72,15 @@ def _ritz(W: Tensor, image: Tensor) -> Basis:
     return Basis(Q @ P, S, Z @ Th.mT)
 
 
+def _magnitude(X: Tensor) -> Tensor:
+    """The largest entry of X (..., a, b) in size, or 1 where all are 0, (..., 1, 1).
+
+    A power step, W W^T alone, would square the scale of W: float32 ends at 1e38 and at 1e-45. So it divides by this.
+    """
+    size = X.abs().amax((-2, -1), keepdim=True)
+    return torch.where(size > 0, size, 1.0)
+
+
 def first_basis(W: Tensor, k: int, generator: torch.Generator) -> Basis:
     """A basis of W (m, n) from nothing: exact for small matrices, else randomized with 4 power steps.
 
@@ -85,8 +94,7 @@ def first_basis(W: Tensor, k: int, generator: torch.Generator) -> Basis:
     image = W @ torch.randn(n, q, generator=generator, dtype=W.dtype).to(W.device)
     for _ in range(3):  # algorithm 4.3, orthonormalised once in each power step
         Q, R = torch.linalg.qr(image)  # (m, q)
-        scale = R.abs().amax()  # as in refresh_basis
-        image = W @ (W.mT @ (Q / torch.where(scale > 0, scale, 1.0)))
+        image = W @ (W.mT @ (Q / _magnitude(R)))
     return _ritz(W, image)
 
 
@@ -109,9 +117,7 @@ def refresh_basis(W: Tensor, old: Basis, image: Tensor | None = None) -> Basis:
         return refresh_basis(W.mT, old.transposed(), image).transposed()
     if image is None:
         image = W @ old.V
-    # W W^T alone would square the scale of W: float32 ends at 1e38 and at 1e-45.
-    size = image.abs().amax((-2, -1), keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
+    size = _magnitude(image)
     return _ritz(W, W @ (W.mT @ (image / size / size)))
 
 

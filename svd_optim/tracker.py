@@ -124,11 +124,13 @@ class SubspaceTracker:
             usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
             values = torch.where(usable[:, None, None], linalg.alignments(e), 0.0).double().flatten(1)
             add = torch.cat([torch.stack([usable, ~finite], dim=1).double(), values], dim=1)  # (b, 2 + 3k)
+            if outside is not None:  # of gradients of unit length
+                lengths = e.total.sqrt()[:, None, None]
+                outside = torch.where(usable[:, None, None], outside.double() / lengths, 0.0).to(outside)
             for i, layer in enumerate(batch):
                 layer.sums = add[i].clone() if layer.sums is None else layer.sums + add[i]
-                if outside is not None:  # of a gradient of unit length
-                    seen = torch.where(usable[i], outside[i].double() / e.total[i].sqrt(), 0.0).to(outside)
-                    layer.outside = seen if layer.outside is None else layer.outside + seen
+                if outside is not None:
+                    layer.outside = outside[i].clone() if layer.outside is None else layer.outside + outside[i]
 
     def _measurable(self, layer: FollowedLayer) -> bool:
         module = layer.module
