@@ -188,7 +188,8 @@ def train(job: Job) -> dict[str, Any]:
     wrapper = None
     if row.config is not None:
         mode = "manual" if row.at_once else "auto"
-        config = SubspaceConfig(mode=mode, seed=job.seed, **row.config, **schedule(sizes.steps))
+        settings = row.config | schedule(sizes.steps)
+        config = SubspaceConfig(mode=mode, seed=job.seed, total_steps=sizes.steps, **settings)
         wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[jumps])
     factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE = (scale * row.scale for scale in SCALES)
     schedulers = [warm_down(optimizer, sizes.steps) for optimizer in optimizers]

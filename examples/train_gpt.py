@@ -179,9 +179,9 @@ def build_optimizers(
         optimizer = torch.optim.AdamW([*matrices, *rest], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if args.baseline:
         return [optimizer, *others], None
-    config = SubspaceConfig(
-        mode="observe" if args.observe else "auto", seed=args.seed, **(SHORT_CONFIG if args.short else {})
-    )
+    mode = "observe" if args.observe else "auto"
+    settings = SHORT_CONFIG if args.short else {}
+    config = SubspaceConfig(mode=mode, seed=args.seed, total_steps=args.steps, **settings)
     wrapper = SubspaceAwareOptimizer(optimizer, model, config)
     return [wrapper, *others], wrapper
 

@@ -36,7 +36,8 @@ EXAMPLES = """examples:
 
 A log is what RunLog writes: optimizer.add_listener(RunLog("runs/log.jsonl"))."""
 WATCH_SECONDS = 0.5  # between two looks at a log that is being written
-DECIDES = ("mode", "rule", "warmup", "patience", "descent_steps", "cohort", "cooldown", "on_danger", "stall_after")
+DECIDES = ("mode", "rule", "warmup", "patience", "descent_steps", "total_steps", "cohort", "cooldown", "on_danger",
+           "stall_after")  # fmt: skip
 
 
 class Problem(Exception):

@@ -21,7 +21,8 @@ from .records import Action, Condition, LayerReport, LayerState, Summary
 WINDOW = 5  # analyses that a trend is seen in
 SURE = 3.18
 REST = 3  # analyses in a row outside a zone, after which entering it is news again
-FACTS = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even", "patience")  # no measured value
+# Conditions without a measured value.
+FACTS = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time", "patience")
 
 
 class Level(StrEnum):

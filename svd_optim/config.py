@@ -169,6 +169,10 @@ class SubspaceConfig:
             fades before the factors go in, for a layer whose gradient its factors follow no better than
             by chance; less, in quarters, where they capture it. 0 factorizes only what is already exact
             enough.
+        total_steps: steps of the whole training, where they are known (as in torch.optim.lr_scheduler.OneCycleLR):
+            descents are shortened to end by then, to half at most; a layer for which even that is too late
+            stays dense and says so. ``None``: a descent that is not over when the training ends leaves its
+            layer dense, and the model larger than the budget.
         cohort: steps between the moments at which descents may start, so that layers switch
             together (each switch recompiles a compiled model).
         budget: share of all followed weights' numbers to keep. Ranks are spread over the layers by what
@@ -201,6 +205,7 @@ class SubspaceConfig:
     warmup: int = 100
     patience: int = 3
     descent_steps: int = 400
+    total_steps: int | None = None
     cohort: int = 100
     budget: float = 0.5
     rank: int | float | None = None
@@ -231,6 +236,8 @@ class SubspaceConfig:
                  "guard_steps": 0, "cooldown": 0, "min_size": 1, "stall_after": 1, "seed": 0}  # fmt: skip
         for key, low in least.items():
             _integer(name, key, getattr(self, key), low)
+        if self.total_steps is not None:
+            _integer(name, "total_steps", self.total_steps, 1)
         if self.rank is not None and self.energy is not None:
             raise ValueError(f"{name} takes rank or energy, not both: got rank={self.rank!r}, energy={self.energy!r}")
         _check_rank_fields(name, self.rank, self.budget, self.energy)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 from . import linalg
+from .config import SubspaceConfig
 from .decomposition import attempt
 from .followed import FollowedLayer
-from .records import LayerState
+from .records import LayerMetrics, LayerState
 from .transitions import MAX_EXTENSIONS
 
 
@@ -44,6 +45,26 @@ def duration(steps: int, captures: Sequence[float | None]) -> int:
     known = [c for c in captures if c is not None and not math.isnan(c)]
     excess = sum(known) / len(known) if known else 0.0
     return max(1, math.ceil(4 * (1.0 - excess)) * steps // 4)
+
+
+def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -> int:
+    """The step at which the factors of a layer are due if its descent begins after ``step``.
+
+    That is the end of the training, where it comes first, but after half of the duration at the earliest:
+    past ``total_steps`` if it is too late to begin.
+
+    Args:
+        history: the layer's analyses, oldest first, those at another rank included.
+    """
+    length = duration(config.descent_steps, [metrics.capture_excess for metrics in history[-config.patience :]])
+    if config.total_steps is None:
+        return step + length
+    return step + max(math.ceil(length / 2), min(length, config.total_steps - step))
+
+
+def too_late(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -> bool:
+    """Whether a descent that begins after ``step`` would last beyond the end of the training."""
+    return config.total_steps is not None and ending(config, step, history) > config.total_steps
 
 
 def exact_bases(layers: Sequence[FollowedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:

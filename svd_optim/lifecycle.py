@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from . import budget, decomposition, factor_step, inventory, linalg, moments, transitions
 from .alerts import AlertWatch
 from .config import SubspaceConfig
-from .descent import Landed, descend_, duration, exact_bases
+from .descent import Landed, descend_, ending, exact_bases, too_late
 from .faults import undone_on_error
 from .followed import FollowedLayer, target_rank
 from .guards import LossGuard
@@ -359,7 +359,8 @@ class Lifecycle:
                 self.decisions[layer.name] = self._ask_policy(layer)
 
     def _ask_policy(self, layer: FollowedLayer) -> Decision:
-        info = layer.info(self.base_reason(layer), self.steps)
+        late = too_late(self.config, self.steps, layer.history)
+        info = layer.info(self.base_reason(layer), self.steps, late)
         self.questions[layer.name] = Question(info=info, state=layer.state, analyses=len(layer.line))
         decision = self.policy.decide(info, layer.state, layer.line, layer.thresholds)
         if not isinstance(decision, Decision):
@@ -425,8 +426,7 @@ class Lifecycle:
         for layer in wanted[Action.DESCEND]:
             if layer.state == LayerState.DENSE:
                 layer.state = LayerState.DESCENDING
-                captures = [m.capture_excess for m in layer.history[-self.config.patience :]]  # also at another rank
-                layer.descent_end = self.steps + duration(self.config.descent_steps, captures)
+                layer.descent_end = ending(self.config, self.steps, layer.history)
                 self.acted = True
                 reason = self.decisions[layer.name].reason
                 self.emit(transitions.descend(self.steps, layer.name, reason, layer.rank, layer.descent_end))

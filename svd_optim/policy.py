@@ -92,10 +92,11 @@ def _attack(metrics: LayerMetrics, t: Thresholds) -> Condition:
     )
 
 
-STRUCTURAL = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even")
+STRUCTURAL = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time")
 _REASONS = {
     "in_plan": "in_plan: the plan keeps it dense, where a parameter does most",
     "unprotected": "unprotected: its principal block is being kept from moving",
+    "in_time": "in_time: too few steps of total_steps are left for its descent",
 }
 
 RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
@@ -196,6 +197,7 @@ class ThresholdPolicy:
     def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
         """All conditions as of the last analysis, the structural ones first, patience last."""
         tests = RULES[self.rule] if self.descend else (*RULES[self.rule], _reconstruction_safe)
+        in_time = not layer.late or not self.descend or _reconstruction_safe(history[-1], t).holds
         streak = 0
         for metrics in reversed(history):
             if not all(test(metrics, t).holds for test in tests):
@@ -213,6 +215,7 @@ class ThresholdPolicy:
             Condition(name="unprotected", value=float(not layer.protected), threshold=1, above=True, or_equal=True),
             Condition(name="cooldown", value=layer.cooldown, threshold=0, above=False, or_equal=True),
             Condition(name="below_break_even", value=layer.rank, threshold=layer.break_even, above=False),
+            Condition(name="in_time", value=float(in_time), threshold=1, above=True, or_equal=True),
             *(test(history[-1], t) for test in tests),
             Condition(name="patience", value=streak, threshold=self.patience, above=True, or_equal=True),
         )

@@ -70,6 +70,7 @@ class LayerInfo:
     keep_dense: bool = False  # the plan over all layers leaves it dense
     protected: bool = False  # its principal block is kept from moving
     cooldown: int = 0  # steps for which it is to be left as it is
+    late: bool = False  # too few steps of the training are left for its descent
 
     @property
     def break_even(self) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from . import transitions
 from .config import SubspaceConfig, Thresholds
-from .descent import duration
+from .descent import ending, too_late
 from .log import Run
 from .policy import policy_of
 from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, break_even_rank
@@ -41,7 +41,7 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
 
     Args:
         config: another one than the run's; what counts is mode, rule, thresholds, warmup, patience,
-            descent_steps, cohort, cooldown, stall_after and on_danger. Ranks, budget and the moments of
+            descent_steps, total_steps, cohort, cooldown, stall_after and on_danger. Ranks, budget and the moments of
             the analyses stay those of the record.
 
     Raises:
@@ -277,7 +277,8 @@ class _Replayer:
     def ask(self, layer: _Layer, report: LayerReport, line: list[LayerMetrics], step: int) -> Decision:
         """The policy's word."""
         assert report.question is not None
-        info = layer.info(report.question.info, step)
+        late = too_late(self.config, step, layer.history)
+        info = replace(layer.info(report.question.info, step), late=late)
         decision = self.decisions[layer.name] = self.policy.decide(info, layer.state, line, layer.thresholds)
         return decision
 
@@ -316,8 +317,7 @@ class _Replayer:
         event = self.recorded_event(step, layer.name, "descend") if layer.diverged is None else None
         if event is not None:
             layer.rank = int(event.numbers["rank"])
-        captures = [metrics.capture_excess for metrics in layer.history[-self.config.patience :]]
-        until = step + duration(self.config.descent_steps, captures)
+        until = ending(self.config, step, layer.history)
         layer.state = LayerState.DESCENDING
         self.emit(transitions.descend(step, layer.name, self.decisions[layer.name].reason, layer.rank, until))
         self.wait(layer, until)

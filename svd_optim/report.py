@@ -35,7 +35,7 @@ _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "facto
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
 _ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
 # Conditions that are plain facts, as a word; the policy's reason says the rest.
-_FACTS = {"base_understood": "unsupported", "in_plan": "kept dense", "unprotected": "protected"}
+_FACTS = {"base_understood": "unsupported", "in_plan": "kept dense", "unprotected": "protected", "in_time": "too late"}
 
 
 def _name(name: str) -> str:

@@ -105,6 +105,16 @@ def test_integers_have_a_smallest_value(name, low):
         assert f"SubspaceConfig.{name} must be at least {low}, got {value}" == str(error.value)
 
 
+def test_the_length_of_the_training_may_be_unknown():
+    assert SubspaceConfig().total_steps is SubspaceConfig(total_steps=None).total_steps is None
+    assert SubspaceConfig(total_steps=1).total_steps == 1
+    with pytest.raises(ValueError, match=r"SubspaceConfig\.total_steps must be at least 1, got 0"):
+        SubspaceConfig(total_steps=0)
+    for value in (800.0, "800", True):
+        with pytest.raises(TypeError, match=r"SubspaceConfig\.total_steps must be an integer"):
+            SubspaceConfig(total_steps=value)
+
+
 @pytest.mark.parametrize("value", WRONG_KIND_OF_INTEGER)
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_of_the_wrong_kind(name, value):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svd_optim.descent import duration
+from svd_optim import LayerMetrics, SubspaceConfig
+from svd_optim.descent import duration, ending, too_late
 
 EXCESS = st.floats(0.0, 1.0)
 
@@ -33,3 +34,16 @@ def test_it_is_shorter_where_more_is_captured_and_ends_with_others(steps, captur
     assert 1 <= length <= steps
     assert duration(steps, [max(c, more) for c in captures]) <= length
     assert length in {max(1, quarters * steps // 4) for quarters in range(5)}
+
+
+@given(st.integers(1, 1000), EXCESS, st.integers(0, 2000), st.integers(1, 2000))
+def test_it_ends_with_the_training_or_is_too_late(steps, capture, step, total):
+    history = [LayerMetrics(step=step, rank=4, measured=1, capture_excess=capture)]
+    config = SubspaceConfig(descent_steps=steps)
+    whole = duration(steps, [capture])
+    assert ending(config, step, history) == step + whole and not too_late(config, step, history)
+    config = SubspaceConfig(descent_steps=steps, total_steps=total)
+    end = ending(config, step, history)
+    assert whole <= 2 * (end - step) <= 2 * whole
+    assert too_late(config, step, history) == (end > total) == (2 * (total - step) < whole)
+    assert end <= total or end - step == math.ceil(whole / 2)

@@ -685,3 +685,25 @@ def test_factorized_model_is_an_ordinary_module() -> None:
             p.zero_()
     fresh.load_state_dict(model.state_dict())
     same_bits(fresh(x), model.eval()(x).detach().requires_grad_())
+
+
+@pytest.mark.parametrize("base", ["muon", "adamw"])
+def test_descents_end_with_the_training_or_do_not_begin(base: str) -> None:
+    def run(total: int | None, steps: int) -> SubspaceAwareOptimizer:
+        model, optimizer = make(base, quick(total_steps=total))
+        train(model, optimizer, steps)
+        return optimizer
+
+    free = run(None, 90)
+    lengths = {e.layer: e.numbers["until_step"] - e.step for e in free.events if e.kind == "descend"}
+    starts = {e.layer: e.step for e in free.events if e.kind == "descend"}
+    name = max(lengths, key=lambda name: lengths[name])
+    end = int(starts[name] + lengths[name])
+    open_ended = run(None, end - 1)
+    assert open_ended.layers[name].state == DESCENDING  # what total_steps is for
+    shortened = run(end - 1, end - 1)
+    assert shortened.layers[name].state == FACTORIZED
+    assert all(e.numbers["until_step"] <= end - 1 for e in shortened.events if e.kind == "descend")
+    late = run(int(starts[name] + lengths[name] / 2) - 1, starts[name])
+    row = next(row for row in late.why() if row.name == name)
+    assert (row.state, row.condition) == (DENSE, "in_time") and "total_steps" in row.reason

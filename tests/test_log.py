@@ -69,6 +69,7 @@ ACTS = {  # name of a configuration -> what happens in its run with AdamW and se
     "held back": {"descend", "factorize", "merge"},
     "stalls": {"stalled"},
     "rarely exact": {"descend", "descent_extended"},
+    "too late": {"descend", "factorize"},
     "never exact": {"descend", "descent_extended", "descent_failed"},
     "observe": {"danger"},
 }
@@ -80,6 +81,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "held back": {"thresholds": Thresholds(capture_safe=0.6, capture_lost=0.3), "budget": 0.7},
     "stalls": {"thresholds": Thresholds(angle_stable=0.0)},
     "rarely exact": {"thresholds": Thresholds(reconstruction_safe=1e-4)},
+    "too late": {"total_steps": 70, "cohort": 15},
     "never exact": {"thresholds": Thresholds(reconstruction_safe=0.0)},
     "observe": {"mode": "observe"},
 }

@@ -156,6 +156,7 @@ STRUCTURE = {
     "in_plan": ({"keep_dense": True}, "in_plan: the plan keeps it dense"),
     "unprotected": ({"protected": True}, "unprotected: its principal block is being kept from moving"),
     "cooldown": ({"cooldown": 120}, "cooldown: 120, needs <= 0"),
+    "in_time": ({"late": True}, "in_time: too few steps of total_steps are left"),
 }
 
 
@@ -163,20 +164,28 @@ STRUCTURE = {
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_what_is_to_stay_dense_stays_dense_and_says_why(rule, name):
     changes, reason = STRUCTURE[name]
-    decision = decide(safe(9), ThresholdPolicy(rule=rule), layer=dataclasses.replace(LAYER, **changes))
+    history = safe(9, reconstruction_error=0.3)
+    decision = decide(history, ThresholdPolicy(rule=rule), layer=dataclasses.replace(LAYER, **changes))
     assert decision.action == Action.HOLD and decision.blocker.name == name
     assert decision.reason.startswith(reason)
     assert all(c.holds for c in decision.conditions if c.name != name)
 
 
+def test_it_is_never_too_late_for_factors_that_need_no_descent():
+    late = dataclasses.replace(LAYER, late=True)
+    assert decide(safe(3), layer=late).action == Action.FACTORIZE
+    assert decide(safe(3), ThresholdPolicy(descend=False), layer=late).action == Action.FACTORIZE
+
+
 def test_the_reasons_of_a_move_are_measurements():
     decision = decide(safe(3))
-    assert [c.name for c in decision.conditions][:5] == [
+    assert [c.name for c in decision.conditions][:6] == [
         "base_understood",
         "in_plan",
         "unprotected",
         "cooldown",
         "below_break_even",
+        "in_time",
     ]
     assert decision.reason == "stable: 0.02 < 0.1; capture_safe: 0.7 > 0.4; patience: 3 >= 3"
 

@@ -221,6 +221,7 @@ def test_decision_column_inside_factors(action, rank, text):
         ("in_plan", 0.0, 1, True, "kept dense", "the plan keeps it dense"),
         ("unprotected", 0.0, 1, True, "protected", "being kept from moving"),
         ("cooldown", 320, 0, False, "cooldown 320", "cooldown: 320, needs <= 0"),
+        ("in_time", 0.0, 1, True, "too late", "too few steps"),
     ],
 )
 def test_decision_column_names_what_keeps_a_layer_out(name, value, threshold, above, text, why):
