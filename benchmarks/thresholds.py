@@ -47,7 +47,7 @@ LEARNING_RATES = {"muon": 0.01, "adamw": 2e-3}  # the best of quality.py's grid 
 GRADIENTS = 8  # batches that a layer is measured from
 DRIFT_STEPS = 20  # steps over which drift and movement are measured
 RULES: dict[str, Callable[[dict[str, float]], bool]] = {  # without their other condition, drift
-    "capture": lambda metrics: metrics["capture_excess"] > Thresholds().capture_safe,
+    "capture": lambda metrics: metrics["capture_excess"] > Thresholds().capture_held,
     "alignment": lambda metrics: metrics["principal_excess"] < Thresholds().principal_danger,
 }
 

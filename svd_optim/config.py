@@ -70,8 +70,11 @@ class Thresholds:
     Args:
         principal_danger: in danger when ``principal_excess`` exceeds it. Its complement,
             :attr:`minor_safe`, is the safety test of the ancestor's rule.
-        capture_safe: factors can follow the gradient when ``capture_excess`` exceeds it. A factorized
-            layer below it is held back, and grows where the budget has room.
+        capture_safe: factors can follow the gradient when ``capture_excess`` is at least this. 0 keeps no
+            layer out, and is the best of what was tried: capture hardly predicts what a layer loses, and
+            layers that it let in late under Muon lost more.
+        capture_held: a factorized layer whose ``capture_excess`` stays below it is held back, and grows
+            where the budget has room.
         capture_lost: a factorized layer whose ``capture_excess`` stays below it follows the gradient
             hardly better than by chance: it becomes dense again.
         persistent: both only if ``persistence`` exceeds this: what the factors can't follow is no noise,
@@ -84,7 +87,8 @@ class Thresholds:
     """
 
     principal_danger: float = 0.4
-    capture_safe: float = 0.02
+    capture_safe: float = 0.0
+    capture_held: float = 0.02
     capture_lost: float = 0.005
     persistent: float = 0.1
     angle_stable: float = 0.3
@@ -95,6 +99,7 @@ class Thresholds:
         for name in (
             "principal_danger",
             "capture_safe",
+            "capture_held",
             "capture_lost",
             "persistent",
             "angle_stable",
@@ -102,10 +107,10 @@ class Thresholds:
             "warn_margin",
         ):
             _number("Thresholds", name, getattr(self, name), 0, 1)
-        if self.capture_lost >= self.capture_safe > 0:
+        if self.capture_lost >= self.capture_held > 0:
             raise ValueError(
-                f"Thresholds.capture_lost must be below capture_safe, or layers would go in and out of factors: "
-                f"got {self.capture_lost!r} and {self.capture_safe!r}"
+                f"Thresholds.capture_lost must be below capture_held, or no layer would grow: "
+                f"got {self.capture_lost!r} and {self.capture_held!r}"
             )
 
     @property

@@ -35,6 +35,7 @@ class FollowedLayer:
     explicit: bool = False  # the user gave its rank, share or energy: no plan changes it
     keep_dense: bool = False  # what the plan says of it
     cooldown_until: int = 0  # before that step it is left as it is
+    returns: int = 0  # how often it came back
     protected_by_hand: bool = False
     dense_anchor: Anchor | None = None  # while it is dense and protected
     state: LayerState = LayerState.WARMUP
@@ -168,6 +169,7 @@ class FollowedLayer:
             "danger": self.danger,
             "keep_dense": self.keep_dense,
             "cooldown_until": self.cooldown_until,
+            "returns": self.returns,
             "protected_by_hand": self.protected_by_hand,
             "anchor": None if self.anchor is None else list(self.anchor),
             "outside": self.outside,
@@ -198,6 +200,7 @@ class FollowedLayer:
         self.danger, self.nonfinite = bool(saved["danger"]), bool(saved["was_nonfinite"])
         self.failures = int(saved["failures"])
         self.keep_dense, self.cooldown_until = bool(saved["keep_dense"]), int(saved["cooldown_until"])
+        self.returns = int(saved["returns"])
         self.protected_by_hand = bool(saved["protected_by_hand"])
         anchor = saved["anchor"]
         anchor = None if anchor is None else Anchor(*(t.to(device, copy=True) for t in anchor))

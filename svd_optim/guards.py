@@ -1,6 +1,7 @@
-"""Guards: what sends a factorized layer back. Plain numbers in, verdicts out.
+"""Guards: what sends a layer back. Plain numbers in, verdicts out.
 
-The loss guard asks whether the training loss after a switch is higher than its own noise explains.
+The loss guard asks whether the training loss since a switch, or since a descent began, is higher than its own noise
+explains.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .records import Condition
 
-REFERENCE = 8  # intervals before a switch that its losses are compared with
+REFERENCE = 8  # intervals before a change that the losses since are compared with
 SIGMAS = 4.0  # a rise within so many standard errors is noise
 PENDING = 4096  # losses kept between two analyses
 LEAST = 20  # losses in a window: with fewer, chance looks like a rise
@@ -42,20 +44,24 @@ class LossGuard:
 
     def __init__(self) -> None:
         self._pending: deque[Tensor] = deque(maxlen=PENDING)
-        self.windows: deque[Window] = deque(maxlen=REFERENCE)  # before the last switch
+        self.windows: deque[Window] = deque(maxlen=REFERENCE)  # before the last change
         self.since: deque[Window] | None = None  # after it; None: nothing to guard
+        self.lost = 0  # losses in a row of which none was finite; a few don't count
 
-    def observe(self, loss: Any) -> None:
-        """Take one step's loss: a number, or a tensor of one element. Anything else is not looked at."""
-        if isinstance(loss, Tensor):
-            if loss.numel() == 1 and not loss.is_complex():
-                self._pending.append(loss.detach().reshape(()).double().clone())
-        elif isinstance(loss, (int, float)):
+    def observe(self, loss: Any) -> bool:
+        """Take one step's loss: a real number, or a tensor of one element. Returns whether it is one."""
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+            self._pending.append(loss.detach().reshape(()).double().clone())
+            return True
+        if isinstance(loss, Real) and loss is not True and loss is not False:
             self._pending.append(torch.tensor(float(loss), dtype=torch.float64))
+            return True
+        return False
 
-    def switched(self) -> None:
-        """Layers have just gone into factors: what comes now is compared with what came before."""
-        self.end()  # another switch may still be watched
+    def changed(self) -> None:
+        """Layers have just gone into factors, or begun to: what comes now is compared with what came before."""
+        self.end()  # another change may still be watched
+        self.lost = 0
         self.since = deque(maxlen=REFERENCE)
 
     def end(self) -> None:
@@ -68,15 +74,15 @@ class LossGuard:
     def verdict(self) -> Condition | None:
         """Close the interval; whether the loss is where it was. ``None``: too little is known."""
         self._close()
-        if not self.since or len(self.windows) < 2:
+        if self.since is None or len(self.windows) < 2:
             return None
-        level, last = pooled_mean(self.windows), self.since[-1]
-        if not math.isfinite(last.mean):
-            errors = math.inf
-        elif last.losses < LEAST:
-            return None
-        else:
-            noise = max(standard_error(tuple(self.windows), last), ROUNDING * max(abs(level), abs(last.mean)))
+        errors = math.inf
+        if self.lost < LEAST:
+            if not self.since or self.since[-1].losses < LEAST:
+                return None
+            before, last = settled(self.windows), self.since[-1]
+            level = pooled_mean(before)
+            noise = max(standard_error(before, last), ROUNDING * max(abs(level), abs(last.mean)))
             errors = (last.mean - level) / noise if noise > 0 else 0.0
         return Condition(name="loss_steady", value=errors, threshold=SIGMAS, above=False)
 
@@ -84,14 +90,17 @@ class LossGuard:
         if not self._pending:
             return
         values = torch.stack([x.to(self._pending[-1].device) for x in self._pending])
-        count = len(values)
-        mean, variance = torch.stack([values.mean(), values.var(correction=1 if count > 1 else 0)]).tolist()
         self._pending.clear()
-        self._add(Window(count, mean, variance))
+        finite = torch.isfinite(values)
+        count = finite.sum()
+        mean = torch.where(finite, values, 0.0).sum() / count
+        squares = torch.where(finite, (values - mean).square(), 0.0).sum()
+        known, average, variance = torch.stack([count, mean, squares / (count - 1)]).tolist()
+        self.lost = 0 if known else self.lost + len(values)
+        if known:
+            self._add(Window(int(known), average, variance if known > 1 else 0.0))
 
     def _add(self, new: Window) -> None:
-        if self.since is None and not math.isfinite(new.mean + new.variance):
-            return  # nothing could be compared with it
         windows = self.windows if self.since is None else self.since
         if windows and windows[-1].losses < LEAST:
             windows[-1] = windows[-1].with_more(new)
@@ -104,6 +113,7 @@ class LossGuard:
             "pending": torch.stack([x.cpu() for x in self._pending]) if self._pending else None,
             "windows": [list(w) for w in self.windows],
             "since": None if self.since is None else [list(w) for w in self.since],
+            "lost": self.lost,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -111,8 +121,20 @@ class LossGuard:
         pending = saved["pending"]
         self._pending = deque(() if pending is None else pending.clone().unbind(), maxlen=PENDING)
         self.windows = deque((Window(int(n), m, v) for n, m, v in saved["windows"]), maxlen=REFERENCE)
+        self.lost = int(saved["lost"])
         since = saved["since"]
         self.since = None if since is None else deque((Window(int(n), m, v) for n, m, v in since), maxlen=REFERENCE)
+
+
+def settled(windows: Sequence[Window] | deque[Window]) -> Sequence[Window]:
+    """The later windows, without those from which the loss was still falling fast: half of them at least."""
+    kept = list(windows)
+    while len(kept) > REFERENCE // 2:
+        oldest, rest = kept[0], kept[1:]
+        if oldest.mean - pooled_mean(rest) <= SIGMAS / 2 * standard_error(rest, oldest):
+            break
+        kept = rest
+    return kept
 
 
 def pooled_mean(windows: Sequence[Window] | deque[Window]) -> float:

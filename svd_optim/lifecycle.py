@@ -48,7 +48,7 @@ from .tracker import SubspaceTracker
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 LOOKING = ("measure", "refresh", "decide")  # phases that a run could do without
 MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
@@ -74,7 +74,9 @@ class Lifecycle:
         self.events: list[Event] = []
         self.watch = AlertWatch()
         self.guard = LossGuard()
-        self.guarded: dict[str, int] = {}  # layer -> step of its switch, while the loss guard watches it
+        self.guarded: dict[
+            str, int
+        ] = {}  # layer -> its descent's first step, or its switch's, while the loss is watched
         self.steps = 0
         self.analyses = 0
         self.acted = False
@@ -294,6 +296,8 @@ class Lifecycle:
         """Leave a descent (or any other state) for ``state``, with a new history."""
         layer.state, layer.descent_end, layer.extensions = state, None, 0
         layer.start_line()
+        if state == LayerState.DENSE:
+            self.guarded.pop(layer.name, None)
 
     # ---- every interval ------------------------------------------------------------------------------
 
@@ -423,13 +427,14 @@ class Lifecycle:
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
         for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
             layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget
-        for layer in wanted[Action.DESCEND]:
-            if layer.state == LayerState.DENSE:
-                layer.state = LayerState.DESCENDING
-                layer.descent_end = ending(self.config, self.steps, layer.history)
-                self.acted = True
-                reason = self.decisions[layer.name].reason
-                self.emit(transitions.descend(self.steps, layer.name, reason, layer.rank, layer.descent_end))
+        starting = [layer for layer in wanted[Action.DESCEND] if layer.state == LayerState.DENSE]
+        for layer in starting:
+            layer.state = LayerState.DESCENDING
+            layer.descent_end = ending(self.config, self.steps, layer.history)
+            self.acted = True
+            reason = self.decisions[layer.name].reason
+            self.emit(transitions.descend(self.steps, layer.name, reason, layer.rank, layer.descent_end))
+        self._watch(layer.name for layer in starting)
         dense = [layer for layer in wanted[Action.FACTORIZE] if layer.factored is None]
         dense = [layer for layer in dense if not self.base_reason(layer) and layer.rank < break_even_rank(*layer.shape)]
         bases, errors = exact_bases(dense)
@@ -442,26 +447,30 @@ class Lifecycle:
     # ---- the way back --------------------------------------------------------------------------------
 
     def _check_loss(self) -> Condition | None:
-        """Whether the training loss has risen since a switch by more than its noise; ``None``: it has not."""
-        over = [name for name, step in self.guarded.items() if self.steps - step > self.config.guard_steps]
-        for name in over:
-            del self.guarded[name]
+        """Whether the training loss has risen since a change by more than its noise; ``None``: it has not."""
+        for name, step in list(self.guarded.items()):
+            descending = name in self.layers and self.layers[name].state == LayerState.DESCENDING
+            if not descending and self.steps - step > self.config.guard_steps:
+                del self.guarded[name]
         verdict = self.guard.verdict()
         if not self.guarded:
             self.guard.end()
         return verdict if verdict is not None and not verdict.holds else None
 
     def _send_back(self, risen: Condition | None) -> None:
-        """Layers that trip a guard become dense again now, whatever the cohort."""
+        """Layers that trip a guard become dense again now, whatever the cohort; those that still are stay it."""
         back: dict[str, tuple[str, str, dict[str, float]]] = {}
-        last_switch = max(self.guarded.values(), default=0)
+        latest = max(self.guarded.values(), default=0)
         for name, layer in self.layers.items():
             last = layer.history[-1] if layer.history else None
-            if layer.factored is None or last is None:
+            if last is None:
                 continue
-            if risen is not None and self.guarded.get(name) == last_switch:
+            if risen is not None and self.guarded.get(name) == latest:
                 numbers = {} if risen.value is None else {"standard_errors": risen.value, "noise": risen.threshold}
-                back[name] = "loss_rose", "the training loss rose after its switch", numbers
+                since = "its switch" if layer.factored is not None else "its descent began"
+                back[name] = "loss_rose", f"the training loss rose after {since}", numbers
+            elif layer.factored is None:
+                continue
             elif last.skew is not None and last.skew > MAX_SKEW:
                 back[name] = "skewed", "its factors are no longer orthonormal", {"skew": last.skew}
             elif self._keeps_failing(layer):
@@ -470,10 +479,28 @@ class Lifecycle:
             return
         for name, (kind, reason, numbers) in back.items():
             self.note(name, kind, reason, numbers)
-        self.switch({}, [self.layers[name] for name in back], {}, "a guard tripped")
+        layers = [self.layers[name] for name in back]
+        for layer in layers:
+            if layer.factored is None:
+                self.end_descent(layer, LayerState.DENSE)
+                self._rest(layer)
+                self.emit(transitions.descent_stopped(self.steps, layer.name, transitions.GUARD))
+        self.switch({}, [layer for layer in layers if layer.factored is not None], {}, transitions.GUARD)
         if risen is not None:
-            self.guard.switched()  # earlier switches are not to blame for this level
+            self.guard.changed()  # earlier changes are not to blame for this level
         self.forget_decisions(back)
+
+    def _watch(self, names: Iterable[str]) -> None:
+        """From now on a rise of the training loss is laid to these layers, which have just begun to change."""
+        names = list(names)
+        if names and self.config.guard_steps:
+            self.guard.changed()
+            self.guarded.update(dict.fromkeys(names, self.steps))
+
+    def _rest(self, layer: FollowedLayer, counts: bool = True) -> None:
+        """A layer that came back is left alone, each time that ``counts`` for twice as long."""
+        layer.cooldown_until = self.steps + self.config.cooldown * 2**layer.returns
+        layer.returns += counts
 
     def _keeps_failing(self, layer: FollowedLayer) -> bool:
         recent = layer.line[-self.config.patience :]
@@ -506,8 +533,8 @@ class Lifecycle:
             events += [self._merge(layer, reason) for layer in merges]
             events += [self._resize(self.layers[name], rank) for name, rank in ranks.items()]
         self.acted = True
-        if bases and self.config.guard_steps:
-            self.guard.switched()
+        self._watch(name for name in bases if name not in self.guarded)
+        if self.config.guard_steps:  # what a descent has done to the loss is not forgotten when it lands
             self.guarded.update(dict.fromkeys(bases, self.steps))
         for event in events:
             self.emit(event)
@@ -532,9 +559,8 @@ class Lifecycle:
         to_dense_(layer, self.base, keep_state=not self._keeps_failing(layer))
         layer.dense_anchor, layer.basis_step = anchor, self.steps
         self.end_descent(layer, LayerState.DENSE)
-        layer.cooldown_until = self.steps + self.config.cooldown
-        self.guarded.pop(layer.name, None)
-        return transitions.merge(self.steps, layer.name, reason, layer.rank, self.config.cooldown)
+        self._rest(layer, counts=reason != transitions.BY_HAND)
+        return transitions.merge(self.steps, layer.name, reason, layer.rank, layer.cooldown_until - self.steps)
 
     def _resize(self, layer: FollowedLayer, rank: int) -> Event:
         before, factors = layer.rank, layer.basis

@@ -305,9 +305,14 @@ class SubspaceAwareOptimizer(Optimizer):
         Nothing is read from the device here: losses are looked at once an analysis.
 
         Args:
-            loss: a number or a tensor of one element, before or after ``step()``, once a step.
+            loss: a number or a tensor of one element, before or after ``step()``, once a step. Single
+                ones that are NaN or Inf are passed over.
+
+        Raises:
+            TypeError: it is something else.
         """
-        self._life.guard.observe(loss)
+        if not self._life.guard.observe(loss):
+            raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
     def _base_step(
         self, closure: Callable[[], Any] | None, measure: Callable[[], None], enter: Callable[[], None]

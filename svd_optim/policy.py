@@ -57,7 +57,8 @@ def _capture_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
         value=metrics.capture_excess,
         threshold=t.capture_safe,
         above=True,
-        margin=t.warn_margin,
+        or_equal=True,
+        margin=min(t.warn_margin, t.capture_safe),
     )
 
 
@@ -100,7 +101,7 @@ _REASONS = {
 }
 
 RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
-    # Factorizing drops the minor-minor block: the question is how much gradient factors can follow.
+    # Capture says how long to descend and when to come back; as a way in it is there for those who ask for it.
     "capture": (_stable, _capture_safe),
     # The ancestor's: danger first. minor_safe is danger's complement, so one test is both.
     "alignment": (_minor_safe, _stable),
@@ -182,7 +183,14 @@ class ThresholdPolicy:
         exact = [m.exact_rank or m.rank for m in recent]
         rank = -(-max(exact) // step) * step
         spare = rank <= layer.rank - step
-        free = Condition(name="capture_safe", value=highest, threshold=t.capture_safe, above=True, margin=t.warn_margin)
+        free = Condition(
+            name="capture_held",
+            value=highest,
+            threshold=t.capture_held,
+            above=True,
+            or_equal=True,
+            margin=min(t.warn_margin, t.capture_held),
+        )
         if free.holds and spare:
             reason = f"all but {rank} of {layer.rank} directions are negligible"
             return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)

@@ -21,9 +21,9 @@ from .log import Run
 from .policy import policy_of
 from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, break_even_rank
 from .selection import first_match
+from .transitions import BY_HAND, GUARD
 
-BY_HAND, GUARD = "by hand", "a guard tripped"  # reasons of events that do not follow from metrics and thresholds
-# Kinds that do, but for those reasons.
+# Kinds of events that follow from metrics and thresholds, unless their reason is BY_HAND or GUARD.
 DECIDED = frozenset({"danger", "danger_over", "protect", "release", "descend", "descent_stopped", "descent_extended",
                      "descent_failed", "factorize", "merge", "grow", "shrink", "stalled"})  # fmt: skip
 
@@ -79,6 +79,7 @@ class _Layer:
     descent_end: int = 0
     extensions: int = 0
     cooldown_until: int = 0
+    returns: int = 0
     diverged: int | None = None
 
     def line(self, recorded: int) -> list[LayerMetrics]:
@@ -174,7 +175,7 @@ class _Replayer:
         possible = {
             "factorize": lambda x: x.state != LayerState.FACTORIZED,
             "merge": lambda x: x.state == LayerState.FACTORIZED,
-            "loss_rose": lambda x: x.state == LayerState.FACTORIZED,
+            "loss_rose": lambda x: x.state in (LayerState.DESCENDING, LayerState.FACTORIZED),
             "skewed": lambda x: x.state == LayerState.FACTORIZED,
             "descent_stopped": lambda x: x.state == LayerState.DESCENDING,
             "protect": lambda x: not x.protected,
@@ -191,8 +192,8 @@ class _Replayer:
             layer.protected = layer.by_hand = event.kind == "protect"
         elif event.after is not None:
             layer.enter(event.after)
-            if event.kind == "merge":
-                layer.cooldown_until = event.step + self.config.cooldown
+            if event.kind == "merge" or event.reason == GUARD:
+                self.rest(layer, event.step, counts=event.reason != BY_HAND)
         if event.reason in (BY_HAND, GUARD):
             self.decisions.pop(layer.name, None)
 
@@ -333,10 +334,15 @@ class _Replayer:
 
     def merge(self, layer: _Layer, step: int) -> None:
         """Dense again."""
+        self.rest(layer, step)
         self.emit(transitions.merge(step, layer.name, self.decisions[layer.name].reason, layer.rank,
-                                    self.config.cooldown))  # fmt: skip
+                                    layer.cooldown_until - step))  # fmt: skip
         layer.enter(LayerState.DENSE)
-        layer.cooldown_until = step + self.config.cooldown
+
+    def rest(self, layer: _Layer, step: int, counts: bool = True) -> None:
+        """A layer that came back is left alone, each time that ``counts`` for twice as long."""
+        layer.cooldown_until = step + self.config.cooldown * 2**layer.returns
+        layer.returns += counts
 
     def resize(self, layer: _Layer, step: int) -> None:
         """Another rank, or dense where that would be beyond break-even; not where the run had no room for it."""

@@ -327,7 +327,11 @@ def check_lifecycle(own: Any, optimizer: SubspaceAwareOptimizer, where: str) -> 
     }  # fmt: skip
     _check_table(own, kinds, where)
     losses: _Kind = lambda t: isinstance(t, Tensor) and t.ndim == 1 and t.is_floating_point() and len(t) <= PENDING  # noqa: E731
-    _check_table(own["guard"], {"pending": _or_none(losses), "windows": windows, "since": _or_none(windows)}, where)
+    _check_table(
+        own["guard"],
+        {"pending": _or_none(losses), "windows": windows, "since": _or_none(windows), "lost": _integer},
+        where,
+    )
     _require(all(len(w) == 3 for w in (*own["guard"]["windows"], *(own["guard"]["since"] or ()))), where, "'guard'")
     differ = sorted(own["layers"].keys() ^ optimizer.layers.keys())
     _require(not differ, where, f"it follows other layers: {differ[:3]}")
@@ -354,7 +358,8 @@ def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
         "sums": _or_none(_tensor(2 + 3 * k)), "outside": _or_none(_tensor(m, SKETCH_SIZE)),
         "capture": _list_of(_number, min(m, n)), "line_start": _integer, "history": _list_of(_record(LayerMetrics)),
         "descent_end": _or_none(_integer), "extensions": _integer, "danger": _flag, "keep_dense": _flag,
-        "cooldown_until": _integer, "protected_by_hand": _flag, "failures": _integer, "was_nonfinite": _flag,
+        "cooldown_until": _integer, "returns": _integer, "protected_by_hand": _flag, "failures": _integer,
+        "was_nonfinite": _flag,
         "anchor": _or_none(_tensors((m, anchor_rank), (n, anchor_rank), (anchor_rank, anchor_rank))),
         "kept": _or_none(_tensors((m, k), (k,), (n, k))),
         "nonfinite": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim == 0),

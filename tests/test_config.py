@@ -32,21 +32,21 @@ WRONG_KIND_OF_INTEGER = ["3", None, True, 3.0, [3]]
 
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_thresholds_take_the_unit_interval(name):
-    others = {"capture_safe": {"capture_lost": 0.0}, "capture_lost": {"capture_safe": 0.0}}.get(name, {})
+    others = {"capture_held": {"capture_lost": 0.0}, "capture_lost": {"capture_held": 0.0}}.get(name, {})
     for value in (0, 0.0, 0.37, 1, 1.0):
         assert getattr(Thresholds(**{name: value} | others), name) == value
 
 
-def test_what_is_lost_lies_below_what_is_safe():
-    """Else a layer would go into factors and back, again and again."""
-    assert Thresholds(capture_safe=0.06, capture_lost=0.05).capture_lost == 0.05
+def test_what_is_lost_lies_below_what_holds_back():
+    """Else a layer would go back where it could grow."""
+    assert Thresholds(capture_held=0.06, capture_lost=0.05).capture_lost == 0.05
     for lost, safe in ((0.25, 0.25), (0.3, 0.25), (0.05, 0.04)):
         with pytest.raises(ValueError, match=rf"Thresholds\.capture_lost .*got {lost} and {safe}"):
-            Thresholds(capture_lost=lost, capture_safe=safe)
-    with pytest.raises(ValueError, match=r"Thresholds\.capture_lost must be below capture_safe"):
-        Thresholds(capture_safe=Thresholds().capture_lost)  # the default of the other one counts, too
+            Thresholds(capture_lost=lost, capture_held=safe)
+    with pytest.raises(ValueError, match=r"Thresholds\.capture_lost must be below capture_held"):
+        Thresholds(capture_held=Thresholds().capture_lost)  # the default of the other one counts, too
     for preset in (Thresholds(), Thresholds.conservative(), Thresholds.lenient()):
-        assert 0 < preset.capture_lost < preset.capture_safe
+        assert 0 < preset.capture_lost < preset.capture_held
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, 40, math.nan, math.inf, -math.inf])

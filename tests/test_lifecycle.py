@@ -242,7 +242,7 @@ def test_a_stalled_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
     for row in optimizer.why():
         assert row.state == DENSE and row.condition == "capture_safe" and row.threshold == 1.0
         assert 0 <= row.value < 1 and row.distance == pytest.approx(row.value - 1.0)
-        assert "needs > 1" in row.reason and row.reason in str(row)
+        assert "needs >= 1" in row.reason and row.reason in str(row)
 
 
 @pytest.mark.parametrize("mode", ["manual", "observe"])

@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "protect": {"on_danger": "protect", "thresholds": Thresholds(principal_danger=0.25)},
     "alignment": {"rule": "alignment", "thresholds": Thresholds(principal_danger=0.6)},
     "exact only": {"descent_steps": 0, "thresholds": Thresholds(reconstruction_safe=0.3)},
-    "held back": {"thresholds": Thresholds(capture_safe=0.6, capture_lost=0.3), "budget": 0.7},
+    "held back": {"thresholds": Thresholds(capture_safe=0.6, capture_held=0.6, capture_lost=0.3), "budget": 0.7},
     "stalls": {"thresholds": Thresholds(angle_stable=0.0)},
     "rarely exact": {"thresholds": Thresholds(reconstruction_safe=1e-4)},
     "too late": {"total_steps": 70, "cohort": 15},

@@ -89,7 +89,7 @@ def test_nothing_is_decided_before_the_first_analysis():
 BLOCKING = {  # rule -> condition -> values that block, the last but one the threshold itself
     "capture": {
         "stable": ("subspace_drift", [0.2, 0.1, None]),
-        "capture_safe": ("capture_excess", [0.3, 0.4, None]),
+        "capture_safe": ("capture_excess", [0.3, 0.39, None]),
     },
     "alignment": {
         "minor_safe": ("principal_excess", [0.5, 0.4, None]),
@@ -117,7 +117,7 @@ def test_the_blocker_carries_value_threshold_and_distance():
     blocker = decide(safe(3, capture_excess=0.25)).blocker
     assert (blocker.value, blocker.threshold) == (0.25, 0.4)
     assert blocker.distance == pytest.approx(-0.15)
-    assert str(blocker) == "capture_safe: 0.25, needs > 0.4 (off by 0.15)"
+    assert str(blocker) == "capture_safe: 0.25, needs >= 0.4 (off by 0.15)"
 
 
 @pytest.mark.parametrize("name", ["subspace_drift", "capture_excess", "principal_excess"])
@@ -187,14 +187,14 @@ def test_the_reasons_of_a_move_are_measurements():
         "below_break_even",
         "in_time",
     ]
-    assert decision.reason == "stable: 0.02 < 0.1; capture_safe: 0.7 > 0.4; patience: 3 >= 3"
+    assert decision.reason == "stable: 0.02 < 0.1; capture_safe: 0.7 >= 0.4; patience: 3 >= 3"
 
 
 # ---- inside factors: shrink, grow, go back, or stay ------------------------------------------
 
 
 INSIDE = LayerInfo(name="mlp", shape=(256, 192), rank=48)  # its ranks go in steps of 8
-LIMITS = Thresholds(capture_safe=0.4, capture_lost=0.1)
+LIMITS = Thresholds(capture_held=0.4, capture_lost=0.1)
 
 
 def inside(history, layer=INSIDE, patience=3, thresholds=LIMITS):
@@ -233,7 +233,7 @@ def test_what_happens_inside_factors(seen, action, rank):
 def test_the_reasons_inside_factors():
     assert inside(runs(3)).reason == "factorized"
     assert inside(runs(3, **ROOMY)).reason == "all but 32 of 48 directions are negligible"
-    assert inside(runs(3, **HELD_BACK)).reason == "held back: capture_safe: 0.2, needs > 0.4 (off by 0.2)"
+    assert inside(runs(3, **HELD_BACK)).reason == "held back: capture_held: 0.2, needs >= 0.4 (off by 0.2)"
     lost = "factors can't follow: capture_kept: 0.05, needs >= 0.1 (off by 0.05); persistent: 0.4 > 0.1"
     assert inside(runs(3, **LOST)).reason == lost
 
@@ -326,7 +326,7 @@ def test_moves_inside_factors_are_those_of_the_twin(seen, patience, cooldown):
         if all(c < 0.1 and (p is None or p > 0.1) for c, _, p in recent):
             expected = Action.MERGE, None
         elif not cooldown:
-            held_back = all(c <= 0.4 for c, *_ in recent)
+            held_back = all(c < 0.4 for c, *_ in recent)
             noise = any(p is not None and p <= 0.1 for *_, p in recent)
             if needed < 48 and not held_back:
                 expected = Action.SHRINK, needed
@@ -411,7 +411,7 @@ def twin(policy: ThresholdPolicy, layer: LayerInfo, history: list[LayerMetrics],
     def ok(m: LayerMetrics) -> bool:
         checks = [m.subspace_drift is not None and m.subspace_drift < t.angle_stable]
         if policy.rule == "capture":
-            checks.append(m.capture_excess is not None and m.capture_excess > t.capture_safe)
+            checks.append(m.capture_excess is not None and m.capture_excess >= t.capture_safe)
         else:
             checks.append(m.principal_excess is not None and 1.0 - m.principal_excess > t.minor_safe)
         if not policy.descend:

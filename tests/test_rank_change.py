@@ -48,7 +48,7 @@ from svd_optim.switching import resize_
 
 MOMENTS = ("muon", "adamw", "adam", "sgd_nesterov", "rmsprop", "adagrad")
 # No layer goes back to dense here, and each may change its rank every 40 steps.
-CHANGING = Thresholds(angle_stable=0.9, capture_safe=0.1, capture_lost=0.0)
+CHANGING = Thresholds(angle_stable=0.9, capture_safe=0.1, capture_held=0.1, capture_lost=0.0)
 CHANGES: dict[str, Any] = {"thresholds": CHANGING, "cooldown": 40, "budget": 0.5}
 
 
@@ -283,11 +283,11 @@ def test_a_layer_that_is_held_back_grows_where_the_budget_has_room(base: str, se
         if budget == 0.12:
             assert model.a.rank == 3 and not events
             [row] = optimizer.why()
-            assert row.decision.action == Action.GROW and row.condition == "capture_safe" and "held back" in row.reason
+            assert row.decision.action == Action.GROW and row.condition == "capture_held" and "held back" in row.reason
             continue
         assert len(events) >= 2 and 6 < model.a.rank <= 12 and optimizer.plan().share <= budget
         for event in events:
-            assert event.numbers["rank"] == event.numbers["rank_before"] + 3 and "capture_safe" in event.reason
+            assert event.numbers["rank"] == event.numbers["rank_before"] + 3 and "capture_held" in event.reason
         for _, before, after in jumps.seen[1:]:
             assert after == pytest.approx(before, rel=1e-3)  # W stays what it is (but for a shrinking before)
     assert ends[0.5] < 0.7 * ends[0.12]
@@ -369,7 +369,13 @@ def test_ranks_do_not_flutter(base: str, seed: int) -> None:
     """Where all that is left is noise, and taken for more, a layer is held back at every rank, and each new direction
     negligible."""
     model = Parallel(seed, noise=0.3, a=2, b=5)
-    limits = {"angle_stable": 0.9, "capture_safe": 0.15, "capture_lost": 0.0, "reconstruction_safe": 0.2}
+    limits = {
+        "angle_stable": 0.9,
+        "capture_safe": 0.15,
+        "capture_held": 0.15,
+        "capture_lost": 0.0,
+        "reconstruction_safe": 0.2,
+    }
     thresholds = Thresholds(**limits, persistent=0.0)
     optimizer = changing(base, model, thresholds=thresholds, cooldown=60, patience=1, budget=0.4)
     optimizer.factorize_("all", rank=8)
@@ -425,7 +431,9 @@ def resumable(base: str, seed: int) -> tuple[Parallel, SubspaceAwareOptimizer]:
     model = Parallel(seed, noise=0.02, a=14, b=2)
     model.seed = 0
     model.teachers = Parallel(0, a=14, b=2).teachers
-    thresholds = Thresholds(angle_stable=0.9, capture_safe=0.2, capture_lost=0.0, reconstruction_safe=0.03)
+    thresholds = Thresholds(
+        angle_stable=0.9, capture_safe=0.2, capture_held=0.2, capture_lost=0.0, reconstruction_safe=0.03
+    )
     return model, changing(base, model, thresholds=thresholds)
 
 

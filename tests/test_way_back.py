@@ -58,7 +58,9 @@ def test_layers_go_back_when_the_data_changes_and_then_lose_nothing(base: str, s
         optimizer: torch.optim.Optimizer = PARALLEL[base](model)
         if run != "bare":
             lost = 0.02 if run == "wrapped" else 0.0
-            thresholds = Thresholds(angle_stable=0.5, capture_safe=0.1, capture_lost=lost, reconstruction_safe=0.02)
+            thresholds = Thresholds(
+                angle_stable=0.5, capture_safe=0.1, capture_held=0.1, capture_lost=lost, reconstruction_safe=0.02
+            )
             optimizer = SubspaceAwareOptimizer(optimizer, model, quick(budget=0.5, thresholds=thresholds))
         model.train_on(optimizer, range(110))
         if isinstance(optimizer, SubspaceAwareOptimizer):
@@ -82,7 +84,7 @@ def test_layers_go_back_when_the_data_changes_and_then_lose_nothing(base: str, s
 @pytest.mark.parametrize("base", PARALLEL)
 def test_only_the_layer_whose_data_changed_goes_back(base: str) -> None:
     model = Parallel(3, noise=0.02, changes=4, stays=4)
-    thresholds = Thresholds(angle_stable=0.9, capture_safe=0.05, capture_lost=0.02)
+    thresholds = Thresholds(angle_stable=0.9, capture_safe=0.05, capture_held=0.05, capture_lost=0.02)
     optimizer = wrapped(base, model, thresholds=thresholds, cooldown=10**6)
     with torch.no_grad():
         for name, teacher in model.teachers.items():
@@ -249,12 +251,12 @@ def test_when_the_guard_keeps_quiet(case: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_a_rise(bad: float) -> None:
+def test_losses_that_are_not_finite_are_a_rise(bad: float) -> None:
     model, optimizer = guarded()
     run(by_closure, model, optimizer, range(60))
     optimizer.factorize_("a", rank=6)
-    run(by_closure, model, optimizer, range(60, 75), extra=bad)
-    run(by_closure, model, optimizer, range(75, 100))
+    run(by_closure, model, optimizer, range(60, 85), extra=bad)
+    run(by_closure, model, optimizer, range(85, 100))
     assert {name for name, *_ in happened(optimizer, "loss_rose")} == {"a"} and factorized(model) == []
     optimizer.factorize_("b", rank=6)  # the next switch is judged by the losses of its own time
     run(by_closure, model, optimizer, range(100, 170))
@@ -268,7 +270,7 @@ def test_what_is_no_loss_is_not_looked_at(junk: Any) -> None:
     optimizer.factorize_("a", rank=6)
     for step in range(60, 90):
         by_closure(optimizer, model, step, 0.0)
-        if not isinstance(junk, bool):
+        with pytest.raises(TypeError, match="a loss must be a number"):
             optimizer.observe_loss(junk)
     assert factorized(model) == ["a"]
 
@@ -437,7 +439,7 @@ def test_moments_of_a_layer_that_comes_back_are_the_joined_ones(base: str, why: 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 def test_a_layer_that_came_back_waits_and_may_then_switch_again(base: str) -> None:
     model = Parallel(0, noise=0.02, a=3)
-    thresholds = Thresholds(angle_stable=0.9, capture_safe=0.0, capture_lost=0.0)
+    thresholds = Thresholds(angle_stable=0.9, capture_held=0.0, capture_lost=0.0)
     optimizer = wrapped(base, model, cooldown=70, thresholds=thresholds, guard_steps=30)
     step = 0
     while factorized(model) != ["a"]:
