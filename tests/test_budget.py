@@ -240,7 +240,9 @@ def test_ranks_are_revised_until_a_layer_starts_its_descent_and_not_after(base: 
     model = Parallel(1, noise=0.02, low=2, more=8, full=48)
     model.teachers["full"] = isotropic(1)
     # Looking at ranks alone: capture_held = 0 holds no layer back, so none grows.
-    thresholds = Thresholds(angle_stable=0.5, capture_held=0.0, capture_lost=0.0, reconstruction_safe=0.05)
+    thresholds = Thresholds(
+        angle_stable=0.5, capture_safe=0.001, capture_held=0.0, capture_lost=0.0, reconstruction_safe=0.05
+    )
     optimizer = SubspaceAwareOptimizer(PARALLEL[base](model), model, quick(budget=0.5, thresholds=thresholds))
     seen: dict[str, set[int]] = {name: set() for name in optimizer.layers}
     started: dict[str, int] = {}
