@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from . import planner
 from .config import SubspaceConfig
 from .followed import FollowedLayer
+from .planner import quantum
 from .records import Decision, LayerState, Plan, PlannedLayer, break_even_rank
 from .tracker import RANK_HYSTERESIS, SubspaceTracker
 
@@ -29,8 +30,19 @@ def _fixed(layer: FollowedLayer, step: int) -> tuple[int | None, str] | None:
     return None
 
 
-def plan(layers: Mapping[str, FollowedLayer], budget: float, step: int) -> Plan:
-    """How the budget is spread as of now; layers that can't be chosen for any more keep what they have."""
+def _hysteresis(config: SubspaceConfig, step: int) -> float:
+    """The share of its rank by which a layer's rank has to be another in the plan, to be moved."""
+    if step == 0:
+        return 0.0
+    return RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS
+
+
+def plan(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, step: int) -> Plan:
+    """How the budget is spread as of now: the ranks that layers would have if they all started now.
+
+    Those that can't be chosen for any more keep what they have; those that are near their rank don't move up.
+    """
+    budget, hysteresis = config.budget, _hysteresis(config, step)
     fixed = {name: known for name, layer in layers.items() if (known := _fixed(layer, step)) is not None}
     candidates = {
         name: planner.Candidate(name=name, shape=layer.shape, capture=layer.capture) for name, layer in layers.items()
@@ -44,6 +56,8 @@ def plan(layers: Mapping[str, FollowedLayer], budget: float, step: int) -> Plan:
     rows = []
     for name, layer in layers.items():
         rank, why = fixed[name] if name in fixed else (chosen[name], "")
+        if name not in fixed and rank is not None and abs(rank - layer.rank) <= hysteresis * layer.rank:
+            rank = min(rank, layer.rank)
         missed = 0.0 if rank is None else planner.missed(candidates[name], rank)
         rows.append(PlannedLayer(name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed))
     return Plan(step=step, budget=budget, layers=tuple(rows))
@@ -56,18 +70,27 @@ def revise_ranks_(
     for layer in layers.values():
         if layer.energy_target is not None and layer.state in (LayerState.WARMUP, LayerState.DENSE):
             tracker.update_energy_rank(layer)
-    follow_plan_(layers, config, step, RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS)
+    follow_plan_(layers, config, step)
 
 
-def follow_plan_(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, step: int, hysteresis: float) -> None:
+def follow_plan_(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, step: int) -> None:
     """Give layers that have not started the ranks of the plan, where those differ by more than a share of them."""
-    for planned in plan(layers, config.budget, step).layers:
+    for planned in plan(layers, config, step).layers:
         layer = layers[planned.name]
         if planned.fixed:
             continue
         layer.keep_dense = planned.rank is None
-        if planned.rank is not None and abs(planned.rank - layer.rank) > hysteresis * layer.rank:
+        if planned.rank is not None and abs(planned.rank - layer.rank) > _hysteresis(config, step) * layer.rank:
             layer.set_rank(planned.rank)
+
+
+def room(now: Plan, layer: FollowedLayer) -> int:
+    """Directions by which a factorized layer may grow within the budget, in whole steps."""
+    if layer.factored is None or layer.anchor is not None or layer.explicit:
+        return 0
+    m, n = layer.shape
+    step = quantum(m, n)
+    return max(0, int(now.budget * now.parameters_dense - now.parameters) // (m + n + 1) // step * step)
 
 
 def new_ranks(

@@ -78,7 +78,7 @@ class FollowedLayer:
         """(m, n) = (out_features, in_features)."""
         return self.module.out_features, self.module.in_features
 
-    def info(self, base_reason: str = "", step: int = 0, late: bool = False) -> LayerInfo:
+    def info(self, base_reason: str = "", step: int = 0) -> LayerInfo:
         """What a policy may know at a step."""
         return LayerInfo(
             name=self.name,
@@ -89,7 +89,6 @@ class FollowedLayer:
             keep_dense=self.keep_dense,
             protected=self.anchor is not None,
             cooldown=max(0, self.cooldown_until - step),
-            late=late,
         )
 
     @property

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,9 +129,7 @@ class Lifecycle:
             self.layers[name] = layer
             if isinstance(module, FactorizedLinear):
                 self._adopt(layer, module)
-        budget.follow_plan_(
-            self.layers, self.config, self.steps, hysteresis=0.0 if self.steps == 0 else budget.PLAN_HYSTERESIS
-        )
+        budget.follow_plan_(self.layers, self.config, self.steps)
         self.left_alone = selection.left_alone
 
     def _adopt(self, layer: FollowedLayer, module: FactorizedLinear) -> None:
@@ -309,8 +308,9 @@ class Lifecycle:
             metrics = self.tracker.analyse(self.layers.values(), self.steps)
         with self.clock("decide"):
             self.analyses += 1
+            now = self.plan()
             for name in metrics:
-                self._decide(self.layers[name])
+                self._decide(self.layers[name], now)
             risen = self._check_loss()
         if self.config.mode == "auto":
             self._send_back(risen)
@@ -342,10 +342,10 @@ class Lifecycle:
             reason = f"looking took {share:.1%} of the time: next intervals are longer or shorter"
             self.note("*", "interval", reason, numbers)
 
-    def _decide(self, layer: FollowedLayer) -> None:
+    def _decide(self, layer: FollowedLayer, now: Plan) -> None:
         if layer.state == LayerState.WARMUP and self.steps >= self.config.warmup:
             layer.state = LayerState.DENSE
-        decision = self.decisions[layer.name] = self._ask_policy(layer)
+        decision = self.decisions[layer.name] = self._ask_policy(layer, now)
         last = layer.history[-1]
         if last.nonfinite and not layer.nonfinite:
             reason = "NaN or Inf in gradient, weight or basis: not measured"
@@ -360,11 +360,11 @@ class Lifecycle:
             self.emit(transitions.danger(self.steps, layer.name, decision.danger, last, threshold))
             if self.config.on_danger == "protect" and self.config.mode == "auto":
                 self.protect(layer, decision.danger, "in danger" if decision.danger else "the danger is over")
-                self.decisions[layer.name] = self._ask_policy(layer)
+                self.decisions[layer.name] = self._ask_policy(layer, now)
 
-    def _ask_policy(self, layer: FollowedLayer) -> Decision:
+    def _ask_policy(self, layer: FollowedLayer, now: Plan) -> Decision:
         late = too_late(self.config, self.steps, layer.history)
-        info = layer.info(self.base_reason(layer), self.steps, late)
+        info = replace(layer.info(self.base_reason(layer), self.steps), late=late, room=budget.room(now, layer))
         self.questions[layer.name] = Question(info=info, state=layer.state, analyses=len(layer.line))
         decision = self.policy.decide(info, layer.state, layer.line, layer.thresholds)
         if not isinstance(decision, Decision):
@@ -443,6 +443,7 @@ class Lifecycle:
         changing = wanted[Action.SHRINK], wanted[Action.GROW]
         ranks, outgrown = budget.new_ranks(self.plan(), self.decisions, *changing, merges)
         self.switch(bases, [*merges, *outgrown], errors, "decided", ranks)
+        self.forget_decisions(layer.name for layer in (*merges, *outgrown))  # they were those of factors
 
     # ---- the way back --------------------------------------------------------------------------------
 
@@ -575,7 +576,7 @@ class Lifecycle:
 
     def plan(self) -> Plan:
         """How the budget is spread as of now."""
-        return budget.plan(self.layers, self.config.budget, self.steps)
+        return budget.plan(self.layers, self.config, self.steps)
 
     def _note_stall(self) -> None:
         """A run that can't act says so, loudly."""

@@ -92,8 +92,9 @@ def _damage(candidate: Candidate, k: int) -> float:
 def _choices(candidate: Candidate, share: float) -> list[Choice]:
     """All that a layer may become, cheapest first."""
     m, n = candidate.shape
-    step = quantum(m, n)
-    least = max(1, math.floor(FLOOR * share * break_even_rank(m, n) / step) * step)
+    even = share * break_even_rank(m, n)
+    step = min(quantum(m, n), max(1, math.floor(even / 2)))  # a small share is not to be lost in rounding
+    least = max(1, math.floor(FLOOR * even / step) * step)
     ranks = [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0]
     choices = [Choice(k, k * (m + n + 1), _damage(candidate, k)) for k in ranks]
     return [*choices, Choice(None, m * n, 0.0)]

@@ -175,11 +175,14 @@ class ThresholdPolicy:
             reason = f"{why}: {'; '.join(map(str, told))}"
             return replace(hold, action=action, reason=reason, conditions=told, rank=rank)
 
+        step = quantum(*layer.shape)
+        grown = layer.rank + step
         if not kept.holds and not noise:
-            return because("factors can't follow", kept, Action.MERGE)
+            few = layer.room >= step and grown < layer.break_even and layer.cooldown == 0
+            action, rank = (Action.GROW, grown) if few else (Action.MERGE, None)  # a second time it is not enough
+            return because("factors can't follow", kept, action, rank)
         if layer.cooldown > 0:
             return hold
-        step = quantum(*layer.shape)
         exact = [m.exact_rank or m.rank for m in recent]
         rank = -(-max(exact) // step) * step
         spare = rank <= layer.rank - step
@@ -195,7 +198,9 @@ class ThresholdPolicy:
             reason = f"all but {rank} of {layer.rank} directions are negligible"
             return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)
         if not free.holds and not spare and not noise:  # held back, and using all the directions that it has
-            return because("held back", free, Action.GROW, layer.rank + step)
+            if layer.room < step:
+                return because("held back, without room to grow", free, Action.HOLD)
+            return because("held back", free, Action.GROW, grown)
         return hold
 
     def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:

@@ -70,6 +70,7 @@ class LayerInfo:
     keep_dense: bool = False  # the plan over all layers leaves it dense
     protected: bool = False  # its principal block is kept from moving
     cooldown: int = 0  # steps for which it is to be left as it is
+    room: int = 0  # directions that it may grow by, within the budget
     late: bool = False  # too few steps of the training are left for its descent
 
     @property
@@ -291,6 +292,9 @@ class Plan(Shown):
         return self.parameters / max(1, self.parameters_dense)
 
 
+_UNDECIDED = "nothing decided since its last change", "not analysed yet: waits for gradients"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One followed layer as of now: a row of the table, an answer of ``optimizer.why()``."""
@@ -339,7 +343,7 @@ class LayerReport:
     @property
     def reason(self) -> str:
         """The last decision in words."""
-        return self.decision.reason if self.decision else "not analysed yet"
+        return self.decision.reason if self.decision else _UNDECIDED[self.metrics is None]
 
     def __str__(self) -> str:
         return clean(f"{self.name}: {self.state}, rank {self.rank}: {self.reason}")

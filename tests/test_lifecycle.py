@@ -382,7 +382,7 @@ def test_custom_policy_decides() -> None:
     assert infos["up"].shape == (64, 48) and infos["mid"].rank == 12 and infos["up"].base_understood
     for layer, _, history, thresholds in seen:
         assert thresholds == QUICK["thresholds"] and history[-1].rank == layer.rank
-    assert [row.reason for row in optimizer.why()] == ["enough", "never"]
+    assert [row.reason for row in optimizer.why()] == ["nothing decided since its last change", "never"]
 
 
 # ---- by hand ---------------------------------------------------------------------------------------

@@ -130,15 +130,24 @@ def test_a_rank_makes_its_layer_smaller_or_the_layer_stays_dense(layers, budget)
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3, 0.45])
 @pytest.mark.parametrize("shape", [(128, 128), (256, 64), (768, 3072), (40, 40), (17, 300)])
 def test_ranks_are_multiples_of_the_quantum(shape, share):
-    """But for the least one, where a small budget does not give a whole quantum."""
-    step = quantum(*shape)
-    assert step == min(8, max(1, min(shape) // 16))
+    """Or of less, where an even plan would give fewer than two of them."""
+    assert quantum(*shape) == min(8, max(1, min(shape) // 16))
+    even = math.floor(share * break_even_rank(*shape))
+    step = min(quantum(*shape), max(1, even // 2))
     ranks = [x.rank for x in planner._choices(Candidate(name="a", shape=shape), share)]
     assert ranks[-1] is None
     assert all(k % step == 0 for k in ranks[1:-1])
     assert ranks[0] % step == 0 or ranks[0] == 1
     assert all(b - a <= step for a, b in pairwise(ranks[:-1]))
     assert largest_useful_rank(*shape) - ranks[-2] < step
+
+
+@given(st.integers(2, 600), st.integers(2, 3000), BUDGETS)
+def test_rounding_costs_one_layer_a_third_of_its_budget_at_most(m, n, budget):
+    rank = planner.spread([Candidate(name="a", shape=(m, n))], budget * m * n, budget)["a"]
+    even = math.floor(budget * break_even_rank(m, n))
+    if rank is not None:  # not even rank 1 saves anything
+        assert max(1, math.ceil(2 * even / 3)) <= rank <= max(1, even)
 
 
 @given(st.integers(1, 400), st.integers(1, 400), BUDGETS)

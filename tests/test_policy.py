@@ -193,7 +193,7 @@ def test_the_reasons_of_a_move_are_measurements():
 # ---- inside factors: shrink, grow, go back, or stay ------------------------------------------
 
 
-INSIDE = LayerInfo(name="mlp", shape=(256, 192), rank=48)  # its ranks go in steps of 8
+INSIDE = LayerInfo(name="mlp", shape=(256, 192), rank=48, room=8)  # its ranks go in steps of 8
 LIMITS = Thresholds(capture_held=0.4, capture_lost=0.1)
 
 
@@ -212,14 +212,35 @@ MOVES = [  # what was seen -> what is done
     (FREE, Action.HOLD, None),
     (ROOMY, Action.SHRINK, 32),
     (HELD_BACK, Action.GROW, 56),
-    (LOST, Action.MERGE, None),
+    (LOST, Action.GROW, 56),  # a few more directions may be all that it lacks
     (HELD_BACK | ROOMY, Action.HOLD, None),  # it has room that it does not use
-    (LOST | ROOMY, Action.MERGE, None),
+    (LOST | ROOMY, Action.GROW, 56),
     (LOST | {"persistence": 0.1}, Action.HOLD, None),  # mere noise
     (HELD_BACK | {"persistence": 0.1}, Action.HOLD, None),
     (HELD_BACK | {"persistence": 0.11}, Action.GROW, 56),
-    (LOST | {"persistence": None}, Action.MERGE, None),  # one gradient an interval can't tell
+    (LOST | {"persistence": None}, Action.GROW, 56),  # one gradient an interval can't tell
 ]
+
+
+CRAMPED = {  # what else there may be, so that a layer can't grow
+    "no room in the budget": {"room": 7},
+    "it has just grown": {"cooldown": 300},
+    "beyond break-even": {"rank": 104},
+}
+
+
+@pytest.mark.parametrize("why", CRAMPED)
+def test_a_layer_that_is_lost_and_can_not_grow_becomes_dense(why):
+    layer = dataclasses.replace(INSIDE, **CRAMPED[why])
+    for seen in (LOST, LOST | ROOMY, LOST | {"persistence": None}):
+        decision = inside(runs(3, **seen), layer)
+        assert (decision.action, decision.rank) == (Action.MERGE, None) and "can't follow" in decision.reason
+
+
+def test_a_layer_that_is_held_back_without_room_stays_and_says_so():
+    decision = inside(runs(3, **HELD_BACK), dataclasses.replace(INSIDE, room=7))
+    assert decision.action == Action.HOLD and decision.rank is None
+    assert decision.reason.startswith("held back, without room to grow: capture_held: 0.2")
 
 
 @pytest.mark.parametrize(("seen", "action", "rank"), MOVES)
@@ -274,7 +295,8 @@ def test_a_layer_is_left_alone_for_a_while_but_never_kept_where_it_is_lost():
     resting = dataclasses.replace(INSIDE, cooldown=1)
     for seen, action, _ in MOVES:
         decision = inside(runs(3, **seen), resting)
-        assert decision.action == (Action.MERGE if action == Action.MERGE else Action.HOLD)
+        lost = seen.get("capture_excess", 1.0) < 0.1 and action != Action.HOLD
+        assert decision.action == (Action.MERGE if lost else Action.HOLD)
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan])
@@ -324,7 +346,7 @@ def test_moves_inside_factors_are_those_of_the_twin(seen, patience, cooldown):
     if len(recent) == patience and all(c is not None for c, *_ in recent):
         needed = max(math.ceil((k or 48) / 8) * 8 for _, k, _ in recent)
         if all(c < 0.1 and (p is None or p > 0.1) for c, _, p in recent):
-            expected = Action.MERGE, None
+            expected = (Action.MERGE, None) if cooldown else (Action.GROW, 56)
         elif not cooldown:
             held_back = all(c < 0.4 for c, *_ in recent)
             noise = any(p is not None and p <= 0.1 for *_, p in recent)

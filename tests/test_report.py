@@ -138,7 +138,7 @@ def test_undefined_values():
     lines = show(layer_table(summary(layer("a", **dict.fromkeys(METRICS))), 140), 140)
     assert row(lines, "a ")[4:] == ["–"] * 8 + ["stable", "–"]
     never = replace(layer("b"), metrics=None, decision=None)
-    assert row(show(layer_table(summary(never), 80), 80), "b ")[-3:] == ["not", "analysed", "yet"]
+    assert row(show(layer_table(summary(never), 80), 80), "b ")[-3:] == ["waits", "for", "gradients"]
 
 
 @pytest.mark.parametrize("width", [80, 140])
