@@ -1,8 +1,8 @@
 """Each kernel against its rivals and against the bound: time, growth with size, and accuracy.
 
-    python benchmarks/kernels.py --json kernels.json   # about 10 minutes on two cores
-    python benchmarks/kernels.py --only refresh
-    python benchmarks/kernels.py --smoke               # the same code at tiny sizes
+    python benchmarks/kernel_time.py --json kernels.json  # about 10 minutes on two cores
+    python benchmarks/kernel_time.py --only refresh
+    python benchmarks/kernel_time.py --smoke              # the same code at tiny sizes
 
 - refresh: bringing the cached basis of a weight up to date, against a full SVD, ``torch.svd_lowrank`` and ``eigh``
   of the Gram matrix. Errors are against a float64 SVD, on random matrices that have moved by 5 % and on weights of a
