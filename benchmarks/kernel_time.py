@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split
 from gpt import GPT, GPTConfig
+from results_file import output_file
 from rivals import Ancestor
 from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, linalg
 from svd_optim.linalg import Basis
@@ -352,7 +353,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="write the figures here too")
     parser.add_argument("--compile", action="store_true", help="layers through torch.compile too (needs a compiler)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     args = parser.parse_args()

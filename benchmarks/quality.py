@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
+from results_file import output_file
 from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
 from svd_optim import LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
 from train_gpt import bits_per_byte, warm_down
@@ -391,8 +392,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="runs at the same time")
     add("--threads", type=int, default=1, help="of each run")
     add("--results", type=Path, default=Path("runs/quality.jsonl"), help="finished runs, kept and not repeated")
-    add("--json", type=Path, help="write the table's figures here")
-    add("--plot", type=Path, help="draw them here (needs matplotlib)")
+    add("--json", type=output_file, help="write the table's figures here")
+    add("--plot", type=output_file, help="draw them here (needs matplotlib)")
     add("--report", action="store_true", help="run nothing")
     add("--quick", action="store_true", help="one seed, the headline rows, half as many steps")
     add("--smoke", action="store_true", help="a tiny job, as CI runs it")
