@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import subprocess
 import sys
 import sysconfig
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import corpus
 import forgetting
+import quality
 import results_file
 import thresholds
 
@@ -84,3 +91,114 @@ def test_results_of_something_else_are_refused(benchmark: ModuleType, tmp_path: 
         path.write_text(text)
         with pytest.raises(ValueError, match=r"x\.json is no file of this benchmark"):
             benchmark.Store(path, job)
+
+
+# ---- which runs of quality.py ----------------------------------------------------------------------
+
+
+def options(**others: Any) -> argparse.Namespace:
+    return argparse.Namespace(optimizers=("adamw",), seeds=3, sizes=quality.Sizes(), threads=1, jobs=1, **others)
+
+
+def made_of(row: str, table: dict[tuple[float, int], float]) -> dict[str, dict[str, Any]]:
+    """Runs of a row: bits per byte by (learning rate, seed)."""
+    return {quality.Job("adamw", row, lr, seed).key: {"bpb": bpb} for (lr, seed), bpb in table.items()}
+
+
+def wanted(runs: dict[str, dict[str, Any]], row: str) -> list[tuple[float, int]]:
+    return [(job.lr, job.seed) for job in quality.open_jobs(runs, [row], options())]
+
+
+def chosen(runs: dict[str, dict[str, Any]], row: str) -> tuple[float, list[int]]:
+    """By the table: the learning rate, and its seeds."""
+    (line,) = (line for line in quality.summarize(runs, options()) if line["row"] == row)
+    return line["lr"], sorted(line["results"])
+
+
+def test_close_learning_rates_get_all_seeds_and_the_mean_decides() -> None:
+    row = "smaller dense 0.5"
+    table = {(0.002, 0): 2.8098, (0.004, 0): 2.8167}
+    runs = made_of(row, table)
+    assert wanted(runs, row) == [(0.001, 0)]  # the grid first
+    assert chosen(runs, row) == (0.002, [0])
+    table[0.001, 0] = 2.85  # by more than 1 %
+    runs = made_of(row, table)
+    assert wanted(runs, row) == [(0.002, 1), (0.004, 1), (0.002, 2), (0.004, 2)]
+    table |= {(0.002, 1): 2.9752, (0.002, 2): 2.8547, (0.004, 1): 2.7721}
+    runs = made_of(row, table)
+    assert wanted(runs, row) == [(0.004, 2)]
+    assert chosen(runs, row) == (0.002, [0, 1, 2])
+    table[0.004, 2] = 2.9335
+    runs = made_of(row, table)
+    assert wanted(runs, row) == []
+    assert chosen(runs, row) == (0.004, [0, 1, 2])
+
+
+def test_a_run_that_went_astray_is_not_chosen() -> None:
+    row = "dense"
+    table = {(0.001, 0): 2.8, (0.002, 0): math.nan, (0.004, 0): 2.79}
+    assert wanted(made_of(row, table), row) == [(0.004, 1), (0.001, 1), (0.004, 2), (0.001, 2)]
+    table |= {(lr, seed): 2.8 for lr in (0.001, 0.004) for seed in (1, 2)} | {(0.004, 2): math.nan}
+    assert chosen(made_of(row, table), row) == (0.001, [0, 1, 2])
+
+
+def test_other_rows_get_one_seed_more_at_the_best_rate_of_the_first() -> None:
+    row = "two factors 0.5"
+    table = {(0.001, 0): 2.9, (0.002, 0): 2.81, (0.004, 0): 2.8}
+    assert wanted(made_of(row, table), row) == [(0.004, 1)]
+    table |= {(0.004, 1): 3.0, (0.002, 1): 2.0}
+    assert wanted(made_of(row, table), row) == []
+    assert chosen(made_of(row, table), row) == (0.004, [0, 1])
+
+
+def test_the_table_says_which_rates_were_tried() -> None:
+    figures = {"parameters": 1, "resident_bytes": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
+    runs = made_of("dense", {(0.004, 0): 2.8, (0.002, 0): 2.9})
+    runs |= made_of("ours 0.5", {(lr, 0): lr for lr in quality.GRID["adamw"]})
+    runs = {key: result | figures for key, result in runs.items()}
+    made = quality.table(quality.summarize(runs, options()))
+    assert list(made.columns[1].cells) == ["0.004 (of 0.002, 0.004)", "0.001"]
+
+
+def test_a_line_that_a_killed_run_left_does_not_take_the_next_one_along(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    quality.keep(path, "a", {"bpb": 1.0})
+    with path.open("a") as file:
+        file.write(path.read_text()[:9])
+    quality.keep(path, "b", {"bpb": 2.0})
+    quality.keep(path, "c", {"bpb": 3.0})
+    assert quality.load(path) == {"a": {"bpb": 1.0}, "b": {"bpb": 2.0}, "c": {"bpb": 3.0}}
+    assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("failing", "done", "total"), [((), 9, 9), (((0.004, 1),), 8, 9), (((0.001, 0),), 2, 3)])
+def test_all_runs(
+    failing: tuple[tuple[float, int], ...], done: int, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar counts the runs of later seeds too, and failures are reported."""
+    bars: list[Progress] = []
+
+    def new_bar(**settings: Any) -> Progress:
+        bars.append(Progress(**settings))
+        return bars[-1]
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        job = json.loads(command[-1])
+        bad = (job["lr"], job["seed"]) in failing
+        return subprocess.CompletedProcess(command, int(bad), "" if bad else json.dumps({"bpb": 2 + job["lr"]}))
+
+    monkeypatch.setattr(quality, "Progress", new_bar)
+    monkeypatch.setattr(subprocess, "run", run)
+    args = options(results=tmp_path / "new" / "runs.jsonl")
+    failed = quality.run_all(args, ["dense"], Console(quiet=True))
+    assert failed == len(failing)
+    (task,) = bars[0].tasks
+    assert (task.completed, task.total, len(quality.load(args.results))) == (done, total, done)
+
+
+@pytest.mark.parametrize("failed", [0, 2])
+def test_failed_runs_make_the_exit_status(failed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--results", str(tmp_path / "runs.jsonl")])
+    monkeypatch.setattr(quality, "run_all", lambda *_: failed)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert quality.main() == (1 if failed else 0)
