@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
 from results_file import output_file
 from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
-from svd_optim import LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
+from svd_optim import Event, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
 from train_gpt import bits_per_byte, warm_down
 
 GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}
@@ -234,9 +234,22 @@ def train(job: Job) -> dict[str, Any]:
         "resident_bytes": resident_bytes(model, optimizers, wrapper),
         "seconds_per_step": statistics.median(last),
         "jump_percent": max(jumps.percent, default=0.0),
+        "switched_at": switched_at(wrapper.events) if wrapper else at if row.form else None,
         "ranks": {name: layer.rank for name, layer in wrapper.layers.items()} if wrapper else {},
         "events": [str(event) for event in wrapper.events] if wrapper else [],
     }
+
+
+def switched_at(events: Iterable[Event]) -> float | None:
+    """The mean step at which what is in factors now went there, by the numbers in the dense weights."""
+    switches: dict[str, tuple[int, float]] = {}
+    for event in events:
+        if event.kind == "factorize":
+            switches[event.layer] = event.step, event.numbers["parameters_before"]
+        elif event.kind == "merge":
+            switches.pop(event.layer, None)
+    numbers = sum(n for _, n in switches.values())
+    return sum(step * n for step, n in switches.values()) / numbers if switches else None
 
 
 def schedule(steps: int) -> dict[str, int]:
@@ -378,8 +391,9 @@ def summarize(runs: Runs, args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(lines: Sequence[dict[str, Any]]) -> Table:
     """Means over seeds."""
     columns = ("run", "lr", "seeds", "bits per byte", "spread", "to dense, %", "matrix parameters", "resident bytes",
-               "s / step", "largest jump, %")  # fmt: skip
-    made = Table(*columns, title="Quality of training in fewer parameters")
+               "s / step", "largest jump, %", "switched at")  # fmt: skip
+    caption = "Switched at: the mean step at which weights went into factors, by the numbers in them."
+    made = Table(*columns, title="Quality of training in fewer parameters", caption=caption)
     for line in lines:
         results = list(line["results"].values())
 
@@ -389,11 +403,12 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
         bpb = [result["bpb"] for result in results]
         all_tried = len(line["tried"]) == len(GRID[line["optimizer"]])
         tried = "" if all_tried else f" (of {', '.join(f'{lr:g}' for lr in line['tried'])})"
+        switched = [at for result in results if (at := result.get("switched_at")) is not None]
         made.add_row(
             f"{line['optimizer']}, {line['row']}", f"{line['lr']:g}{tried}", str(len(results)), f"{mean('bpb'):.4f}",
             f"{max(bpb) - min(bpb):.4f}", f"{statistics.mean(line['to_dense']):+.2f}" if line["to_dense"] else "–",
             f"{mean('parameters'):,.0f}", f"{mean('resident_bytes'):,.0f}", f"{mean('seconds_per_step'):.3f}",
-            f"{mean('jump_percent'):+.3f}",
+            f"{mean('jump_percent'):+.3f}", f"{statistics.mean(switched):.0f}" if switched else "–",
         )  # fmt: skip
     return made
 

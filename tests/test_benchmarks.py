@@ -26,6 +26,7 @@ import forgetting
 import quality
 import results_file
 import thresholds
+from svd_optim import Event
 
 # ---- the corpus ------------------------------------------------------------------------------------
 
@@ -155,9 +156,10 @@ def test_the_table_says_which_rates_were_tried() -> None:
     figures = {"parameters": 1, "resident_bytes": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
     runs = made_of("dense", {(0.004, 0): 2.8, (0.002, 0): 2.9})
     runs |= made_of("ours 0.5", {(lr, 0): lr for lr in quality.GRID["adamw"]})
-    runs = {key: result | figures for key, result in runs.items()}
+    runs = {key: result | figures | {"switched_at": 123.4} for key, result in runs.items()}
     made = quality.table(quality.summarize(runs, options()))
     assert list(made.columns[1].cells) == ["0.004 (of 0.002, 0.004)", "0.001"]
+    assert list(made.columns[-1].cells) == ["123", "123"]
 
 
 def test_a_line_that_a_killed_run_left_does_not_take_the_next_one_along(tmp_path: Path) -> None:
@@ -202,3 +204,14 @@ def test_failed_runs_make_the_exit_status(failed: int, tmp_path: Path, monkeypat
     monkeypatch.setattr(quality, "run_all", lambda *_: failed)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert quality.main() == (1 if failed else 0)
+
+
+def test_when_layers_went_into_factors() -> None:
+    def event(step: int, layer: str, kind: str, numbers: float = 0) -> Event:
+        return Event(step=step, layer=layer, kind=kind, reason="", numbers={"parameters_before": numbers})
+
+    assert quality.switched_at([event(3, "a", "descend")]) is None
+    events = [event(10, "a", "factorize", 300), event(50, "b", "factorize", 100), event(30, "c", "factorize", 500)]
+    events.append(event(40, "c", "merge"))
+    assert quality.switched_at(events) == 20  # (10 * 300 + 50 * 100) / 400
+    assert quality.switched_at([*events, event(60, "c", "factorize", 400)]) == 40
