@@ -44,6 +44,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from results_file import output_file
 from svd_optim import (
     CheckpointError,
     FactorizedLinear,
@@ -766,7 +767,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAULT", help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few of each")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="write the figures here too")
     args = parser.parse_args()
     _quiet()
     console = Console()

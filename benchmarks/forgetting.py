@@ -1,7 +1,7 @@
 """Does protection forget less? A GPT learns Python sources, is fine-tuned on English prose, and is asked for both.
 
-    python benchmarks/forgetting.py --json forgetting.json --plot forgetting.png  # about 80 minutes on one core
-    python benchmarks/forgetting.py --seeds 1 --optimizers adamw                  # about 15 minutes; Muon: about 25
+    python benchmarks/forgetting.py --json forgetting.json --plot forgetting.png  # about 100 minutes on one core
+    python benchmarks/forgetting.py --seeds 1 --optimizers adamw                  # about 25 minutes; Muon as long
     python benchmarks/forgetting.py --smoke                                       # the same code on a tiny job
 
 The old domain is the standard library's own sources, the new one the language reference that ``help()`` shows.
@@ -20,15 +20,13 @@ have risen, is read off where the curve first comes down to a common level of ne
 from the start to the lowest new-domain loss of any plain run.
 
 With ``--json`` every run is kept as soon as it is done, and none that is there is repeated: stop and start again
-at will.
+at will, on the same kind of machine with as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import random
 import statistics
 import sys
@@ -50,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, help_topics, split, standard_library, validation_batches
 from gpt import GPT, GPTConfig
+from results_file import machine, output_file, read_results, write_results
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
 from train_gpt import Batches, bits_per_byte, warm_down
 
@@ -118,34 +117,24 @@ class Store:
     """The runs done so far, in memory and (if there is a path) in a file.
 
     Raises:
-        ValueError: the file is of another job.
+        ValueError: the file is of another job or machine, or of something else.
     """
 
     def __init__(self, path: Path | None, job: Job) -> None:
         self.path, self.job = path, job
         self.runs: list[Run] = []
         if path is not None and path.exists():
-            saved = json.loads(path.read_text())
-            if saved["job"] != asdict(job):
-                raise ValueError(f"{path} holds runs of another job: {saved['job']}, not {asdict(job)}")
-            for row in saved["runs"]:
+            for row in read_results(path, asdict(job), "runs"):
                 structured = {"setting": Setting(*row["setting"]), "curve": [Point(*p) for p in row["curve"]]}
                 self.runs.append(Run(**{**row, **structured}))
         self.keys = {run.key for run in self.runs}
 
     def add(self, run: Run) -> None:
-        """Keep a run; a process killed meanwhile leaves the old file or the new one."""
+        """Keep a run."""
         self.runs.append(run)
         self.keys.add(run.key)
         if self.path is not None:
-            payload = {"machine": machine(), "job": asdict(self.job), "runs": [asdict(run) for run in self.runs]}
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")
-            partial.replace(self.path)
-
-
-def machine() -> str:
-    return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+            write_results(self.path, asdict(self.job), "runs", [asdict(run) for run in self.runs])
 
 
 # ---- the two domains -------------------------------------------------------------------------------------
@@ -502,8 +491,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--factors", nargs="+", type=float, default=FACTORS, help="to the learning rate, beside those of plain runs")
     add("--seeds", type=int, default=2)
     add("--threads", type=int, default=1)
-    add("--json", type=Path, help="keep all runs here, and go on from those that are there")
-    add("--plot", type=Path, help="draw the curves here (needs matplotlib)")
+    add("--json", type=output_file, help="keep all runs here, and go on from those that are there")
+    add("--plot", type=output_file, help="draw the curves here (needs matplotlib)")
     add("--smoke", action="store_true", help="a tiny job")
     args = parser.parse_args()
     if not all(0 < share <= 1 for share in args.shares):
@@ -513,6 +502,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.smoke:
         args.seeds, args.grid = 1, ((0.25,), (0.3, 1.0), (0.1, 0.3, 1.0))
         job = Job(steps_old=40, steps_new=20, depth=1, width=64, sequence_length=128, validation_bytes=2048)
+    torch.set_num_threads(args.threads)
     try:
         args.store = Store(args.json, job)
     except ValueError as error:
@@ -524,7 +514,6 @@ def main() -> int:
     """Run what is missing, print the tables and the verdicts."""
     args = parse_arguments()
     store: Store = args.store
-    torch.set_num_threads(args.threads)
     console = Console(width=160 if not sys.stdout.isatty() else None)
     try:
         domains = load_domains(store.job)

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
+from results_file import output_file
 from svd_optim import (
     Action,
     LayerInfo,
@@ -208,7 +209,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--json", type=output_file, help="write all figures here")
     parser.add_argument("--smoke", action="store_true", help="a tiny job, as CI runs it")
     args = parser.parse_args()
     args.depth, args.width, args.sequence_length = (1, 64, 128) if args.smoke else (4, 256, 512)

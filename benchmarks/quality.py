@@ -5,8 +5,13 @@
     python benchmarks/quality.py --report         # only the table of what is there
 
 Every row trains the model of ``examples/train_gpt.py`` on its data for equal steps and tokens, at each
-learning rate of one grid with the first seed and at its best one with the others. Finished runs are
-kept in a JSON Lines file, one record each, and not repeated. GaLore comes with the extra ``rivals``
+learning rate of one grid with the first seed. Of a headline row every rate within 1 % of the best one
+there (in bits per byte) gets all seeds, and the lowest mean over the seeds decides; the first seed alone
+decides until a rate has them all. Every other row gets one seed more, at the best rate of the first.
+Where runs are missing, the table says which rates were tried.
+
+Finished runs are kept in a JSON Lines file, one record each, and not repeated; a run that failed is left
+out, and makes the exit status 1. GaLore comes with the extra ``rivals``
 (``pip install -c constraints.txt -e ".[rivals]"``); without it its row is left out.
 """
 
@@ -15,13 +20,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +42,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
+from results_file import output_file
 from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
-from svd_optim import LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
+from svd_optim import Event, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
 from train_gpt import bits_per_byte, warm_down
 
 GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}
 VALIDATION_TOKENS = 32_768
 FULL_STEPS = 800
+CLOSE = 1.01  # bits per byte to the lowest: too little for one seed to decide
 SCALES = factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE
 
 
@@ -226,9 +234,22 @@ def train(job: Job) -> dict[str, Any]:
         "resident_bytes": resident_bytes(model, optimizers, wrapper),
         "seconds_per_step": statistics.median(last),
         "jump_percent": max(jumps.percent, default=0.0),
+        "switched_at": switched_at(wrapper.events) if wrapper else at if row.form else None,
         "ranks": {name: layer.rank for name, layer in wrapper.layers.items()} if wrapper else {},
         "events": [str(event) for event in wrapper.events] if wrapper else [],
     }
+
+
+def switched_at(events: Iterable[Event]) -> float | None:
+    """The mean step at which what is in factors now went there, by the numbers in the dense weights."""
+    switches: dict[str, tuple[int, float]] = {}
+    for event in events:
+        if event.kind == "factorize":
+            switches[event.layer] = event.step, event.numbers["parameters_before"]
+        elif event.kind == "merge":
+            switches.pop(event.layer, None)
+    numbers = sum(n for _, n in switches.values())
+    return sum(step * n for step, n in switches.values()) / numbers if switches else None
 
 
 def schedule(steps: int) -> dict[str, int]:
@@ -243,6 +264,8 @@ def schedule(steps: int) -> dict[str, int]:
 
 # ---- which runs ------------------------------------------------------------------------------------
 
+Runs = Mapping[str, dict[str, Any]]  # results of finished runs by the job's key
+
 
 def load(path: Path) -> dict[str, dict[str, Any]]:
     """Finished runs by key; a line that a killed run left unfinished is skipped."""
@@ -256,36 +279,64 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
     return runs
 
 
-def best_lr(runs: Mapping[str, dict[str, Any]], kind: str, row: str, sizes: Sizes) -> float | None:
-    """The learning rate of the lowest bits per byte with the first seed; ``None`` before all were tried."""
-    tried = {lr: runs.get(Job(kind, row, lr, 0, sizes).key) for lr in GRID[kind]}
-    if any(result is None for result in tried.values()):
-        return None
-    return min(GRID[kind], key=lambda lr: tried[lr]["bpb"])  # type: ignore[index]
+def keep(path: Path, key: str, result: dict[str, Any]) -> None:
+    """One line more, below one that a killed run left unfinished."""
+    line = json.dumps({"key": key, "result": result}, sort_keys=True) + "\n"
+    before = path.read_text() if path.exists() else ""
+    with path.open("a") as file:
+        file.write("\n" + line if before and not before.endswith("\n") else line)
 
 
-def open_jobs(runs: Mapping[str, dict[str, Any]], rows: Sequence[str], args: argparse.Namespace) -> list[Job]:
+def by_seed(runs: Runs, kind: str, row: str, lr: float, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """The results that are there."""
+    found = {seed: runs.get(Job(kind, row, lr, seed, args.sizes).key) for seed in range(args.seeds)}
+    return {seed: result for seed, result in found.items() if result is not None}
+
+
+def score(result: dict[str, Any]) -> float:
+    """Bits per byte; infinite where training went astray."""
+    return math.inf if math.isnan(result["bpb"]) else result["bpb"]
+
+
+def close_lrs(runs: Runs, kind: str, row: str, args: argparse.Namespace) -> list[float]:
+    """The learning rates that may be the best by what the first seed says, the lowest bits per byte first."""
+    bpb = {lr: score(runs[key]) for lr in GRID[kind] if (key := Job(kind, row, lr, 0, args.sizes).key) in runs}
+    tried = sorted(bpb, key=bpb.__getitem__)
+    return [lr for lr in tried if bpb[lr] <= CLOSE * bpb[tried[0]]] if ROWS[row].headline else tried[:1]
+
+
+def best_lr(runs: Runs, kind: str, row: str, args: argparse.Namespace) -> float | None:
+    """The close learning rate of the lowest mean of all seeds, or of the first seed while none has them all."""
+    close = close_lrs(runs, kind, row, args)
+    results = {lr: by_seed(runs, kind, row, lr, args).values() for lr in close}
+    means = {lr: statistics.mean(map(score, found)) for lr, found in results.items() if len(found) == args.seeds}
+    return min(means, key=means.__getitem__) if means else next(iter(close), None)
+
+
+def open_jobs(runs: Runs, rows: Sequence[str], args: argparse.Namespace) -> list[Job]:
     """What can be run now, the grid of the first seed before the other seeds, headline rows before the others."""
     pairs = [(kind, row) for row in rows for kind in args.optimizers if kind in ROWS[row].optimizers]
     jobs = [Job(kind, row, lr, 0, args.sizes) for kind, row in pairs for lr in GRID[kind]]
     for seed in range(1, args.seeds):
         for kind, row in pairs:
-            lr = best_lr(runs, kind, row, args.sizes)
-            if lr is not None and (ROWS[row].headline or seed == 1):  # where a difference is small: more seeds
-                jobs.append(Job(kind, row, lr, seed, args.sizes))
+            known = all(Job(kind, row, lr, 0, args.sizes).key in runs for lr in GRID[kind])
+            if known and (ROWS[row].headline or seed == 1):  # where a difference is small: more seeds
+                jobs += [Job(kind, row, lr, seed, args.sizes) for lr in close_lrs(runs, kind, row, args)]
     headline_first = sorted(jobs, key=lambda job: not ROWS[job.row].headline)
     return [job for job in headline_first if job.key not in runs]
 
 
-def run_all(args: argparse.Namespace, rows: Sequence[str], console: Console) -> None:
-    """Run what is missing, each run in a process of its own, ``--jobs`` at a time."""
+def run_all(args: argparse.Namespace, rows: Sequence[str], console: Console) -> int:
+    """Run what is missing, each run in a process of its own, ``--jobs`` at a time; how many have failed."""
     lock = threading.Lock()
     running: set[str] = set()
 
     def work(progress: Progress, bar: TaskID) -> None:
         while True:
             with lock:
-                left = [job for job in open_jobs(load(args.results), rows, args) if job.key not in running]
+                missing = open_jobs(load(args.results), rows, args)  # more of them as learning rates are chosen
+                progress.update(bar, total=progress.tasks[bar].completed + len(missing))
+                left = [job for job in missing if job.key not in running]
                 if not left:
                     return
                 job = left[0]
@@ -297,38 +348,37 @@ def run_all(args: argparse.Namespace, rows: Sequence[str], console: Console) -> 
                 continue  # the key stays in `running`: not tried again
             with lock:
                 result = json.loads(done.stdout.splitlines()[-1])
-                with args.results.open("a") as file:
-                    file.write(json.dumps({"key": job.key, "result": result}, sort_keys=True) + "\n")
+                keep(args.results, job.key, result)
+                running.remove(job.key)
                 progress.advance(bar)
             shown = f"{job.optimizer}, {job.row}, lr {job.lr:g}, seed {job.seed}: {result['bpb']:.4f} bits per byte"
             progress.console.print(shown, markup=False, highlight=False)
 
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
-        bar = progress.add_task("runs", total=len(open_jobs(load(args.results), rows, args)))
+        bar = progress.add_task("runs")
         workers = [threading.Thread(target=work, args=(progress, bar)) for _ in range(args.jobs)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
+    return len(running)
 
 
 # ---- what came out ---------------------------------------------------------------------------------
 
 
-def summarize(runs: Mapping[str, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+def summarize(runs: Runs, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A line for each optimizer and row of which anything is there, at its best learning rate so far."""
     lines = []
     for kind in args.optimizers:
         for row in ROWS:
-            first = {lr: runs.get(Job(kind, row, lr, 0, args.sizes).key) for lr in GRID[kind]}
-            tried = {lr: result for lr, result in first.items() if result is not None}
-            if not tried:
+            lr = best_lr(runs, kind, row, args)
+            if lr is None:
                 continue
-            lr = min(tried, key=lambda lr: tried[lr]["bpb"])
-            seeds = [runs.get(Job(kind, row, lr, seed, args.sizes).key) for seed in range(args.seeds)]
-            results = {seed: result for seed, result in enumerate(seeds) if result is not None}
-            lines.append({"optimizer": kind, "row": row, "lr": lr, "tried": sorted(tried), "results": results})
+            tried = [x for x in GRID[kind] if Job(kind, row, x, 0, args.sizes).key in runs]
+            results = by_seed(runs, kind, row, lr, args)
+            lines.append({"optimizer": kind, "row": row, "lr": lr, "tried": tried, "results": results})
     for line in lines:
         dense = next((x for x in lines if x["optimizer"] == line["optimizer"] and x["row"] == "dense"), None)
         common = set(line["results"]) & set(dense["results"] if dense else ())
@@ -341,8 +391,9 @@ def summarize(runs: Mapping[str, dict[str, Any]], args: argparse.Namespace) -> l
 def table(lines: Sequence[dict[str, Any]]) -> Table:
     """Means over seeds."""
     columns = ("run", "lr", "seeds", "bits per byte", "spread", "to dense, %", "matrix parameters", "resident bytes",
-               "s / step", "largest jump, %")  # fmt: skip
-    made = Table(*columns, title="Quality of training in fewer parameters")
+               "s / step", "largest jump, %", "switched at")  # fmt: skip
+    caption = "Switched at: the mean step at which weights went into factors, by the numbers in them."
+    made = Table(*columns, title="Quality of training in fewer parameters", caption=caption)
     for line in lines:
         results = list(line["results"].values())
 
@@ -350,12 +401,14 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
             return statistics.mean(result[key] for result in results)
 
         bpb = [result["bpb"] for result in results]
-        tried = "" if len(line["tried"]) == len(GRID[line["optimizer"]]) else f" (of {len(line['tried'])})"
+        all_tried = len(line["tried"]) == len(GRID[line["optimizer"]])
+        tried = "" if all_tried else f" (of {', '.join(f'{lr:g}' for lr in line['tried'])})"
+        switched = [at for result in results if (at := result.get("switched_at")) is not None]
         made.add_row(
             f"{line['optimizer']}, {line['row']}", f"{line['lr']:g}{tried}", str(len(results)), f"{mean('bpb'):.4f}",
             f"{max(bpb) - min(bpb):.4f}", f"{statistics.mean(line['to_dense']):+.2f}" if line["to_dense"] else "–",
             f"{mean('parameters'):,.0f}", f"{mean('resident_bytes'):,.0f}", f"{mean('seconds_per_step'):.3f}",
-            f"{mean('jump_percent'):+.3f}",
+            f"{mean('jump_percent'):+.3f}", f"{statistics.mean(switched):.0f}" if switched else "–",
         )  # fmt: skip
     return made
 
@@ -391,8 +444,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="runs at the same time")
     add("--threads", type=int, default=1, help="of each run")
     add("--results", type=Path, default=Path("runs/quality.jsonl"), help="finished runs, kept and not repeated")
-    add("--json", type=Path, help="write the table's figures here")
-    add("--plot", type=Path, help="draw them here (needs matplotlib)")
+    add("--json", type=output_file, help="write the table's figures here")
+    add("--plot", type=output_file, help="draw them here (needs matplotlib)")
     add("--report", action="store_true", help="run nothing")
     add("--quick", action="store_true", help="one seed, the headline rows, half as many steps")
     add("--smoke", action="store_true", help="a tiny job, as CI runs it")
@@ -428,11 +481,12 @@ def main() -> int:
         print(json.dumps(train(Job(**{**fields, "sizes": Sizes(**fields["sizes"])}))))
         return 0
     console = Console(width=180 if not sys.stdout.isatty() else None)
+    failed = 0
     if args.smoke:
         runs = smoke(args)
     else:
         if not args.report:
-            run_all(args, args.rows, console)
+            failed = run_all(args, args.rows, console)
         runs = load(args.results)
     lines = summarize(runs, args)
     console.print(table(lines))
@@ -442,7 +496,7 @@ def main() -> int:
         args.json.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1, sort_keys=True) + "\n")
     if args.plot:
         plot(lines, args.plot)
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

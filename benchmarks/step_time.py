@@ -44,6 +44,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from gpt import GPT, GPTConfig
+from results_file import output_file
 from rivals import Ancestor
 from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
 
@@ -296,7 +297,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-peaks", action="store_true", help="do not measure memory")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="write the figures here too")
     parser.add_argument("--smoke", action="store_true", help="a tiny job")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()

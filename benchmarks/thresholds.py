@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import sys
 from collections import defaultdict
@@ -39,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
+from results_file import output_file, read_results, write_results
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.linalg import chance_corrected, energy, exact_basis, subspace_change
 from train_gpt import Batches, bits_per_byte, build_optimizers, parse_arguments
@@ -95,29 +94,22 @@ class Store:
     """The trials done so far, in memory and (if there is a path) in a file.
 
     Raises:
-        ValueError: the file is of another job.
+        ValueError: the file is of another job or machine, or of something else.
     """
 
     def __init__(self, path: Path | None, job: Job) -> None:
         self.path, self.job = path, job
         self.trials: list[Trial] = []
         if path is not None and path.exists():
-            saved = json.loads(path.read_text())
-            if saved["job"] != asdict(job):
-                raise ValueError(f"{path} holds trials of another job: {saved['job']}, not {asdict(job)}")
-            self.trials = [Trial(**row) for row in saved["trials"]]
+            self.trials = [Trial(**row) for row in read_results(path, asdict(job), "trials")]
         self.keys = {trial.key for trial in self.trials}
 
     def add(self, trial: Trial) -> None:
-        """Keep a trial; a process killed meanwhile leaves the old file or the new one."""
+        """Keep a trial."""
         self.trials.append(trial)
         self.keys.add(trial.key)
         if self.path is not None:
-            machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-            payload = {"machine": machine, "job": asdict(self.job), "trials": [asdict(t) for t in self.trials]}
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")
-            partial.replace(self.path)
+            write_results(self.path, asdict(self.job), "trials", [asdict(trial) for trial in self.trials])
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -484,7 +476,7 @@ def main() -> int:
     parser.add_argument("--shares", nargs="+", type=float, default=(0.5, 0.25), help="of a layer's parameters to keep")
     parser.add_argument("--trial-steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="keep all trials here, and go on from those that are there")
+    parser.add_argument("--json", type=output_file, help="keep all trials here, and go on from those that are there")
     parser.add_argument("--smoke", action="store_true", help="a tiny job")
     args = parser.parse_args()
     job = Job(trial_steps=args.trial_steps)
@@ -496,11 +488,11 @@ def main() -> int:
         parser.error(f"--moments must be at least {DRIFT_STEPS} steps from the start and from each other")
     if not all(0 < share < 1 for share in args.shares):
         parser.error("--shares must be between 0 and 1")
+    torch.set_num_threads(args.threads)
     try:
         store = Store(args.json, job)
     except ValueError as error:
         parser.error(str(error))
-    torch.set_num_threads(args.threads)
     console = Console(width=160 if not sys.stdout.isatty() else None)
     training, held_out = split(load_corpus(None))
     data = (training, validation_batches(held_out, job.sequence_length, job.validation_tokens))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,14 +51,23 @@ def load_corpus(path: Path | None = None, *, limit: int = LIMIT, seed: int = 0) 
 def standard_library() -> list[bytes]:
     """The standard library's own sources and the language reference that ``help()`` shows, in name order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    sources = [
-        path
-        for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix())
-        if EXCLUDED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not path.name.startswith(EXCLUDED_PREFIXES)
-    ]
+    sources = []
+    for path in files_below(root, EXCLUDED_FOLDERS.__contains__):
+        if path.suffix == ".py" and not path.name.startswith(EXCLUDED_PREFIXES):
+            with suppress(FileNotFoundError):  # gone meanwhile
+                sources.append(path.read_bytes())
     if not sources:
         raise FileNotFoundError("this Python comes without its library's sources: give text with --data")
-    return [path.read_bytes() for path in sources] + help_topics()
+    return sources + help_topics()
+
+
+def files_below(root: Path, excluded: Callable[[str], bool]) -> list[Path]:
+    """All files in name order. Excluded folders are not looked into, ones that vanish meanwhile are left out."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not excluded(name)]
+        found += [Path(folder, name) for name in names]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def help_topics() -> list[bytes]:
@@ -75,9 +86,8 @@ def read_path(path: Path) -> list[bytes]:
     if path.is_file():
         return [path.read_bytes()]
     documents = []
-    for file in sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix()):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
+    for file in files_below(path, lambda name: name.startswith(".")):
+        if file.is_file() and not file.name.startswith("."):
             document = file.read_bytes()
             if b"\0" not in document[:8192]:  # else it is no text
                 documents.append(document)

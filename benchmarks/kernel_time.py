@@ -1,8 +1,8 @@
 """Each kernel against its rivals and against the bound: time, growth with size, and accuracy.
 
-    python benchmarks/kernels.py --json kernels.json   # about 10 minutes on two cores
-    python benchmarks/kernels.py --only refresh
-    python benchmarks/kernels.py --smoke               # the same code at tiny sizes
+    python benchmarks/kernel_time.py --json kernels.json  # about 10 minutes on two cores
+    python benchmarks/kernel_time.py --only refresh
+    python benchmarks/kernel_time.py --smoke              # the same code at tiny sizes
 
 - refresh: bringing the cached basis of a weight up to date, against a full SVD, ``torch.svd_lowrank`` and ``eigh``
   of the Gram matrix. Errors are against a float64 SVD, on random matrices that have moved by 5 % and on weights of a
@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split
 from gpt import GPT, GPTConfig
+from results_file import output_file
 from rivals import Ancestor
 from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, linalg
 from svd_optim.linalg import Basis
@@ -352,7 +353,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="write the figures here too")
     parser.add_argument("--compile", action="store_true", help="layers through torch.compile too (needs a compiler)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     args = parser.parse_args()

@@ -1,0 +1,217 @@
+"""What the examples and benchmarks read, keep and choose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import corpus
+import forgetting
+import quality
+import results_file
+import thresholds
+from svd_optim import Event
+
+# ---- the corpus ------------------------------------------------------------------------------------
+
+
+def test_excluded_folders_are_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.py", "a/z.py", "a.py", "a/site-packages/x.py", "test/y.py", "a/notes.txt", "_sysconfigdata_1.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "gone.py").symlink_to("nowhere")  # as a file that vanishes between listing and reading
+    looked: list[str] = []
+    scandir = os.scandir
+
+    def watched(folder: str) -> object:
+        looked.append(Path(folder).name)
+        return scandir(folder)
+
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(os, "scandir", watched)
+    monkeypatch.setattr(corpus, "help_topics", lambda: [b"topic"])
+    assert corpus.standard_library() == [b"a.py", b"a/z.py", b"b.py", b"topic"]
+    assert looked == [tmp_path.name, "a"]
+
+
+def test_own_text(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/c.txt", ".hidden.txt", ".git/config", "binary"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\0" if name == "binary" else name)
+    assert corpus.read_path(tmp_path) == [b"a/c.txt", b"b.txt"]
+
+
+# ---- files of results ------------------------------------------------------------------------------
+
+
+def test_the_folder_of_an_output_is_made_at_the_start(tmp_path: Path) -> None:
+    made = results_file.output_file(str(tmp_path / "a" / "b" / "x.json"))
+    made.write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match="is a folder"):
+        results_file.output_file(str(tmp_path))
+    with pytest.raises(argparse.ArgumentTypeError, match=r"x\.json/y\.json: "):
+        results_file.output_file(str(made / "y.json"))
+
+
+def test_every_output_is_such_an_argument() -> None:
+    for script in (Path(__file__).parents[1] / "benchmarks").glob("*.py"):
+        for line in script.read_text().splitlines():
+            if '"--json"' in line or '"--plot"' in line:
+                assert "type=output_file" in line, f"{script.name}: {line}"
+
+
+@pytest.mark.parametrize("benchmark", [forgetting, thresholds])
+def test_results_of_something_else_are_refused(benchmark: ModuleType, tmp_path: Path) -> None:
+    path, job = tmp_path / "x.json", benchmark.Job()
+    kind = "runs" if benchmark is forgetting else "trials"
+    results_file.write_results(path, asdict(job), kind, [])
+    benchmark.Store(path, job)
+    with pytest.raises(ValueError, match=r"x\.json is of another job: .*'depth': 4.*, not .*'depth': 1"):
+        benchmark.Store(path, replace(job, depth=1))
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "machine": "another one, 17 threads"}))
+    with pytest.raises(ValueError, match=r"x\.json is of another machine: another one, 17 threads, not"):
+        benchmark.Store(path, job)
+    for text in ("", "[]", "{}", path.read_text()[:-1], json.dumps({"job": 1, "machine": 2})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x\.json is no file of this benchmark"):
+            benchmark.Store(path, job)
+
+
+# ---- which runs of quality.py ----------------------------------------------------------------------
+
+
+def options(**others: Any) -> argparse.Namespace:
+    return argparse.Namespace(optimizers=("adamw",), seeds=3, sizes=quality.Sizes(), threads=1, jobs=1, **others)
+
+
+def made_of(row: str, table: dict[tuple[float, int], float]) -> dict[str, dict[str, Any]]:
+    """Runs of a row: bits per byte by (learning rate, seed)."""
+    return {quality.Job("adamw", row, lr, seed).key: {"bpb": bpb} for (lr, seed), bpb in table.items()}
+
+
+def wanted(runs: dict[str, dict[str, Any]], row: str) -> list[tuple[float, int]]:
+    return [(job.lr, job.seed) for job in quality.open_jobs(runs, [row], options())]
+
+
+def chosen(runs: dict[str, dict[str, Any]], row: str) -> tuple[float, list[int]]:
+    """By the table: the learning rate, and its seeds."""
+    (line,) = (line for line in quality.summarize(runs, options()) if line["row"] == row)
+    return line["lr"], sorted(line["results"])
+
+
+def test_close_learning_rates_get_all_seeds_and_the_mean_decides() -> None:
+    row = "smaller dense 0.5"
+    table = {(0.002, 0): 2.8098, (0.004, 0): 2.8167}
+    runs = made_of(row, table)
+    assert wanted(runs, row) == [(0.001, 0)]  # the grid first
+    assert chosen(runs, row) == (0.002, [0])
+    table[0.001, 0] = 2.85  # by more than 1 %
+    runs = made_of(row, table)
+    assert wanted(runs, row) == [(0.002, 1), (0.004, 1), (0.002, 2), (0.004, 2)]
+    table |= {(0.002, 1): 2.9752, (0.002, 2): 2.8547, (0.004, 1): 2.7721}
+    runs = made_of(row, table)
+    assert wanted(runs, row) == [(0.004, 2)]
+    assert chosen(runs, row) == (0.002, [0, 1, 2])
+    table[0.004, 2] = 2.9335
+    runs = made_of(row, table)
+    assert wanted(runs, row) == []
+    assert chosen(runs, row) == (0.004, [0, 1, 2])
+
+
+def test_a_run_that_went_astray_is_not_chosen() -> None:
+    row = "dense"
+    table = {(0.001, 0): 2.8, (0.002, 0): math.nan, (0.004, 0): 2.79}
+    assert wanted(made_of(row, table), row) == [(0.004, 1), (0.001, 1), (0.004, 2), (0.001, 2)]
+    table |= {(lr, seed): 2.8 for lr in (0.001, 0.004) for seed in (1, 2)} | {(0.004, 2): math.nan}
+    assert chosen(made_of(row, table), row) == (0.001, [0, 1, 2])
+
+
+def test_other_rows_get_one_seed_more_at_the_best_rate_of_the_first() -> None:
+    row = "two factors 0.5"
+    table = {(0.001, 0): 2.9, (0.002, 0): 2.81, (0.004, 0): 2.8}
+    assert wanted(made_of(row, table), row) == [(0.004, 1)]
+    table |= {(0.004, 1): 3.0, (0.002, 1): 2.0}
+    assert wanted(made_of(row, table), row) == []
+    assert chosen(made_of(row, table), row) == (0.004, [0, 1])
+
+
+def test_the_table_says_which_rates_were_tried() -> None:
+    figures = {"parameters": 1, "resident_bytes": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
+    runs = made_of("dense", {(0.004, 0): 2.8, (0.002, 0): 2.9})
+    runs |= made_of("ours 0.5", {(lr, 0): lr for lr in quality.GRID["adamw"]})
+    runs = {key: result | figures | {"switched_at": 123.4} for key, result in runs.items()}
+    made = quality.table(quality.summarize(runs, options()))
+    assert list(made.columns[1].cells) == ["0.004 (of 0.002, 0.004)", "0.001"]
+    assert list(made.columns[-1].cells) == ["123", "123"]
+
+
+def test_a_line_that_a_killed_run_left_does_not_take_the_next_one_along(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    quality.keep(path, "a", {"bpb": 1.0})
+    with path.open("a") as file:
+        file.write(path.read_text()[:9])
+    quality.keep(path, "b", {"bpb": 2.0})
+    quality.keep(path, "c", {"bpb": 3.0})
+    assert quality.load(path) == {"a": {"bpb": 1.0}, "b": {"bpb": 2.0}, "c": {"bpb": 3.0}}
+    assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("failing", "done", "total"), [((), 9, 9), (((0.004, 1),), 8, 9), (((0.001, 0),), 2, 3)])
+def test_all_runs(
+    failing: tuple[tuple[float, int], ...], done: int, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar counts the runs of later seeds too, and failures are reported."""
+    bars: list[Progress] = []
+
+    def new_bar(**settings: Any) -> Progress:
+        bars.append(Progress(**settings))
+        return bars[-1]
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        job = json.loads(command[-1])
+        bad = (job["lr"], job["seed"]) in failing
+        return subprocess.CompletedProcess(command, int(bad), "" if bad else json.dumps({"bpb": 2 + job["lr"]}))
+
+    monkeypatch.setattr(quality, "Progress", new_bar)
+    monkeypatch.setattr(subprocess, "run", run)
+    args = options(results=tmp_path / "new" / "runs.jsonl")
+    failed = quality.run_all(args, ["dense"], Console(quiet=True))
+    assert failed == len(failing)
+    (task,) = bars[0].tasks
+    assert (task.completed, task.total, len(quality.load(args.results))) == (done, total, done)
+
+
+@pytest.mark.parametrize("failed", [0, 2])
+def test_failed_runs_make_the_exit_status(failed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--results", str(tmp_path / "runs.jsonl")])
+    monkeypatch.setattr(quality, "run_all", lambda *_: failed)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert quality.main() == (1 if failed else 0)
+
+
+def test_when_layers_went_into_factors() -> None:
+    def event(step: int, layer: str, kind: str, numbers: float = 0) -> Event:
+        return Event(step=step, layer=layer, kind=kind, reason="", numbers={"parameters_before": numbers})
+
+    assert quality.switched_at([event(3, "a", "descend")]) is None
+    events = [event(10, "a", "factorize", 300), event(50, "b", "factorize", 100), event(30, "c", "factorize", 500)]
+    events.append(event(40, "c", "merge"))
+    assert quality.switched_at(events) == 20  # (10 * 300 + 50 * 100) / 400
+    assert quality.switched_at([*events, event(60, "c", "factorize", 400)]) == 40
