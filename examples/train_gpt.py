@@ -242,6 +242,8 @@ def train(
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+            if isinstance(optimizers[0], SubspaceAwareOptimizer):
+                optimizers[0].observe_loss(loss)  # for the guard: layers whose change raises it go back
             record.step_seconds.append(time.perf_counter() - start - (watch.seconds - watched))
             record.losses.append(loss.item())
             progress.update(bar, advance=1, loss=record.losses[-1])
