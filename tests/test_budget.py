@@ -315,3 +315,11 @@ def test_manual_mode_factorizes_by_the_plan() -> None:
     optimizer.factorize_("all")
     for name in ("up", "mid"):
         assert model.get_submodule(name).rank == pytest.approx(planned[name], rel=0.11)
+
+
+def test_an_override_that_matches_nothing_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = Deep(0)
+    name = next(n for n, module in model.named_modules() if isinstance(module, nn.Linear))
+    overrides = {"nomatch.*": LayerOverride(rank=3), name: LayerOverride(rank=3)}
+    SubspaceAwareOptimizer(BASES["adamw"](model), model, SubspaceConfig(overrides=overrides))
+    assert [r.getMessage() for r in caplog.records] == ["overrides that match no followed layer: nomatch.*"]

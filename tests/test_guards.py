@@ -157,6 +157,17 @@ def test_single_losses_that_are_not_finite_are_passed_over_and_a_row_of_them_tri
     assert verdicts[tripped(verdicts)[0]].value == math.inf
 
 
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.97])
+def test_a_fast_fall_before_does_not_hide_a_rise_after(rate):
+    """Losses that were still falling when the change came, and then rise to half of where they came from."""
+    loss = noise("normal", 4)
+    falling = [2.0 + 6.0 * rate ** (t / 20) + 0.05 * (loss(t) - 2.0) for t in range(BEFORE)]
+    level = falling[-1]
+    assert not tripped(watch(falling, [level + 0.05 * (loss(t) - 2.0) for t in range(100)]))
+    if rate <= 0.5:
+        assert tripped(watch(falling, [level + 0.8 for _ in range(100)]))
+
+
 def test_nan_before_the_switch_is_not_held_against_it():
     loss = noise("normal", 2)
     before = [loss(t) if t not in (30, 155) else math.nan for t in range(BEFORE)]

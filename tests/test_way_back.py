@@ -237,6 +237,61 @@ def test_without_a_rise_nobody_comes_back(base: str, seed: int) -> None:
     assert factorized(model) and not happened(optimizer, "loss_rose", "merge")
 
 
+@pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
+def test_a_descent_that_raises_the_loss_is_called_off_and_rests_twice_as_long_each_time(base: str) -> None:
+    class Eager:
+        def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
+            ready = state == LayerState.DENSE and not layer.cooldown and history[-1].step >= 60
+            return Decision(action=Action.DESCEND if ready else Action.HOLD, reason="eager")
+
+    model = Parallel(1, a=2, b=2)
+    optimizer = wrapped(base, model, cooldown=100, descent_steps=100, policy=Eager())
+    rests: list[int] = []
+    for step in range(520):
+        extra = 1.0 if any(layer.state == LayerState.DESCENDING for layer in optimizer.layers.values()) else 0.0
+        before = len(happened(optimizer, "descent_stopped"))
+        by_closure(optimizer, model, step, extra)
+        for name, _, at in happened(optimizer, "descent_stopped")[before:]:
+            layer = optimizer.layers[name]
+            assert (layer.state, layer.descent_end) == (LayerState.DENSE, None) and layer.cooldown_until > at
+            if name == "a":
+                rests.append(layer.cooldown_until - at)
+    assert len(rests) >= 3 and rests == [100 * 2**i for i in range(len(rests))]
+    assert factorized(model) == [] and not happened(optimizer, "factorize", "merge")
+    rises = [e for e in optimizer.events if e.kind == "loss_rose"]
+    assert {"the training loss rose after its descent began"} == {e.reason for e in rises}
+    assert len(rises) == len(happened(optimizer, "descent_stopped"))
+
+
+def test_only_the_descents_that_began_last_are_called_off() -> None:
+    model = Parallel(1, a=2, b=2)
+
+    class OneByOne:
+        def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
+            ready = state == LayerState.DENSE and history[-1].step >= (40 if layer.name == "a" else 80)
+            return Decision(action=Action.DESCEND if ready else Action.HOLD, reason="in turn")
+
+    optimizer = wrapped("sgd", model, policy=OneByOne(), descent_steps=300)
+    run(by_closure, model, optimizer, range(80))
+    run(by_closure, model, optimizer, range(80, 120), extra=1.0)
+    assert [name for name, *_ in happened(optimizer, "descent_stopped")] == ["b"]
+    assert optimizer.layers["a"].state == LayerState.DESCENDING
+
+
+def test_what_a_descent_does_to_the_loss_is_not_forgotten_when_it_lands() -> None:
+    """The level that counts is that before the descent, though the switch itself changes nothing."""
+    model = Parallel(1, a=2)
+    optimizer = wrapped("sgd", model, guard_steps=100)
+    for step in range(200):
+        left = (optimizer.layers["a"].descent_end or step + 99) - step
+        by_closure(optimizer, model, step, 1.0 if left < 8 else 0.0)  # too late for a verdict before the switch
+        if factorized(model):
+            break
+    assert factorized(model) == ["a"]
+    run(by_closure, model, optimizer, range(step + 1, step + 41), extra=1.0)
+    assert factorized(model) == [] and happened(optimizer, "loss_rose")
+
+
 @pytest.mark.parametrize("case", ["off", "over", "untold", "manual mode", "a fall"])
 def test_when_the_guard_keeps_quiet(case: str) -> None:
     feed = not_at_all if case == "untold" else by_closure
