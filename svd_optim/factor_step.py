@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .decay import decay_of, is_muon
 from .decomposition import LinAlgError, attempt
 from .layers import FactorizedLinear
 from .linalg import Basis, project_off, quick_retract, retract
@@ -74,10 +75,6 @@ def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
     return 0.2 * math.sqrt(max(rows, cols)) if adjust == "match_rms_adamw" else 1.0
 
 
-def _is_muon(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    return bool(group.get("use_muon", "muon" in type(base).__name__.lower()))
-
-
 def _is_entrywise(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> bool:
     """Whether the base optimizer brings each entry's update to the size of the learning rate (Adam and its kin)."""
     if not state:
@@ -87,9 +84,7 @@ def _is_entrywise(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> bool
 
 def _decoupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor:
     """The share of a weight that a step takes away whatever the gradient."""
-    known = isinstance(base, UNDERSTOOD) and not _is_muon(base, group)
-    decoupled = group.get("decoupled_weight_decay", not known)
-    if not decoupled or not group.get("weight_decay", 0.0):
+    if not group.get("weight_decay", 0.0) or decay_of(base, group) == "coupled":
         return 0.0
     return group["lr"] * group["weight_decay"]
 
@@ -114,7 +109,7 @@ def update_scales(
     """
     m, n, k = shape
     decay = _decoupled_decay(base, group)
-    if _is_muon(base, group):
+    if is_muon(base, group):
         adjust = group.get("adjust_lr_fn")
         dense = MUON_SCALE * _muon_ratio(adjust, m, n)
         return Scales(dense / _muon_ratio(adjust, m, k), dense / _muon_ratio(adjust, n, k), decay)
