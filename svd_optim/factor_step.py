@@ -89,6 +89,13 @@ def _decoupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> f
     return group["lr"] * group["weight_decay"]
 
 
+def _coupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor | None:
+    """What the base optimizer adds to a gradient, in weights; ``None``: nothing."""
+    if not group.get("weight_decay", 0.0) or decay_of(base, group) != "coupled":
+        return None
+    return -group["weight_decay"] if group.get("maximize", False) else group["weight_decay"]
+
+
 def update_scales(
     base: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], shape: tuple[int, int, int]
 ) -> Scales:
@@ -115,25 +122,32 @@ def update_scales(
         return Scales(dense / _muon_ratio(adjust, m, k), dense / _muon_ratio(adjust, n, k), decay)
     if _is_entrywise(base, state):
         return Scales(ENTRYWISE_SCALE * math.sqrt(n / k), ENTRYWISE_SCALE * math.sqrt(m / k), decay)
-    return Scales(1.0, 1.0, 0.0)
+    return Scales(1.0, 1.0, decay)
 
 
 class Entered(NamedTuple):
-    """Layers of one shape, type and state whose parameters hold K and 0 at the moment."""
+    """Layers of one shape, type and state whose parameters hold K (in low precision 0) and 0 at the moment."""
 
     layers: list[Factored]
     scales: Scales
     U: Tensor  # (b, m, k)
     S: Tensor  # (b, k)
     V: Tensor  # (b, n, k)
-    K: Tensor  # (b, m, k), as the base optimizer saw it: rounded to the parameters' type
+    K: Tensor  # (b, m, k), as the base optimizer sees it
+    gradients: dict[Tensor, Tensor]  # of those parameters to whose gradients decay is added meanwhile
 
     def restore_(self) -> None:
         """Put U, S and V back, as if nothing had happened."""
+        self.restore_gradients_()
         for i, layer in enumerate(self.layers):
             layer.module.U.copy_(self.U[i])
             layer.module.S.copy_(self.S[i])
             layer.module.V.copy_(self.V[i])
+
+    def restore_gradients_(self) -> None:
+        """Take the decay out of the gradients of K again."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
 
 
 def enter_(
@@ -142,6 +156,10 @@ def enter_(
     groups: Mapping[Tensor, Mapping[str, Any]],
 ) -> list[Entered]:
     """Put K and 0 where U and V are, in all layers that will move; equal layers in one batch.
+
+    In bfloat16 or float16 K would swallow steps smaller than its rounding. There the base optimizer steps
+    on 0, where they are exact, and decay, which is all that it needs K for, is taken off the float32 K
+    afterwards, or added to the gradient now.
 
     Layers without gradients or with a learning rate of zero are left as they are.
 
@@ -156,22 +174,31 @@ def enter_(
         keys = tuple(base.state[U]) if U in base.state else ()
         batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
     entered: list[Entered] = []
+    decayed: dict[Tensor, Tensor] = {}  # gradients with decay
     for (U_shape, V_shape, *_), batch in batches.items():
         first = batch[0].module.U
         state = base.state.get(first, {})
         scales = update_scales(base, groups[first], state, (U_shape[0], V_shape[0], U_shape[1]))
         factors = Basis(*(torch.stack(f) for f in zip(*(masters(x.module, x.kept) for x in batch), strict=True)))
-        K = (factors.U * factors.S.unsqueeze(-2)).to(batch[0].module.U.dtype)
-        entered.append(Entered(batch, scales, *factors, K.to(factors.U.dtype)))
+        K = factors.U * factors.S.unsqueeze(-2)
+        gradients: dict[Tensor, Tensor] = {}
+        if first.dtype != K.dtype:
+            if (rate := _coupled_decay(base, groups[first])) is not None:
+                gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
+                decayed |= {p: (G + rate * K_p).to(G.dtype) for (p, G), K_p in zip(gradients.items(), K, strict=True)}
+            K = torch.zeros_like(K)
+        entered.append(Entered(batch, scales, *factors, K, gradients))
     for ready in entered:  # only now, when nothing can fail any more
         for layer, K_layer in zip(ready.layers, ready.K, strict=True):
             layer.module.U.copy_(K_layer)
             layer.module.V.zero_()
+    for parameter, gradient in decayed.items():
+        parameter.grad = gradient
     return entered
 
 
 def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored, bool]]:
-    """After the base optimizer's step: scale, retract, turn the moments, write U, S, V back.
+    """After the base optimizer's step: scale, decay, retract, turn the moments, write U, S, V back.
 
     A layer whose K or L is no longer finite keeps the factors it had, and counts it; so does one
     whose retraction fails.
@@ -179,6 +206,7 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     Returns:
         The layers, and whether their retractions were possible at all.
     """
+    batch.restore_gradients_()
     K, L = _stepped(batch)
     new, turns, finite, failed = _retracted_quickly(K, L, batch) or _retracted(K, L, batch)
     for i, layer in enumerate(batch.layers):
