@@ -134,6 +134,7 @@ class Entered(NamedTuple):
     S: Tensor  # (b, k)
     V: Tensor  # (b, n, k)
     K: Tensor  # (b, m, k), as the base optimizer sees it
+    sound: Tensor  # (b,) bool: layers whose gradients are finite
     gradients: dict[Tensor, Tensor]  # of those parameters to whose gradients decay is added meanwhile
 
     def restore_(self) -> None:
@@ -150,6 +151,21 @@ class Entered(NamedTuple):
             parameter.grad = gradient
 
 
+def _silence_(layers: Sequence[Factored]) -> Tensor:
+    """Make the gradients of a layer zero if one of them is not finite, so that no moment takes it in.
+
+    Returns:
+        Whose gradients are finite, (b,) bool. Nothing is read from the device.
+    """
+    gradients = [[p.grad for p in (x.module.U, x.module.V) if p.grad is not None] for x in layers]
+    of_K, of_L = (linalg.finite(torch.stack(of)) for of in zip(*gradients, strict=True))
+    sound = of_K & of_L
+    for pair, bad in zip(gradients, ~sound, strict=True):
+        for gradient in pair:
+            gradient.masked_fill_(bad, 0.0)
+    return sound
+
+
 def enter_(
     layers: Iterable[Factored],
     base: torch.optim.Optimizer,
@@ -160,6 +176,9 @@ def enter_(
     In bfloat16 or float16 K would swallow steps smaller than its rounding. There the base optimizer steps
     on 0, where they are exact, and decay, which is all that it needs K for, is taken off the float32 K
     afterwards, or added to the gradient now.
+
+    A layer with a gradient that is not finite gets gradients of zero: its moments only fade, and
+    :func:`finish_` leaves its factors as they were.
 
     Layers without gradients or with a learning rate of zero are left as they are.
 
@@ -180,6 +199,7 @@ def enter_(
         state = base.state.get(first, {})
         scales = update_scales(base, groups[first], state, (U_shape[0], V_shape[0], U_shape[1]))
         factors = Basis(*(torch.stack(f) for f in zip(*(masters(x.module, x.kept) for x in batch), strict=True)))
+        sound = _silence_(batch)
         K = factors.U * factors.S.unsqueeze(-2)
         gradients: dict[Tensor, Tensor] = {}
         if first.dtype != K.dtype:
@@ -187,7 +207,7 @@ def enter_(
                 gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
                 decayed |= {p: (G + rate * K_p).to(G.dtype) for (p, G), K_p in zip(gradients.items(), K, strict=True)}
             K = torch.zeros_like(K)
-        entered.append(Entered(batch, scales, *factors, K, gradients))
+        entered.append(Entered(batch, scales, *factors, K, sound, gradients))
     for ready in entered:  # only now, when nothing can fail any more
         for layer, K_layer in zip(ready.layers, ready.K, strict=True):
             layer.module.U.copy_(K_layer)
@@ -200,7 +220,7 @@ def enter_(
 def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored, bool]]:
     """After the base optimizer's step: scale, decay, retract, turn the moments, write U, S, V back.
 
-    A layer whose K or L is no longer finite keeps the factors it had, and counts it; so does one
+    A layer whose gradients, K or L are not finite keeps the factors it had, and counts it; so does one
     whose retraction fails.
 
     Returns:
@@ -255,7 +275,7 @@ def _retracted_quickly(K: Tensor, L: Tensor, batch: Entered) -> _Retracted | Non
         core = torch.float32 if spread <= MAX_AMPLIFICATION else torch.float64
         quick = quick_retract(K, L, batch.U, batch.V, core)
         good = quick.amplified <= MAX_AMPLIFICATION  # not so if K or L is not finite
-        if bool(good.all()):
+        if bool((good & batch.sound).all()):
             return _Retracted(quick.basis, (quick.of_U, quick.of_V), good, set())
     return None
 
@@ -264,7 +284,7 @@ def _retracted(K: Tensor, L: Tensor, batch: Entered) -> _Retracted:
     """By QR. A layer whose K or L is not finite keeps its factors, and so does one whose retraction fails."""
     old = Basis(batch.U, batch.S, batch.V)
     L = project_off(L, old.V)  # Adam turns the update of L back into span(V)
-    finite = linalg.finite(K) & linalg.finite(L)  # (b,)
+    finite = batch.sound & linalg.finite(K) & linalg.finite(L)  # (b,)
     ok = finite[:, None, None]
     K, L = torch.where(ok, K, old.U * old.S.unsqueeze(-2)), torch.where(ok, L, 0.0)
     new, failed = _attempted(K, L, old)

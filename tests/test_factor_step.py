@@ -317,6 +317,38 @@ def test_a_gradient_that_is_not_finite_costs_a_step_and_is_counted(bad, kind, dt
     assert norm(product(healthy) - product(factored(seed=10, dtype=dtype))) > 1e-3
 
 
+@pytest.mark.parametrize("factor", ["U", "V"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam, torch.optim.Muon])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_moments_take_a_bad_gradient_for_a_zero_one(kind, dtype, factor):
+    """They only fade; K and L do not move, neither by what momentum there is nor by decay."""
+    sick, twin = (factored(dtype=dtype) for _ in range(2))
+    momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    bases = [optimizer_of(kind, [layer], lr=0.01, weight_decay=0.1, **momentum) for layer in (sick, twin)]
+
+    def go(layer: Factored, base: torch.optim.Optimizer, G: Tensor, poison: bool = False) -> None:
+        set_gradient(layer, G)
+        if poison:
+            getattr(layer.module, factor).grad[1, 2] = math.nan
+        tangent_step(base, [layer])
+
+    for seed in range(3):
+        for layer, base in zip((sick, twin), bases, strict=True):
+            go(layer, base, random(seed, 9, 7))
+    W = product(sick)
+    go(sick, bases[0], random(5, 9, 7), poison=True)
+    assert norm(product(sick) - W) < 1e-6 * norm(W)
+    go(twin, bases[1], torch.zeros(9, 7))
+    for p, q in zip(sick.module.parameters(), twin.module.parameters(), strict=True):
+        for key, value in bases[0].state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.ndim == 2:
+                other = bases[1].state[q][key].double()
+                assert abs(norm(value) - norm(other)) < 0.1 * norm(other) and torch.isfinite(value).all()
+    for seed in range(6, 9):
+        go(sick, bases[0], random(seed, 9, 7))
+    assert norm(product(sick) - W) > 1e-3 * norm(W) and int(sick.nonfinite) == 1
+
+
 def test_after_a_bad_step_plain_sgd_goes_on_and_the_count_stays():
     layer = factored(dtype=F32)
     optimizer = optimizer_of(torch.optim.SGD, [layer], lr=0.01)
