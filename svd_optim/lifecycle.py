@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import budget, decomposition, factor_step, inventory, linalg, moments, transitions
+from . import budget, decay, decomposition, factor_step, inventory, linalg, moments, transitions
 from .alerts import AlertWatch
 from .config import SubspaceConfig
 from .descent import Landed, descend_, ending, exact_bases, too_late
@@ -416,7 +416,8 @@ class Lifecycle:
         state = self.base.state.get(layer.weight) or {}
         if not state and self.steps == 0 and not isinstance(self.base, moments.UNDERSTOOD):
             return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"
-        return moments.not_understood(state, layer.weight)
+        groups = (group for group in self.base.param_groups if any(p is layer.weight for p in group["params"]))
+        return moments.not_understood(state, layer.weight) or decay.not_understood(self.base, next(groups, {}))
 
     def _act(self) -> None:
         """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
