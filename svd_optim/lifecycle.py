@@ -392,12 +392,14 @@ class Lifecycle:
 
     def protect_by_hand(self, layer: FollowedLayer, rank: int | None) -> None:
         """Protect a layer on the exact leading directions of its weight, as of now."""
-        principal = None
+        if rank is None and layer.factored is None and layer.cached is None and layer.energy_target is not None:
+            self.tracker.update_energy_rank(layer)
+        rank = layer.rank if rank is None else rank
         if layer.factored is None:
-            if rank is None and layer.cached is None and layer.energy_target is not None:
-                self.tracker.update_energy_rank(layer)
-            W = linalg.working(layer.module.weight)
-            principal = linalg.exact_basis(W, layer.rank if rank is None else rank)
+            principal = linalg.exact_basis(linalg.working(layer.module.weight), rank)
+        else:
+            assert layer.basis is not None
+            principal = layer.basis.leading(rank)
         layer.release()
         self.protect(layer, True, "by hand", by_hand=True, principal=principal)
         self.forget_decisions([layer.name])

@@ -448,8 +448,9 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Args:
             layers: names or globs, or ``"all"``.
-            rank: how many directions to protect; default: the layers' target ranks. In factors the
-                whole core is protected, and no other rank can be.
+            rank: how many directions to protect; default: the layers' target ranks, in factors the
+                whole core. There the protected directions turn away by 63 degrees at most: a lower
+                rank leaves those that it doesn't protect quite free.
 
         Returns:
             The names of the layers.
@@ -468,10 +469,10 @@ class SubspaceAwareOptimizer(Optimizer):
                     f"protect_: layer {layer.name!r} of shape {layer.shape} can't have rank {rank}: give 1 to "
                     f"{min(layer.shape)}"
                 )
-            if rank is not None and layer.factored is not None and rank != layer.rank:
+            if rank is not None and layer.factored is not None and rank > layer.rank:
                 raise ValueError(
-                    f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, all of which is "
-                    f"protected; leave out rank, or merge_ it first"
+                    f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, no more than which can be "
+                    f"protected; merge_ it first, or give a lower rank"
                 )
             if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
                 raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer
+from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer, load_checkpoint, save_checkpoint
 from svd_optim.factor_step import masters
 
 optim = torch.optim
@@ -178,6 +179,71 @@ def test_protecting_again_protects_what_is_there_now() -> None:
     train(model, optimizer, range(20, 40))
     assert block.off() < 1e-5 and told(optimizer) == [("up", "protect")] * 2
     assert optimizer.release_("up") == ["up"] and optimizer.release_("up") == []
+
+
+@pytest.mark.parametrize(("base", "steps"), [("adamw", 120), ("muon", 300)])
+def test_in_factors_it_lasts_while_the_spans_would_turn_away(base: str, steps: int) -> None:
+    """From random weights, with large steps, unprotected spans turn away from where they were altogether."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(150, 97), nn.ReLU(), nn.Linear(97, 64))
+    target = torch.randn(64, 150) / 4
+    inner = optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    if base == "muon":
+        inner = optim.Muon(matrices(model), lr=0.05, weight_decay=0.1)
+    optimizer = SubspaceAwareOptimizer(inner, model, manual(rank=20))
+    optimizer.factorize_("all")
+    optimizer.protect_("0")
+    block, losses = Block(optimizer, "0", 20), []
+    for _ in range(steps):
+        x = torch.randn(64, 150)
+        loss = (model(x) - x @ target.mT).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert block.off() < 1e-5
+        assert weight_of(optimizer, "0").norm() < 5 * block.block.norm()
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:5]) / 5 * 20
+    assert optimizer.why()[0].protected and not told(optimizer, "release", "decomposition_failed")
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_in_factors_a_part_of_the_core_can_be_protected(base: str) -> None:
+    model, optimizer = wrapped(base)
+    train(model, optimizer, 10)
+    optimizer.factorize_("up", rank=10)
+    assert optimizer.protect_("up", rank=6) == ["up"] and optimizer.events[-1].numbers["rank"] == 6
+    block, whole = Block(optimizer, "up", 6), Block(optimizer, "up", 10)
+    train(model, optimizer, range(10, 60))
+    check_factors(model)
+    assert block.off() < 1e-5 and whole.off() > 0.02 and model.up.rank == 10
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    optimizer.merge_("up")
+    train(model, optimizer, range(60, 80))
+    assert block.off() < 1e-5
+
+
+@pytest.mark.parametrize("nonzero", [0, 3])
+def test_in_factors_directions_of_which_a_weight_has_nothing_train(nonzero: int, tmp_path: Path) -> None:
+    model, optimizer = wrapped("adamw")
+    low_rank_(model.up, nonzero)
+    optimizer.factorize_("up", rank=10)
+    optimizer.protect_("up")
+    assert optimizer.events[-1].numbers["rank"] == nonzero
+    start, block = weight_of(optimizer, "up"), Block(optimizer, "up", max(1, nonzero))
+    train(model, optimizer, 40)
+    assert optimizer.why()[0].protected and (nonzero == 0 or block.off() < 1e-5)
+    assert torch.linalg.matrix_rank(weight_of(optimizer, "up"), rtol=1e-3) == 10
+    assert (weight_of(optimizer, "up") - start).norm() > 0.1
+    save_checkpoint(tmp_path, model, optimizer)
+    other, resumed = wrapped("adamw", 5)
+    load_checkpoint(tmp_path, other, resumed)
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, range(40, 50))
+    same_bits(everything(model, optimizer), everything(other, resumed))
 
 
 # bfloat16 keeps 8 bits: a dense weight can be put back only to its own rounding, 2^-9 of each entry;
@@ -356,7 +422,7 @@ def test_bad_arguments_change_nothing() -> None:
         (("up", 49), ValueError, "rank 49"),
         (("up", -1), ValueError, "rank -1"),
         (("all", 48), ValueError, r"'mid' of shape \(40, 64\) can't have rank 48"),  # "up" could
-        (("all", 8), ValueError, "'mid' is factorized at rank 7"),
+        (("all", 8), ValueError, "'mid' is factorized at rank 7, no more"),
         (("up", 2.0), TypeError, "integer, got 2.0"),
         (("up", True), TypeError, "integer, got True"),
         (("up", "3"), TypeError, "integer, got '3'"),
