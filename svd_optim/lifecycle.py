@@ -29,6 +29,7 @@ from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
 from .policy import policy_of
+from .protection import carried, restored_factors
 from .records import (
     Action,
     Condition,
@@ -417,11 +418,15 @@ class Lifecycle:
         return moments.not_understood(state, layer.weight)
 
     def _act(self) -> None:
-        """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
+        """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges.
+
+        A protected layer may be merged, with its block; whatever else a policy decides of it has to wait.
+        """
         wanted: dict[Action, list[FollowedLayer]] = {action: [] for action in Action}
         for name, decision in self.decisions.items():
-            if name in self.layers:
-                wanted[decision.action].append(self.layers[name])
+            layer = self.layers.get(name)
+            if layer is not None and (layer.anchor is None or decision.action == Action.MERGE):
+                wanted[decision.action].append(layer)
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
         for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
             layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget
@@ -516,14 +521,18 @@ class Lifecycle:
         self.tell("after_switch", self.steps, names)
 
     def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> Event:
-        before, protected = layer.state, layer.anchor is not None
-        by_hand, layer.dense_anchor = layer.protected_by_hand, None
+        before, anchor = layer.state, layer.dense_anchor
+        if anchor is not None:
+            anchor, W = carried(anchor), linalg.working(layer.module.weight)
+            basis = restored_factors(basis.leading(layer.rank), anchor)
+            lost = linalg.energy(W - (basis.U * basis.S) @ basis.V.mT)
+            error = float((lost / linalg.energy(W)).sqrt().nan_to_num())  # larger than that of truncation alone
         to_factors_(layer, self.base, basis)
+        assert layer.factored is not None
+        layer.factored.anchor, layer.dense_anchor = anchor, None
         self.end_descent(layer, LayerState.FACTORIZED)
         self.own(layer)
         self.tracker.keep_images(layer, self.steps)
-        if protected:
-            layer.protect(by_hand)
         return transitions.factorize(self.steps, layer.info(), reason, before, error)
 
     def _merge(self, layer: FollowedLayer, reason: str) -> Event:

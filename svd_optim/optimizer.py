@@ -373,15 +373,16 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Args:
             layers: names or globs, or ``"all"``; layers that are factorized already are left as they are.
-            rank: instead of the layers' target ranks.
+            rank: instead of the layers' target ranks. The block of a layer that is protected stays
+                what it is, and has to fit.
 
         Returns:
             The names of the layers that were factorized.
 
         Raises:
             RuntimeError: in observe mode, or the base optimizer's state can't be moved.
-            ValueError: no layer matches, a rank is out of range or not below break-even, or a weight
-                holds NaN or Inf. Nothing was changed.
+            ValueError: no layer matches, a rank is out of range, not below break-even or below that of a
+                protected block, or a weight holds NaN or Inf. Nothing was changed.
         """
         chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
         for layer in chosen:
@@ -394,6 +395,11 @@ class SubspaceAwareOptimizer(Optimizer):
                 raise ValueError(
                     f"factorize_: layer {layer.name!r} of shape {layer.shape} can't have rank {k}: ranks from 1 to "
                     f"below break-even ({break_even_rank(*layer.shape):.1f}) make it smaller"
+                )
+            if layer.anchor is not None and k < len(layer.anchor.block):
+                raise ValueError(
+                    f"factorize_: {len(layer.anchor.block)} directions of layer {layer.name!r} are protected, which "
+                    f"rank {k} can't hold; release_ it first, or give a rank that can"
                 )
             reason = self._life.base_reason(layer)
             if reason:

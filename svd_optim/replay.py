@@ -297,8 +297,9 @@ class _Replayer:
         """Carry out the decisions."""
         wanted: dict[Action, list[_Layer]] = {action: [] for action in Action}
         for name, decision in self.decisions.items():
-            if name in self.layers:
-                wanted[decision.action].append(self.layers[name])
+            layer = self.layers.get(name)
+            if layer is not None and (not layer.protected or decision.action == Action.MERGE):
+                wanted[decision.action].append(layer)
         for layer in wanted[Action.DESCEND]:
             if layer.state == LayerState.DENSE:
                 self.descend(layer, step)
@@ -309,7 +310,7 @@ class _Replayer:
             if layer.state == LayerState.FACTORIZED:
                 self.merge(layer, step)
         for layer in (*wanted[Action.SHRINK], *wanted[Action.GROW]):
-            if layer.state == LayerState.FACTORIZED and not layer.protected:
+            if layer.state == LayerState.FACTORIZED:
                 self.resize(layer, step)
 
     def descend(self, layer: _Layer, step: int) -> None:

@@ -357,22 +357,63 @@ def test_protected_layers_do_not_descend_and_say_so() -> None:
 # ---- by hand, in and out of factors ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("protected", "rank"), [(8, 16), (8, 8), (None, 14)])
 @pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
-def test_factorizing_and_merging_by_hand_keep_a_layer_protected(base: str) -> None:
+def test_a_protected_block_goes_into_factors_and_back(base: str, protected: int | None, rank: int) -> None:
     model, optimizer = wrapped(base)
     train(model, optimizer, 5)
-    optimizer.protect_("up")
-    train(model, optimizer, range(5, 15))
-    optimizer.factorize_("up", rank=9)
-    inside = Block(optimizer, "up", 9)
-    train(model, optimizer, range(15, 35))
-    assert optimizer.why()[0].protected and inside.off() < 1e-5 and inside.elsewhere() > 0.01
+    optimizer.protect_("up", rank=protected)
+    block = Block(optimizer, "up", protected or 13)
+    train(model, optimizer, range(5, 25))
+    before = weight_of(optimizer, "up")
+    optimizer.factorize_("up", rank=rank)
+    assert block.off() < 1e-5 and optimizer.why()[0].protected
+    inside = weight_of(optimizer, "up")
+    [event] = [event for event in optimizer.events if event.kind == "factorize"]
+    lost = (inside - before).norm() / before.norm()
+    best = torch.linalg.svdvals(before)[rank:].norm() / before.norm()
+    assert event.numbers["reconstruction_error"] == pytest.approx(float(lost), rel=1e-4) and lost < 2 * best
+    for step in range(25, 45):
+        train(model, optimizer, [step])
+        assert block.off() < 1e-5
+    check_factors(model)
+    assert (weight_of(optimizer, "up") - inside).norm() > 0.01 * inside.norm()
     optimizer.merge_("up")
-    assert inside.off() < 1e-5 and optimizer.why()[0].protected
-    train(model, optimizer, range(35, 55))
-    assert inside.off() < 1e-5 and type(model.up) is nn.Linear
+    assert block.off() < 1e-5 and optimizer.why()[0].protected
+    train(model, optimizer, range(45, 65))
+    assert block.off() < 1e-5 and type(model.up) is nn.Linear
     assert told(optimizer) == [("up", "protect")]
     assert optimizer.release_("all") == ["up"]
+
+
+def test_factors_that_cannot_hold_a_protected_block_are_refused() -> None:
+    model, optimizer = wrapped("adamw")
+    optimizer.protect_("up", rank=10)
+    train(model, optimizer, 5)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match="10 directions of layer 'up' are protected, which rank 9 can't hold"):
+        optimizer.factorize_("all", rank=9)
+    same_bits(before, everything(model, optimizer))
+    optimizer.release_("up")
+    assert optimizer.factorize_("all", rank=9) == ["up", "mid"]
+
+
+@pytest.mark.parametrize("action", [Action.DESCEND, Action.FACTORIZE])
+def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
+    class Eager:
+        def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
+            wanted = state == LayerState.DENSE
+            return Decision(action=action if wanted else Action.HOLD, reason="at once", rank=layer.rank)
+
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(policy=Eager(), cohort=10))
+    optimizer.protect_("up")
+    block = Block(optimizer, "up", optimizer.layers["up"].rank)
+    train(model, optimizer, 110)
+    assert factorized(model) == ["mid"] and block.off() < 1e-5
+    optimizer.release_("up")
+    train(model, optimizer, range(110, 200))
+    assert set(factorized(model)) == {"up", "mid"}
 
 
 def test_a_protected_core_keeps_its_rank() -> None:
