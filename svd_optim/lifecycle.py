@@ -29,7 +29,7 @@ from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
 from .policy import policy_of
-from .protection import carried, restored_factors
+from .protection import carried, holds, restored_factors
 from .records import (
     Action,
     Condition,
@@ -151,6 +151,26 @@ class Lifecycle:
         del self.layers[layer.name]
         self.left_alone.append(LeftAlone(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
         self.note(layer.name, "unsupported", reason)
+
+    @torch.no_grad()
+    def release_unless_held(self, loading: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Before weights are loaded: end the protection of blocks that are not theirs.
+
+        Args:
+            loading: (W,) or (U, S, V) by layer.
+        """
+        for name, parts in loading.items():
+            layer = self.layers[name]
+            if layer.anchor is None:
+                continue
+            present = layer.basis if layer.factored is not None else [layer.weight]
+            fits = present is not None and [t.shape for t in parts] == [t.shape for t in present]
+            first, *others = (linalg.working(t) for t in parts)
+            if fits:
+                W = (first * others[0]) @ others[1].mT if others else first
+                fits = holds(W, layer.anchor, layer.weight.dtype)
+            if not fits:
+                self.protect(layer, False, transitions.LOADED, by_hand=True)
 
     @torch.no_grad()
     def restore_layers(self, ranks: Mapping[str, int | None], saved: Mapping[str, linalg.Basis] | None = None) -> None:

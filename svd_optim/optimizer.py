@@ -244,13 +244,15 @@ class SubspaceAwareOptimizer(Optimizer):
         """Give followed layers the structure that a model's state dict has."""
         ranks: dict[str, int | None] = {}
         saved: dict[str, Basis] = {}
+        dense: dict[str, tuple[torch.Tensor]] = {}
         for name in self.layers:
             key = prefix if self.layers[name].module is self.model else f"{prefix}{name}."
             factors = saved_factors(state_dict, key)
             if factors is not None:
                 ranks[name], saved[name] = factors.S.numel(), factors
             elif f"{key}weight" in state_dict:
-                ranks[name] = None
+                ranks[name], dense[name] = None, (state_dict[f"{key}weight"],)
+        self._life.release_unless_held({**saved, **dense})
         self._life.restore_layers(ranks, saved)
 
     # ---- one step --------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from .linalg import Basis, exact_basis
 FARTHEST = 2.0  # the tangent of the largest angle, 63 degrees, by which what is protected in factors turns away
 
 
+SAME = 1e-4  # relative difference of two blocks that is rounding, in float32
+
+
 class Anchor(NamedTuple):
     """Frozen bases and the block between them."""
 
@@ -46,6 +49,14 @@ def carried(anchor: Anchor) -> Anchor:
     """The anchor of a dense weight for the factors of this weight: the same block, without what is noise in it."""
     L, S, Rh = torch.linalg.svd(anchor.block)
     return anchor_factors(Basis(anchor.U @ L, S, anchor.V @ Rh.mT))
+
+
+def holds(W: Tensor, anchor: Anchor, kept_in: torch.dtype) -> bool:
+    """Whether W (m, n) has the anchored block, but for the rounding of what it is kept in. Reads from the device."""
+    U, V, block = anchor
+    off = U.mT @ W.to(U) @ V - block
+    limit = max(SAME, torch.finfo(kept_in).eps)
+    return bool(torch.linalg.matrix_norm(off) <= limit * torch.linalg.matrix_norm(block))
 
 
 def restore_dense_(W: Tensor, anchor: Anchor) -> None:

@@ -22,7 +22,8 @@ from .policy import policy_of
 from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, break_even_rank
 from .selection import first_match
 
-BY_HAND, GUARD = "by hand", "a guard tripped"  # reasons of events that do not follow from metrics and thresholds
+BY_HAND = frozenset({"by hand", transitions.LOADED})
+GUARD = "a guard tripped"  # reasons of events that do not follow from metrics and thresholds
 # Kinds that do, but for those reasons.
 DECIDED = frozenset({"danger", "danger_over", "protect", "release", "descend", "descent_stopped", "descent_extended",
                      "descent_failed", "factorize", "merge", "grow", "shrink", "stalled"})  # fmt: skip
@@ -147,7 +148,7 @@ class _Replayer:
             if step in self.analyses:
                 self.analyse(step)
             for event in self.recorded.get(step, []):
-                if event.kind not in DECIDED or event.reason == BY_HAND:
+                if event.kind not in DECIDED or event.reason in BY_HAND:
                     self.happen(event)
 
     def emit(self, event: Event) -> None:
@@ -158,7 +159,7 @@ class _Replayer:
     def recorded_event(self, step: int, layer: str, *kinds: str) -> Event | None:
         """What the run says of a layer at a step, unless it was done by hand."""
         return next((e for e in self.recorded.get(step, [])
-                     if e.layer == layer and e.kind in kinds and e.reason != BY_HAND), None)  # fmt: skip
+                     if e.layer == layer and e.kind in kinds and e.reason not in BY_HAND), None)  # fmt: skip
 
     def wait(self, layer: _Layer, until: int) -> None:
         """A descent is to end at a step, if the record goes so far."""
@@ -193,7 +194,7 @@ class _Replayer:
             layer.enter(event.after)
             if event.kind == "merge":
                 layer.cooldown_until = event.step + self.config.cooldown
-        if event.reason in (BY_HAND, GUARD):
+        if event.reason in BY_HAND | {GUARD}:
             self.decisions.pop(layer.name, None)
 
     # ---- every step ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from .records import Decision, Event, LayerInfo, LayerMetrics, LayerState
 
 MAX_EXTENSIONS = 3  # how often the end of a descent is put off before the layer gives up
+LOADED = "other weights were loaded"  # why a protection ends
 LOUD = frozenset(
     {"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed", "decomposition_failed"}
 )  # kinds of events that somebody should know of

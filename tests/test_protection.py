@@ -582,7 +582,39 @@ def test_a_model_of_another_structure_loaded_alone_ends_it(at: str) -> None:
     assert factorized(model) == factorized(twin)
     assert [row.protected for row in optimizer.why()] == [False, True]
     assert not optimizer.layers["up"].protected_by_hand
+    assert told(optimizer, "release") == [("up", "release")]
     train(model, optimizer, 6)
+
+
+@pytest.mark.parametrize("at", ["dense", "factors"])
+def test_another_model_of_the_same_structure_loaded_alone_ends_it(at: str) -> None:
+    """What is loaded has another principal block: to put the old one there would destroy it."""
+    model, optimizer = wrapped("sgd")
+    other, twin = wrapped("sgd", 5)
+    if at == "factors":
+        optimizer.factorize_("up", rank=9)
+        twin.factorize_("up", rank=9)
+    optimizer.protect_("all")
+    train(model, optimizer, 5)
+    kept = frozen_copy(model.state_dict())
+    with torch.no_grad():
+        model.head.weight.zero_()
+    train(model, optimizer, range(5, 8))
+    model.load_state_dict(kept)  # has the blocks that are protected
+    assert all(row.protected for row in optimizer.why())
+    loaded = {name: value for name, value in other.state_dict().items() if not name.startswith("mid")}
+    model.load_state_dict(loaded, strict=False)
+    assert [row.protected for row in optimizer.why()] == [False, True]
+    [event] = [event for event in optimizer.events if event.kind == "release"]
+    assert (event.layer, event.reason) == ("up", "other weights were loaded")
+    assert not optimizer.layers["up"].protected_by_hand
+    before = weight_of(optimizer, "up")
+    train(model, optimizer, [5])
+    assert (weight_of(optimizer, "up") - before).norm() < 0.1 * before.norm()
+    optimizer.protect_("up")
+    block = Block(optimizer, "up", optimizer.layers["up"].rank)
+    train(model, optimizer, range(6, 16))
+    assert block.off() < 1e-5
 
 
 def test_what_protection_keeps_is_counted() -> None:
