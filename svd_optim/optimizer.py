@@ -452,7 +452,9 @@ class SubspaceAwareOptimizer(Optimizer):
 
         U_k^T W V_k stays what it is at this moment, with U_k, V_k the leading singular vectors of now:
         whatever the base optimizer does, weight decay included, everything else trains. For
-        fine-tuning a model that is to keep what it knows.
+        fine-tuning a model that is to keep what it knows. It stays to 1e-5 of its size in float32; a dense
+        bfloat16 or float16 weight can hold it to the rounding of its entries only, some 1e-3, factors
+        to 1e-5 in their float32 masters. Loading a model with another block ends protection, with an event.
 
         Args:
             layers: names or globs, or ``"all"``.
@@ -491,6 +493,8 @@ class SubspaceAwareOptimizer(Optimizer):
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """End the protection of layers, whoever began it.
+
+        Where a danger began it, it does not begin again before this danger is over and another one comes.
 
         Returns:
             The names of the layers that were protected.
