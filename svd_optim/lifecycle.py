@@ -29,7 +29,7 @@ from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
 from .policy import policy_of
-from .protection import carried, holds, restored_factors
+from .protection import carried, factors_with, holds
 from .records import (
     Action,
     Condition,
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 3
 LOOKING = ("measure", "refresh", "decide")  # phases that a run could do without
 MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
+OTHER_BLOCK = 1e-4  # relative difference from which on a block is not the one that is protected
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
 
 
@@ -168,7 +169,7 @@ class Lifecycle:
             first, *others = (linalg.working(t) for t in parts)
             if fits:
                 W = (first * others[0]) @ others[1].mT if others else first
-                fits = holds(W, layer.anchor, layer.weight.dtype)
+                fits = holds(W, layer.anchor, max(OTHER_BLOCK, torch.finfo(layer.weight.dtype).eps))
             if not fits:
                 self.protect(layer, False, transitions.LOADED, by_hand=True)
 
@@ -425,6 +426,25 @@ class Lifecycle:
         self.protect(layer, True, "by hand", by_hand=True, principal=principal)
         self.forget_decisions([layer.name])
 
+    def keep_blocks_(self, bases: dict[str, linalg.Basis], errors: dict[str, float]) -> list[str]:
+        """Before layers are factorized: exchange the bases of protected ones for factors with their blocks.
+
+        Returns:
+            The names of those whose ranks are too low for that.
+        """
+        crowded = []
+        for name, layer in ((name, self.layers[name]) for name in bases):
+            if layer.dense_anchor is None:
+                continue
+            found = factors_with(carried(layer.dense_anchor), bases[name].leading(layer.rank))
+            if found is None:
+                crowded.append(name)
+                continue
+            W = linalg.working(layer.module.weight)
+            lost = linalg.energy(W - (found.U * found.S) @ found.V.mT) / linalg.energy(W)
+            bases[name], errors[name] = found, float(lost.sqrt().nan_to_num())
+        return crowded
+
     def base_reason(self, layer: FollowedLayer) -> str:
         """Why this layer can't go into factors under this base optimizer; empty if it can."""
         if self.reevaluates:
@@ -542,14 +562,9 @@ class Lifecycle:
 
     def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> Event:
         before, anchor = layer.state, layer.dense_anchor
-        if anchor is not None:
-            anchor, W = carried(anchor), linalg.working(layer.module.weight)
-            basis = restored_factors(basis.leading(layer.rank), anchor)
-            lost = linalg.energy(W - (basis.U * basis.S) @ basis.V.mT)
-            error = float((lost / linalg.energy(W)).sqrt().nan_to_num())  # larger than that of truncation alone
         to_factors_(layer, self.base, basis)
         assert layer.factored is not None
-        layer.factored.anchor, layer.dense_anchor = anchor, None
+        layer.factored.anchor, layer.dense_anchor = None if anchor is None else carried(anchor), None
         self.end_descent(layer, LayerState.FACTORIZED)
         self.own(layer)
         self.tracker.keep_images(layer, self.steps)

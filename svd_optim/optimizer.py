@@ -383,7 +383,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode, or the base optimizer's state can't be moved.
-            ValueError: no layer matches, a rank is out of range, not below break-even or below that of a
+            ValueError: no layer matches, a rank is out of range, not below break-even or too low for a
                 protected block, or a weight holds NaN or Inf. Nothing was changed.
         """
         chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
@@ -398,11 +398,6 @@ class SubspaceAwareOptimizer(Optimizer):
                     f"factorize_: layer {layer.name!r} of shape {layer.shape} can't have rank {k}: ranks from 1 to "
                     f"below break-even ({break_even_rank(*layer.shape):.1f}) make it smaller"
                 )
-            if layer.anchor is not None and k < len(layer.anchor.block):
-                raise ValueError(
-                    f"factorize_: {len(layer.anchor.block)} directions of layer {layer.name!r} are protected, which "
-                    f"rank {k} can't hold; release_ it first, or give a rank that can"
-                )
             reason = self._life.base_reason(layer)
             if reason:
                 raise RuntimeError(f"factorize_: layer {layer.name!r} can't be factorized: {reason}")
@@ -411,12 +406,16 @@ class SubspaceAwareOptimizer(Optimizer):
             layer.rank = layer.rank if rank is None else rank
         with torch.no_grad():
             bases, errors = exact_bases(chosen)
+            crowded = self._life.keep_blocks_(bases, errors)
         broken = [name for name, error in errors.items() if error == float("inf")]
-        if broken:
+        if broken or crowded:
             for layer in chosen:
-                layer.rank = old_ranks[layer.name]
+                layer.rank, k = old_ranks[layer.name], layer.rank
             raise ValueError(
                 f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+                if broken
+                else f"factorize_: rank {k} can't hold the protected block of layer {crowded[0]!r}; release_ it first, "
+                f"or give a higher rank"
             )
         self._life.switch(bases, (), errors, "by hand")
         self._life.forget_decisions(bases)
@@ -459,8 +458,7 @@ class SubspaceAwareOptimizer(Optimizer):
         Args:
             layers: names or globs, or ``"all"``.
             rank: how many directions to protect; default: the layers' target ranks, in factors the
-                whole core. There the protected directions turn away by 63 degrees at most: a lower
-                rank leaves those that it doesn't protect quite free.
+                whole core.
 
         Returns:
             The names of the layers.

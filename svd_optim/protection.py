@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linalg import Basis, exact_basis
+from .linalg import Basis
 
-FARTHEST = 2.0  # the tangent of the largest angle, 63 degrees, by which what is protected in factors turns away
-
-
-SAME = 1e-4  # relative difference of two blocks that is rounding, in float32
+EXACT = 5e-6  # of the size of a block; what is left is rounding, and mended by the next step
+ATTEMPTS = 100  # to give factors a block that they don't have: 2 to 13 where there is room for it
 
 
 class Anchor(NamedTuple):
@@ -38,7 +36,7 @@ def anchor_dense(W: Tensor, U: Tensor, V: Tensor) -> Anchor:
 def anchor_factors(factors: Basis) -> Anchor:
     """Protect a weight on triplets of its factors U (m, p), S (p,), V (n, p), apart from those that are noise.
 
-    Nothing was learned in these, and what is protected binds as many of the factors' columns.
+    Nothing was learned in these; a weight of zeros would stay one, were its factors protected.
     """
     U, S, V = factors
     kept = S > torch.finfo(S.dtype).eps * max(len(U), len(V)) * S.max()
@@ -51,11 +49,10 @@ def carried(anchor: Anchor) -> Anchor:
     return anchor_factors(Basis(anchor.U @ L, S, anchor.V @ Rh.mT))
 
 
-def holds(W: Tensor, anchor: Anchor, kept_in: torch.dtype) -> bool:
-    """Whether W (m, n) has the anchored block, but for the rounding of what it is kept in. Reads from the device."""
+def holds(W: Tensor, anchor: Anchor, limit: float) -> bool:
+    """Whether the block of W (m, n) is off by ``limit`` times its size at most. Reads from the device."""
     U, V, block = anchor
     off = U.mT @ W.to(U) @ V - block
-    limit = max(SAME, torch.finfo(kept_in).eps)
     return bool(torch.linalg.matrix_norm(off) <= limit * torch.linalg.matrix_norm(block))
 
 
@@ -65,59 +62,51 @@ def restore_dense_(W: Tensor, anchor: Anchor) -> None:
     W.sub_(U @ (U.mT @ W @ V - block) @ V.mT)
 
 
-def restored_factors(factors: Basis, anchor: Anchor) -> Basis:
-    """Factors of the same rank k with the anchored block (p, p), p <= k, and beside it what the factors have.
+def restored_factors(factors: Basis, anchor: Anchor, old: Basis) -> Basis:
+    """The stepped factors, of the same rank k, with the anchored block (p, p), p <= k, that the old ones have.
 
-    In bases that begin with U_0 and V_0 the weight is [[w_11, w_12], [w_21, w_22]]. B_0 takes the place of w_11;
-    rows w_12 and columns w_21 stay, as in a dense weight; rank k leaves for the rest w_21 B_0^-1 w_12, which is of
-    the rank of B_0, and the best k - p directions of what w_22 has besides. With E = w_21 B_0^-1 and
-    F^T = B_0^-1 w_12 that is
-
-        (U_0 + E) B_0 (V_0 + F)^T + the k - p others,
-
-    so the block is exact whatever E and F are. They are the tangents of the angles by which U_0 and V_0 turn away,
-    and bounded by FARTHEST: else the weight would grow without limit where B_0 has small singular values.
+    Of W = A D^T, with A = U S^1/2 (m, k) and D = V S^1/2 (n, k), the block is X Y^T for X = U_0^T A and
+    Y = V_0^T D (p, k). These two stay what they were, and what A and D have outside of U_0 and V_0 goes where the
+    step takes it: so the block is there whatever the step is, nothing is inverted that may be near singular, and
+    of the rank-k matrices with this block all nearby are within reach. A and D are known up to a rotation of their
+    columns, for which the one is taken that brings them nearest to the old ones.
     """
-    k, p = len(factors.S), len(anchor.block)
-    Q, a, u = _frame(anchor.U, factors.U)  # (m, r), (p, p), (r, k)
-    R, b, v = _frame(anchor.V, factors.V)  # (n, s), (p, p), (s, k)
-    w = (u * factors.S) @ v.mT  # (r, s) = Q^T W R
-    B = torch.linalg.solve_triangular(a.mT, anchor.block.double(), upper=False)
-    B = torch.linalg.solve_triangular(b, B, upper=True, left=False)  # a^T B b is the block
-    inverse = torch.linalg.pinv(B)
-    E, F = _bounded(w[p:, :p] @ inverse), _bounded(w[:p, p:].mT @ inverse.mT)  # (r - p, p), (s - p, p)
-    others = _best(w[p:, p:] - E @ B @ F.mT, k - p)
-    X, x = torch.linalg.qr(_beside(E, others.U))  # (r, k), (k, k)
-    Y, y = torch.linalg.qr(_beside(F, others.V))  # (s, k), (k, k)
-    L, S, Rh = torch.linalg.svd(x @ torch.block_diag(B, others.S.diag()) @ y.mT)
-    return Basis(*(t.to(factors.U.dtype) for t in (Q @ (X @ L), S, R @ (Y @ Rh.mT))))
+    A, D = _halves(factors)
+    A_old, D_old = _halves(old)
+    L, _, Rh = torch.linalg.svd(A.mT @ A_old + D.mT @ D_old)
+    A, D = A @ (L @ Rh), D @ (L @ Rh)
+    U, V = anchor.U.double(), anchor.V.double()
+    X, Y = _mended(U.mT @ A_old, V.mT @ D_old, anchor.block.double())
+    A, D = A + U @ (X - U.mT @ A), D + V @ (Y - V.mT @ D)
+    (Q, a), (R, d) = torch.linalg.qr(A), torch.linalg.qr(D)
+    L, S, Rh = torch.linalg.svd(a @ d.mT)
+    return Basis(*(t.to(factors.U.dtype) for t in (Q @ L, S, R @ Rh.mT)))
 
 
-def _frame(fixed: Tensor, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis Q, in float64, that begins with the span of ``fixed`` (m, p) and holds ``free`` (m, k).
+def factors_with(anchor: Anchor, factors: Basis) -> Basis | None:
+    """Factors near these which have the anchored block; ``None`` where none are found. Reads from the device."""
+    for _ in range(ATTEMPTS if len(anchor.block) <= len(factors.S) else 0):
+        if holds((factors.U * factors.S) @ factors.V.mT, anchor, EXACT):
+            return factors
+        factors = restored_factors(factors, anchor, factors)
+    return None
 
-    Returns:
-        Q (m, r), r = min(m, p + k), and in it ``fixed`` (the first p rows, the others are 0) and ``free`` (r, k).
+
+def _halves(factors: Basis) -> tuple[Tensor, Tensor]:
+    """A (m, k) and D (n, k) of one size with A D^T = U diag(S) V^T, in float64."""
+    U, S, V = (t.double() for t in factors)
+    return U * S.sqrt(), V * S.sqrt()
+
+
+def _mended(X: Tensor, Y: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """X and Y (p, k) moved as little as brings X Y^T to the block (p, p), of which it lacks no more than rounding.
+
+    To first order that is X + M Y and Y + M^T X with M Y Y^T + X X^T M = block - X Y^T. A large M is cut: it
+    belongs to directions in which there is next to nothing, or a weight that somebody has edited comes back in steps.
     """
-    p = fixed.shape[1]
-    Q, inside = torch.linalg.qr(torch.cat([fixed, free], 1).double())
-    return Q, inside[:p, :p], inside[:, p:]
-
-
-def _bounded(E: Tensor) -> Tensor:
-    """E (r, p) with singular values of FARTHEST at most."""
-    squares, V = torch.linalg.eigh(E.mT @ E)
-    shares = (FARTHEST / squares.clamp(min=FARTHEST**2).sqrt()).diag()
-    return E @ (V @ shares @ V.mT)
-
-
-def _best(X: Tensor, k: int) -> Basis:
-    """The k leading singular triplets of X (a, b); for none of them, no SVD."""
-    return exact_basis(X, k) if k else Basis(X[:, :0], X.new_zeros(0), X.mT[:, :0])
-
-
-def _beside(E: Tensor, X: Tensor) -> Tensor:
-    """[[I, 0], [E, X]] for E (r - p, p) and X (r - p, k - p): (r, k)."""
-    p = E.shape[1]
-    above = torch.eye(p, p + X.shape[1], dtype=E.dtype, device=E.device)
-    return torch.cat([above, torch.cat([E, X], 1)])
+    x, P = torch.linalg.eigh(X @ X.mT)
+    y, Q = torch.linalg.eigh(Y @ Y.mT)
+    lacks = P.mT @ (block - X @ Y.mT) @ Q
+    sizes = (x[:, None] + y).clamp(min=torch.finfo(x.dtype).tiny)
+    M = P @ (lacks / sizes).clamp(-0.5, 0.5) @ Q.mT
+    return X + M @ Y, Y + M.mT @ X

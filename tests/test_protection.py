@@ -202,8 +202,8 @@ def test_in_factors_it_lasts_while_the_spans_would_turn_away(base: str, steps: i
         optimizer.step()
         losses.append(loss.item())
         assert block.off() < 1e-5
-        assert weight_of(optimizer, "0").norm() < 5 * block.block.norm()
-    assert sum(losses[-20:]) < 0.6 * sum(losses[:5]) / 5 * 20
+        assert weight_of(optimizer, "0").norm() < 6 * block.block.norm()  # unprotected: 4.7 times
+    assert sum(losses[-20:]) / 20 < 0.55 * losses[0]
     assert optimizer.why()[0].protected and not told(optimizer, "release", "decomposition_failed")
 
 
@@ -372,7 +372,7 @@ def test_a_protected_block_goes_into_factors_and_back(base: str, protected: int 
     [event] = [event for event in optimizer.events if event.kind == "factorize"]
     lost = (inside - before).norm() / before.norm()
     best = torch.linalg.svdvals(before)[rank:].norm() / before.norm()
-    assert event.numbers["reconstruction_error"] == pytest.approx(float(lost), rel=1e-4) and lost < 2 * best
+    assert event.numbers["reconstruction_error"] == pytest.approx(float(lost), rel=1e-4) and lost < 1.3 * best
     for step in range(25, 45):
         train(model, optimizer, [step])
         assert block.off() < 1e-5
@@ -391,7 +391,7 @@ def test_factors_that_cannot_hold_a_protected_block_are_refused() -> None:
     optimizer.protect_("up", rank=10)
     train(model, optimizer, 5)
     before = everything(model, optimizer)
-    with pytest.raises(ValueError, match="10 directions of layer 'up' are protected, which rank 9 can't hold"):
+    with pytest.raises(ValueError, match="rank 9 can't hold the protected block of layer 'up'; release_"):
         optimizer.factorize_("all", rank=9)
     same_bits(before, everything(model, optimizer))
     optimizer.release_("up")
