@@ -189,7 +189,8 @@ class SubspaceConfig:
             the second. Heads and embeddings are excluded by default.
         param_groups: indices of the base optimizer's groups to follow; ``None``: all.
         on_danger: ``"alert"`` only says so when what a layer has learned is under attack; ``"protect"``
-            also keeps its principal block from moving while the danger lasts.
+            also keeps its principal block from moving while the danger lasts, in mode ``"auto"``: in the
+            others nothing acts by itself (see ``optimizer.protect_``).
         guard_steps: for so many steps after a switch, a training loss (given by the closure or to
             ``optimizer.observe_loss``) above what its noise explains sends the switched layers back to
             dense; 0: no such guard.

@@ -233,10 +233,11 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     new, turns, finite, failed = _retracted_quickly(K, L, batch) or _retracted(K, L, batch)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
-            one = _anchored(Basis(*(factor[i] for factor in new)), layer.anchor)
+            old = Basis(batch.U[i], batch.S[i], batch.V[i])
+            one = _anchored(Basis(*(factor[i] for factor in new)), layer.anchor, old)
             if one is None:
                 failed.add(i)
-                one = Basis(batch.U[i], batch.S[i], batch.V[i])
+                one = old
             for factor, restored in zip(new, one, strict=True):
                 factor[i].copy_(restored)
             turns = None
@@ -316,10 +317,10 @@ def _retract_in(inputs: Sequence[Tensor], dtype: torch.dtype) -> Basis:
     return retract(*(t.to(dtype) for t in inputs))
 
 
-def _anchored(factors: Basis, anchor: Anchor) -> Basis | None:
+def _anchored(factors: Basis, anchor: Anchor, old: Basis) -> Basis | None:
     """:func:`restored_factors`, or ``None`` if the core can't be decomposed (it is in float64 already)."""
     with suppress(LinAlgError):
-        return restored_factors(factors, anchor)
+        return restored_factors(factors, anchor, old)
     return None
 
 

@@ -103,20 +103,19 @@ class FollowedLayer:
 
     @torch.no_grad()
     def protect(self, by_hand: bool, principal: Basis | None = None) -> None:
-        """From now on the principal block stays what it is: the whole core in factors, else that of ``principal``.
+        """From now on the principal block stays what it is.
 
         Args:
-            principal: leading singular triplets of a dense weight; default: those known, at the layer's rank.
+            principal: leading singular triplets of the weight; default: those known, at the layer's rank.
         """
         self.protected_by_hand = by_hand
-        if self.factored is not None:
-            factors = self.basis
-            assert factors is not None
-            self.factored.anchor = anchor_factors(factors)
+        if principal is None and self.basis is not None:
+            principal = self.basis.leading(self.rank)
+        if principal is None:
             return
-        if principal is None and self.cached is not None:
-            principal = self.cached.leading(self.rank)
-        if principal is not None:
+        if self.factored is not None:
+            self.factored.anchor = anchor_factors(principal)
+        else:
             self.dense_anchor = anchor_dense(working(self.module.weight), principal.U, principal.V)
 
     def count_decomposition(self, ok: bool) -> None:

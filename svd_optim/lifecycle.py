@@ -30,6 +30,7 @@ from .guards import LossGuard
 from .layers import FactorizedLinear
 from .listeners import Listener
 from .policy import policy_of
+from .protection import carried, factors_with, holds
 from .records import (
     Action,
     Condition,
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 4
 LOOKING = ("measure", "refresh", "decide")  # phases that a run could do without
 MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
+OTHER_BLOCK = 1e-4  # relative difference from which on a block is not the one that is protected
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
 
 
@@ -151,6 +153,26 @@ class Lifecycle:
         del self.layers[layer.name]
         self.left_alone.append(LeftAlone(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
         self.note(layer.name, "unsupported", reason)
+
+    @torch.no_grad()
+    def release_unless_held(self, loading: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Before weights are loaded: end the protection of blocks that are not theirs.
+
+        Args:
+            loading: (W,) or (U, S, V) by layer.
+        """
+        for name, parts in loading.items():
+            layer = self.layers[name]
+            if layer.anchor is None:
+                continue
+            present = layer.basis if layer.factored is not None else [layer.weight]
+            fits = present is not None and [t.shape for t in parts] == [t.shape for t in present]
+            first, *others = (linalg.working(t) for t in parts)
+            if fits:
+                W = (first * others[0]) @ others[1].mT if others else first
+                fits = holds(W, layer.anchor, max(OTHER_BLOCK, torch.finfo(layer.weight.dtype).eps))
+            if not fits:
+                self.protect(layer, False, transitions.LOADED, by_hand=True)
 
     @torch.no_grad()
     def restore_layers(self, ranks: Mapping[str, int | None], saved: Mapping[str, linalg.Basis] | None = None) -> None:
@@ -396,15 +418,36 @@ class Lifecycle:
 
     def protect_by_hand(self, layer: FollowedLayer, rank: int | None) -> None:
         """Protect a layer on the exact leading directions of its weight, as of now."""
-        principal = None
+        if rank is None and layer.factored is None and layer.cached is None and layer.energy_target is not None:
+            self.tracker.update_energy_rank(layer)
+        rank = layer.rank if rank is None else rank
         if layer.factored is None:
-            if rank is None and layer.cached is None and layer.energy_target is not None:
-                self.tracker.update_energy_rank(layer)
-            W = linalg.working(layer.module.weight)
-            principal = linalg.exact_basis(W, layer.rank if rank is None else rank)
+            principal = linalg.exact_basis(linalg.working(layer.module.weight), rank)
+        else:
+            assert layer.basis is not None
+            principal = layer.basis.leading(rank)
         layer.release()
         self.protect(layer, True, "by hand", by_hand=True, principal=principal)
         self.forget_decisions([layer.name])
+
+    def keep_blocks_(self, bases: dict[str, linalg.Basis], errors: dict[str, float]) -> list[str]:
+        """Before layers are factorized: exchange the bases of protected ones for factors with their blocks.
+
+        Returns:
+            The names of those whose ranks are too low for that.
+        """
+        crowded = []
+        for name, layer in ((name, self.layers[name]) for name in bases):
+            if layer.dense_anchor is None:
+                continue
+            found = factors_with(carried(layer.dense_anchor), bases[name].leading(layer.rank))
+            if found is None:
+                crowded.append(name)
+                continue
+            W = linalg.working(layer.module.weight)
+            lost = linalg.energy(W - (found.U * found.S) @ found.V.mT) / linalg.energy(W)
+            bases[name], errors[name] = found, float(lost.sqrt().nan_to_num())
+        return crowded
 
     def base_reason(self, layer: FollowedLayer) -> str:
         """Why this layer can't go into factors under this base optimizer; empty if it can."""
@@ -420,11 +463,15 @@ class Lifecycle:
         return moments.not_understood(state, layer.weight) or decay.not_understood(self.base, next(groups, {}))
 
     def _act(self) -> None:
-        """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
+        """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges.
+
+        A protected layer may be merged, with its block; whatever else a policy decides of it has to wait.
+        """
         wanted: dict[Action, list[FollowedLayer]] = {action: [] for action in Action}
         for name, decision in self.decisions.items():
-            if name in self.layers:
-                wanted[decision.action].append(self.layers[name])
+            layer = self.layers.get(name)
+            if layer is not None and (layer.anchor is None or decision.action == Action.MERGE):
+                wanted[decision.action].append(layer)
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
         for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
             layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget
@@ -543,14 +590,13 @@ class Lifecycle:
         self.tell("after_switch", self.steps, names)
 
     def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> Event:
-        before, protected = layer.state, layer.anchor is not None
-        by_hand, layer.dense_anchor = layer.protected_by_hand, None
+        before, anchor = layer.state, layer.dense_anchor
         to_factors_(layer, self.base, basis)
+        assert layer.factored is not None
+        layer.factored.anchor, layer.dense_anchor = None if anchor is None else carried(anchor), None
         self.end_descent(layer, LayerState.FACTORIZED)
         self.own(layer)
         self.tracker.keep_images(layer, self.steps)
-        if protected:
-            layer.protect(by_hand)
         return transitions.factorize(self.steps, layer.info(), reason, before, error)
 
     def _merge(self, layer: FollowedLayer, reason: str) -> Event:

@@ -247,13 +247,15 @@ class SubspaceAwareOptimizer(Optimizer):
         """Give followed layers the structure that a model's state dict has."""
         ranks: dict[str, int | None] = {}
         saved: dict[str, Basis] = {}
+        dense: dict[str, tuple[torch.Tensor]] = {}
         for name in self.layers:
             key = prefix if self.layers[name].module is self.model else f"{prefix}{name}."
             factors = saved_factors(state_dict, key)
             if factors is not None:
                 ranks[name], saved[name] = factors.S.numel(), factors
             elif f"{key}weight" in state_dict:
-                ranks[name] = None
+                ranks[name], dense[name] = None, (state_dict[f"{key}weight"],)
+        self._life.release_unless_held({**saved, **dense})
         self._life.restore_layers(ranks, saved)
 
     # ---- one step --------------------------------------------------------------------------
@@ -381,15 +383,16 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Args:
             layers: names or globs, or ``"all"``; layers that are factorized already are left as they are.
-            rank: instead of the layers' target ranks.
+            rank: instead of the layers' target ranks. The block of a layer that is protected stays
+                what it is, and has to fit.
 
         Returns:
             The names of the layers that were factorized.
 
         Raises:
             RuntimeError: in observe mode, or the base optimizer's state can't be moved.
-            ValueError: no layer matches, a rank is out of range or not below break-even, or a weight
-                holds NaN or Inf. Nothing was changed.
+            ValueError: no layer matches, a rank is out of range, not below break-even or too low for a
+                protected block, or a weight holds NaN or Inf. Nothing was changed.
         """
         chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
         for layer in chosen:
@@ -411,12 +414,16 @@ class SubspaceAwareOptimizer(Optimizer):
             layer.rank = layer.rank if rank is None else rank
         with torch.no_grad():
             bases, errors = exact_bases(chosen)
+            crowded = self._life.keep_blocks_(bases, errors)
         broken = [name for name, error in errors.items() if error == float("inf")]
-        if broken:
+        if broken or crowded:
             for layer in chosen:
-                layer.rank = old_ranks[layer.name]
+                layer.rank, k = old_ranks[layer.name], layer.rank
             raise ValueError(
                 f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+                if broken
+                else f"factorize_: rank {k} can't hold the protected block of layer {crowded[0]!r}; release_ it first, "
+                f"or give a higher rank"
             )
         self._life.switch(bases, (), errors, "by hand")
         self._life.forget_decisions(bases)
@@ -452,12 +459,14 @@ class SubspaceAwareOptimizer(Optimizer):
 
         U_k^T W V_k stays what it is at this moment, with U_k, V_k the leading singular vectors of now:
         whatever the base optimizer does, weight decay included, everything else trains. For
-        fine-tuning a model that is to keep what it knows.
+        fine-tuning a model that is to keep what it knows. It stays to 1e-5 of its size in float32; a dense
+        bfloat16 or float16 weight can hold it to the rounding of its entries only, some 1e-3, factors
+        to 1e-5 in their float32 masters. Loading a model with another block ends protection, with an event.
 
         Args:
             layers: names or globs, or ``"all"``.
-            rank: how many directions to protect; default: the layers' target ranks. In factors the
-                whole core is protected, and no other rank can be.
+            rank: how many directions to protect; default: the layers' target ranks, in factors the
+                whole core.
 
         Returns:
             The names of the layers.
@@ -476,10 +485,10 @@ class SubspaceAwareOptimizer(Optimizer):
                     f"protect_: layer {layer.name!r} of shape {layer.shape} can't have rank {rank}: give 1 to "
                     f"{min(layer.shape)}"
                 )
-            if rank is not None and layer.factored is not None and rank != layer.rank:
+            if rank is not None and layer.factored is not None and rank > layer.rank:
                 raise ValueError(
-                    f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, all of which is "
-                    f"protected; leave out rank, or merge_ it first"
+                    f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, no more than which can be "
+                    f"protected; merge_ it first, or give a lower rank"
                 )
             if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
                 raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
@@ -490,6 +499,8 @@ class SubspaceAwareOptimizer(Optimizer):
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """End the protection of layers, whoever began it.
+
+        Where a danger began it, it does not begin again before this danger is over and another one comes.
 
         Returns:
             The names of the layers that were protected.

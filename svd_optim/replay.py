@@ -21,9 +21,10 @@ from .log import Run
 from .policy import policy_of
 from .records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, break_even_rank
 from .selection import first_match
-from .transitions import BY_HAND, GUARD
+from .transitions import BY_HAND, GUARD, LOADED
 
-# Kinds of events that follow from metrics and thresholds, unless their reason is BY_HAND or GUARD.
+FROM_OUTSIDE = frozenset({BY_HAND, LOADED})  # reasons of what somebody did
+# Kinds of events that follow from metrics and thresholds, unless their reason is one of those or GUARD.
 DECIDED = frozenset({"danger", "danger_over", "protect", "release", "descend", "descent_stopped", "descent_extended",
                      "descent_failed", "factorize", "merge", "grow", "shrink", "stalled"})  # fmt: skip
 
@@ -148,7 +149,7 @@ class _Replayer:
             if step in self.analyses:
                 self.analyse(step)
             for event in self.recorded.get(step, []):
-                if event.kind not in DECIDED or event.reason == BY_HAND:
+                if event.kind not in DECIDED or event.reason in FROM_OUTSIDE:
                     self.happen(event)
 
     def emit(self, event: Event) -> None:
@@ -159,7 +160,7 @@ class _Replayer:
     def recorded_event(self, step: int, layer: str, *kinds: str) -> Event | None:
         """What the run says of a layer at a step, unless it was done by hand."""
         return next((e for e in self.recorded.get(step, [])
-                     if e.layer == layer and e.kind in kinds and e.reason != BY_HAND), None)  # fmt: skip
+                     if e.layer == layer and e.kind in kinds and e.reason not in FROM_OUTSIDE), None)  # fmt: skip
 
     def wait(self, layer: _Layer, until: int) -> None:
         """A descent is to end at a step, if the record goes so far."""
@@ -194,7 +195,7 @@ class _Replayer:
             layer.enter(event.after)
             if event.kind == "merge" or event.reason == GUARD:
                 self.rest(layer, event.step, counts=event.reason != BY_HAND)
-        if event.reason in (BY_HAND, GUARD):
+        if event.reason in FROM_OUTSIDE | {GUARD}:
             self.decisions.pop(layer.name, None)
 
     # ---- every step ------------------------------------------------------------------------------------
@@ -298,8 +299,9 @@ class _Replayer:
         """Carry out the decisions."""
         wanted: dict[Action, list[_Layer]] = {action: [] for action in Action}
         for name, decision in self.decisions.items():
-            if name in self.layers:
-                wanted[decision.action].append(self.layers[name])
+            layer = self.layers.get(name)
+            if layer is not None and (not layer.protected or decision.action == Action.MERGE):
+                wanted[decision.action].append(layer)
         for layer in wanted[Action.DESCEND]:
             if layer.state == LayerState.DENSE:
                 self.descend(layer, step)
@@ -310,7 +312,7 @@ class _Replayer:
             if layer.state == LayerState.FACTORIZED:
                 self.merge(layer, step)
         for layer in (*wanted[Action.SHRINK], *wanted[Action.GROW]):
-            if layer.state == LayerState.FACTORIZED and not layer.protected:
+            if layer.state == LayerState.FACTORIZED:
                 self.resize(layer, step)
 
     def descend(self, layer: _Layer, step: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from .records import Decision, Event, LayerInfo, LayerMetrics, LayerState
 
 MAX_EXTENSIONS = 3  # how often the end of a descent is put off before the layer gives up
-BY_HAND, GUARD = "by hand", "a guard tripped"  # reasons of what follows from no decision
+BY_HAND, GUARD, LOADED = "by hand", "a guard tripped", "other weights were loaded"  # what follows from no decision
 LOUD = frozenset(
     {"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed", "decomposition_failed"}
 )  # kinds of events that somebody should know of

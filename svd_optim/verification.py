@@ -349,7 +349,6 @@ def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
     if type(k) is not int or not 1 <= k <= min(m, n):
         raise CheckpointError(f"{where}: rank {k!r} is not in [1, {min(m, n)}]")
     factorized = saved.get("factorized")
-    anchor_rank = k if factorized else None
     kinds: dict[str, _Kind] = {
         "state": _state, "factorized": _flag, "shape": lambda value: value == [m, n], "rank": _integer,
         "basis": _or_none(_tensors((m, None), (None,), (n, None))), "basis_step": _integer,
@@ -360,7 +359,7 @@ def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
         "descent_end": _or_none(_integer), "extensions": _integer, "danger": _flag, "keep_dense": _flag,
         "cooldown_until": _integer, "returns": _integer, "protected_by_hand": _flag, "failures": _integer,
         "was_nonfinite": _flag,
-        "anchor": _or_none(_tensors((m, anchor_rank), (n, anchor_rank), (anchor_rank, anchor_rank))),
+        "anchor": _or_none(_tensors((m, None), (n, None), (None, None))),
         "kept": _or_none(_tensors((m, k), (k,), (n, k))),
         "nonfinite": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim == 0),
     }  # fmt: skip
@@ -373,6 +372,7 @@ def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
             continue
         U, S, V = saved[field] if field != "anchor" else (saved[field][0], saved[field][2], saved[field][1])
         sizes = {U.shape[1], V.shape[1], *S.shape}
-        _require(len(sizes) == 1 and min(sizes) >= (1 if field == "anchor" else k), where, f"{field!r} has too few")
+        least, most = (0, k if factorized else min(m, n)) if field == "anchor" else (k, min(m, n))
+        _require(len(sizes) == 1 and least <= min(sizes) <= most, where, f"{field!r} has too few or too many columns")
         for Q, factor in ((U, "U"), (V, "V")):
             check_orthonormal(Q, where, f"{factor} of its {field}")

@@ -52,7 +52,7 @@ def test_protection_by_hand_refuses_what_it_cannot_do_and_changes_nothing():
         (("up", 0), ValueError),
         (("up", 1000), ValueError),
         (("up", 2.5), TypeError),
-        (("mid", 3), ValueError),  # factorized: its whole core or nothing
+        (("mid", 30), ValueError),  # factorized, at a lower rank
     ):
         with pytest.raises(error, match="protect_"):
             optimizer.protect_(*arguments)

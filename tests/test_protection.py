@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer
+from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer, load_checkpoint, save_checkpoint
 from svd_optim.factor_step import masters
 
 optim = torch.optim
@@ -180,6 +181,71 @@ def test_protecting_again_protects_what_is_there_now() -> None:
     assert optimizer.release_("up") == ["up"] and optimizer.release_("up") == []
 
 
+@pytest.mark.parametrize(("base", "steps"), [("adamw", 120), ("muon", 300)])
+def test_in_factors_it_lasts_while_the_spans_would_turn_away(base: str, steps: int) -> None:
+    """From random weights, with large steps, unprotected spans turn away from where they were altogether."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(150, 97), nn.ReLU(), nn.Linear(97, 64))
+    target = torch.randn(64, 150) / 4
+    inner = optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    if base == "muon":
+        inner = optim.Muon(matrices(model), lr=0.05, weight_decay=0.1)
+    optimizer = SubspaceAwareOptimizer(inner, model, manual(rank=20))
+    optimizer.factorize_("all")
+    optimizer.protect_("0")
+    block, losses = Block(optimizer, "0", 20), []
+    for _ in range(steps):
+        x = torch.randn(64, 150)
+        loss = (model(x) - x @ target.mT).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert block.off() < 1e-5
+        assert weight_of(optimizer, "0").norm() < 6 * block.block.norm()  # unprotected: 4.7 times
+    assert sum(losses[-20:]) / 20 < 0.55 * losses[0]
+    assert optimizer.why()[0].protected and not told(optimizer, "release", "decomposition_failed")
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_in_factors_a_part_of_the_core_can_be_protected(base: str) -> None:
+    model, optimizer = wrapped(base)
+    train(model, optimizer, 10)
+    optimizer.factorize_("up", rank=10)
+    assert optimizer.protect_("up", rank=6) == ["up"] and optimizer.events[-1].numbers["rank"] == 6
+    block, whole = Block(optimizer, "up", 6), Block(optimizer, "up", 10)
+    train(model, optimizer, range(10, 60))
+    check_factors(model)
+    assert block.off() < 1e-5 and whole.off() > 0.02 and model.up.rank == 10
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    optimizer.merge_("up")
+    train(model, optimizer, range(60, 80))
+    assert block.off() < 1e-5
+
+
+@pytest.mark.parametrize("nonzero", [0, 3])
+def test_in_factors_directions_of_which_a_weight_has_nothing_train(nonzero: int, tmp_path: Path) -> None:
+    model, optimizer = wrapped("adamw")
+    low_rank_(model.up, nonzero)
+    optimizer.factorize_("up", rank=10)
+    optimizer.protect_("up")
+    assert optimizer.events[-1].numbers["rank"] == nonzero
+    start, block = weight_of(optimizer, "up"), Block(optimizer, "up", max(1, nonzero))
+    train(model, optimizer, 40)
+    assert optimizer.why()[0].protected and (nonzero == 0 or block.off() < 1e-5)
+    assert torch.linalg.matrix_rank(weight_of(optimizer, "up"), rtol=1e-3) == 10
+    assert (weight_of(optimizer, "up") - start).norm() > 0.1
+    save_checkpoint(tmp_path, model, optimizer)
+    other, resumed = wrapped("adamw", 5)
+    load_checkpoint(tmp_path, other, resumed)
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, range(40, 50))
+    same_bits(everything(model, optimizer), everything(other, resumed))
+
+
 # bfloat16 keeps 8 bits: a dense weight can be put back only to its own rounding, 2^-9 of each entry;
 # that does not add up over steps. Factors have float32 masters, so there it is as exact as in float32.
 @pytest.mark.parametrize(("where", "tolerance"), [("dense", 2e-3), ("factors", 1e-5)])
@@ -291,22 +357,63 @@ def test_protected_layers_do_not_descend_and_say_so() -> None:
 # ---- by hand, in and out of factors ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("protected", "rank"), [(8, 16), (8, 8), (None, 14)])
 @pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
-def test_factorizing_and_merging_by_hand_keep_a_layer_protected(base: str) -> None:
+def test_a_protected_block_goes_into_factors_and_back(base: str, protected: int | None, rank: int) -> None:
     model, optimizer = wrapped(base)
     train(model, optimizer, 5)
-    optimizer.protect_("up")
-    train(model, optimizer, range(5, 15))
-    optimizer.factorize_("up", rank=9)
-    inside = Block(optimizer, "up", 9)
-    train(model, optimizer, range(15, 35))
-    assert optimizer.why()[0].protected and inside.off() < 1e-5 and inside.elsewhere() > 0.01
+    optimizer.protect_("up", rank=protected)
+    block = Block(optimizer, "up", protected or 13)
+    train(model, optimizer, range(5, 25))
+    before = weight_of(optimizer, "up")
+    optimizer.factorize_("up", rank=rank)
+    assert block.off() < 1e-5 and optimizer.why()[0].protected
+    inside = weight_of(optimizer, "up")
+    [event] = [event for event in optimizer.events if event.kind == "factorize"]
+    lost = (inside - before).norm() / before.norm()
+    best = torch.linalg.svdvals(before)[rank:].norm() / before.norm()
+    assert event.numbers["reconstruction_error"] == pytest.approx(float(lost), rel=1e-4) and lost < 1.3 * best
+    for step in range(25, 45):
+        train(model, optimizer, [step])
+        assert block.off() < 1e-5
+    check_factors(model)
+    assert (weight_of(optimizer, "up") - inside).norm() > 0.01 * inside.norm()
     optimizer.merge_("up")
-    assert inside.off() < 1e-5 and optimizer.why()[0].protected
-    train(model, optimizer, range(35, 55))
-    assert inside.off() < 1e-5 and type(model.up) is nn.Linear
+    assert block.off() < 1e-5 and optimizer.why()[0].protected
+    train(model, optimizer, range(45, 65))
+    assert block.off() < 1e-5 and type(model.up) is nn.Linear
     assert told(optimizer) == [("up", "protect")]
     assert optimizer.release_("all") == ["up"]
+
+
+def test_factors_that_cannot_hold_a_protected_block_are_refused() -> None:
+    model, optimizer = wrapped("adamw")
+    optimizer.protect_("up", rank=10)
+    train(model, optimizer, 5)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match="rank 9 can't hold the protected block of layer 'up'; release_"):
+        optimizer.factorize_("all", rank=9)
+    same_bits(before, everything(model, optimizer))
+    optimizer.release_("up")
+    assert optimizer.factorize_("all", rank=9) == ["up", "mid"]
+
+
+@pytest.mark.parametrize("action", [Action.DESCEND, Action.FACTORIZE])
+def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
+    class Eager:
+        def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
+            wanted = state == LayerState.DENSE
+            return Decision(action=action if wanted else Action.HOLD, reason="at once", rank=layer.rank)
+
+    model = net()
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(policy=Eager(), cohort=10))
+    optimizer.protect_("up")
+    block = Block(optimizer, "up", optimizer.layers["up"].rank)
+    train(model, optimizer, 110)
+    assert factorized(model) == ["mid"] and block.off() < 1e-5
+    optimizer.release_("up")
+    train(model, optimizer, range(110, 200))
+    assert set(factorized(model)) == {"up", "mid"}
 
 
 def test_a_protected_core_keeps_its_rank() -> None:
@@ -356,7 +463,7 @@ def test_bad_arguments_change_nothing() -> None:
         (("up", 49), ValueError, "rank 49"),
         (("up", -1), ValueError, "rank -1"),
         (("all", 48), ValueError, r"'mid' of shape \(40, 64\) can't have rank 48"),  # "up" could
-        (("all", 8), ValueError, "'mid' is factorized at rank 7"),
+        (("all", 8), ValueError, "'mid' is factorized at rank 7, no more"),
         (("up", 2.0), TypeError, "integer, got 2.0"),
         (("up", True), TypeError, "integer, got True"),
         (("up", "3"), TypeError, "integer, got '3'"),
@@ -475,7 +582,39 @@ def test_a_model_of_another_structure_loaded_alone_ends_it(at: str) -> None:
     assert factorized(model) == factorized(twin)
     assert [row.protected for row in optimizer.why()] == [False, True]
     assert not optimizer.layers["up"].protected_by_hand
+    assert told(optimizer, "release") == [("up", "release")]
     train(model, optimizer, 6)
+
+
+@pytest.mark.parametrize("at", ["dense", "factors"])
+def test_another_model_of_the_same_structure_loaded_alone_ends_it(at: str) -> None:
+    """What is loaded has another principal block: to put the old one there would destroy it."""
+    model, optimizer = wrapped("sgd")
+    other, twin = wrapped("sgd", 5)
+    if at == "factors":
+        optimizer.factorize_("up", rank=9)
+        twin.factorize_("up", rank=9)
+    optimizer.protect_("all")
+    train(model, optimizer, 5)
+    kept = frozen_copy(model.state_dict())
+    with torch.no_grad():
+        model.head.weight.zero_()
+    train(model, optimizer, range(5, 8))
+    model.load_state_dict(kept)  # has the blocks that are protected
+    assert all(row.protected for row in optimizer.why())
+    loaded = {name: value for name, value in other.state_dict().items() if not name.startswith("mid")}
+    model.load_state_dict(loaded, strict=False)
+    assert [row.protected for row in optimizer.why()] == [False, True]
+    [event] = [event for event in optimizer.events if event.kind == "release"]
+    assert (event.layer, event.reason) == ("up", "other weights were loaded")
+    assert not optimizer.layers["up"].protected_by_hand
+    before = weight_of(optimizer, "up")
+    train(model, optimizer, [5])
+    assert (weight_of(optimizer, "up") - before).norm() < 0.1 * before.norm()
+    optimizer.protect_("up")
+    block = Block(optimizer, "up", optimizer.layers["up"].rank)
+    train(model, optimizer, range(6, 16))
+    assert block.off() < 1e-5
 
 
 def test_what_protection_keeps_is_counted() -> None:
