@@ -39,7 +39,7 @@ def anchor_factors(factors: Basis) -> Anchor:
     Nothing was learned in these; a weight of zeros would stay one, were its factors protected.
     """
     U, S, V = factors
-    kept = S > torch.finfo(S.dtype).eps * max(len(U), len(V)) * S.max()
+    kept = S > torch.finfo(S.dtype).eps * max(len(U), len(V)) * torch.linalg.vector_norm(S)
     return Anchor(U[:, kept], V[:, kept], torch.diag(S[kept]))
 
 

@@ -244,6 +244,10 @@ def test_in_factors_directions_of_which_a_weight_has_nothing_train(nonzero: int,
     for m, o in ((model, optimizer), (other, resumed)):
         train(m, o, range(40, 50))
     same_bits(everything(model, optimizer), everything(other, resumed))
+    optimizer.merge_("up")
+    optimizer.factorize_("up", rank=10)
+    train(model, optimizer, range(50, 60))
+    assert optimizer.why()[0].protected and (nonzero == 0 or block.off() < 1e-5)
 
 
 # bfloat16 keeps 8 bits: a dense weight can be put back only to its own rounding, 2^-9 of each entry;
