@@ -309,6 +309,7 @@ class Lifecycle:
             gives_up = layer in landed.failed
             if gives_up:
                 self.end_descent(layer, LayerState.DENSE)
+                self._rest(layer)
             safe = layer.thresholds.reconstruction_safe
             self.emit(transitions.not_landed(self.steps, layer.name, landed.errors[layer.name], safe, gives_up))
         self.switch(landed.ready, (), landed.errors, "descent done")

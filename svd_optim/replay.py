@@ -219,6 +219,7 @@ class _Replayer:
             self.emit(transitions.not_landed(step, layer.name, error, safe, gives_up))
             if gives_up:
                 layer.enter(LayerState.DENSE)
+                self.rest(layer, step)
             else:
                 layer.extensions += 1
                 self.wait(layer, step + self.config.interval)
