@@ -139,7 +139,7 @@ class SubspaceAwareOptimizer(Optimizer):
             )
         self._life.follow(selection)
         unused = [glob for glob in self.config.overrides if not any(fnmatchcase(name, glob) for name in self.layers)]
-        if first and unused:
+        if first and self.layers and unused:
             logger.warning("overrides that match no followed layer: %s", clean(", ".join(unused)))
         if first and not self.layers:
             reasons = "; ".join(f"{x.name}: {x.reason}" for x in selection.left_alone[:5]) or "it holds no matrix"
