@@ -7,12 +7,9 @@ blocked. The :class:`SubspaceAwareOptimizer` calls this around the base optimize
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +24,8 @@ from .descent import Landed, descend_, ending, exact_bases, too_late
 from .faults import undone_on_error
 from .followed import FollowedLayer, target_rank
 from .guards import LossGuard
+from .journal import Journal
 from .layers import FactorizedLinear
-from .listeners import Listener
 from .policy import policy_of
 from .protection import carried, factors_with, holds
 from .records import (
@@ -48,11 +45,8 @@ from .selection import Selection, first_match
 from .switching import replace_parameters_, resize_, to_dense_, to_factors_
 from .tracker import SubspaceTracker
 
-logger = logging.getLogger(__name__)
-
 STATE_VERSION = 4
 LOOKING = ("measure", "refresh", "decide")  # phases that a run could do without
-MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
 OTHER_BLOCK = 1e-4  # relative difference from which on a block is not the one that is protected
 MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
 
@@ -74,37 +68,30 @@ class Lifecycle:
         self.left_alone: list[LeftAlone] = []
         self.decisions: dict[str, Decision] = {}
         self.questions: dict[str, Question] = {}  # that they answer
-        self.events: list[Event] = []
+        self.journal = Journal()
         self.watch = AlertWatch()
         self.guard = LossGuard()
-        self.guarded: dict[
-            str, int
-        ] = {}  # layer -> its descent's first step, or its switch's, while the loss is watched
+        self.guarded: dict[str, int] = {}  # layer -> first step of its descent, or its switch; the loss is watched
         self.steps = 0
         self.analyses = 0
         self.acted = False
         self.last_analysis = 0
         self.stretch = 1  # by which the intervals are longer than configured, to keep to max_overhead
-        self.looked: tuple[float, float] | None = None  # (seconds spent on looking, the clock) at the last analysis
         self.warned: set[str] = set()  # layers whose decompositions keep failing
-        self.deferred: Exception | None = None  # what a listener raised
         self.reevaluates = isinstance(base, torch.optim.LBFGS)  # its closure, within a step
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # by phase
-        self.started: float | None = None
         self.detach()
 
     def detach(self) -> None:
-        """Forget what ties this object to one process and one model: listeners and owned modules."""
-        self.listeners: list[Listener] = []
+        """Forget what ties this object to one process and one model: its clock and the modules it owns."""
+        self.looked: tuple[float, float] | None = None  # (seconds spent on looking, the clock) at the last analysis
         self.owner = object()  # by which a module knows whose gradients it delivers
         self.owned: list[nn.Module] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("listeners", "owner", "owned")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("looked", "owner", "owned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.started, self.seconds, self.looked = None, defaultdict(float), None  # another process has another clock
         self.detach()
 
     # ---- following -----------------------------------------------------------------------------------
@@ -213,7 +200,7 @@ class Lifecycle:
         step = self.steps + 1
         due = step % (self.config.measure_every * self.stretch) == 0 or step % self.interval == 0
         measured = []
-        with self.clock("measure"):
+        with self.journal.clock("measure"):
             for layer in list(self.layers.values()):
                 if layer.weight.grad is None or not (due or (layer.cached is None and layer.factored is None)):
                     continue
@@ -240,7 +227,7 @@ class Lifecycle:
 
     def leave_factors(self, entered: list[factor_step.Entered]) -> None:
         """After the base optimizer's step: retract. What is done is taken off ``entered``."""
-        with self.clock("retract"):
+        with self.journal.clock("retract"):
             while entered:
                 for factored, ok in factor_step.finish_(entered[-1], self.base.state):
                     self.layers[factored.name].count_decomposition(ok)
@@ -252,10 +239,10 @@ class Lifecycle:
         self.steps += 1
         for layer in self.layers.values():
             layer.hold_anchor()
-        with self.clock("descend"):
+        with self.journal.clock("descend"):
             landed = descend_(list(self.layers.values()), self.steps, self.config.interval)
         self._switch_landed(landed)
-        with self.clock("refresh"):
+        with self.journal.clock("refresh"):
             self.tracker.refresh(self._due_for_refresh(), self.steps)
         if self.steps % self.interval == 0:
             try:
@@ -311,7 +298,7 @@ class Lifecycle:
                 self.end_descent(layer, LayerState.DENSE)
                 self._rest(layer)
             safe = layer.thresholds.reconstruction_safe
-            self.emit(transitions.not_landed(self.steps, layer.name, landed.errors[layer.name], safe, gives_up))
+            self.journal.emit(transitions.not_landed(self.steps, layer.name, landed.errors[layer.name], safe, gives_up))
         self.switch(landed.ready, (), landed.errors, "descent done")
 
     def end_descent(self, layer: FollowedLayer, state: LayerState) -> None:
@@ -327,9 +314,9 @@ class Lifecycle:
         """Refresh bases, close the measurements, decide, act, tell the listeners."""
         boundary = self.steps // self.config.cohort > self.last_analysis // self.config.cohort
         self.last_analysis = self.steps
-        with self.clock("refresh"):
+        with self.journal.clock("refresh"):
             metrics = self.tracker.analyse(self.layers.values(), self.steps)
-        with self.clock("decide"):
+        with self.journal.clock("decide"):
             self.analyses += 1
             now = self.plan()
             for name in metrics:
@@ -343,16 +330,16 @@ class Lifecycle:
             budget.revise_ranks_(self.layers, self.tracker, self.config, self.steps)
         self._note_stall()
         self._keep_to_time()
-        if self.listeners:
+        if self.journal.listeners:
             summary = self.summary()
             alerts = self.watch.update(summary)
             if alerts:
-                self.tell("on_alerts", alerts)
-            self.tell("on_analysis", summary)
+                self.journal.tell("on_alerts", alerts)
+            self.journal.tell("on_analysis", summary)
 
     def _keep_to_time(self) -> None:
         """Stretch the intervals when looking takes more than its share of the time, and give it back later."""
-        spent, now = sum(self.seconds[phase] for phase in LOOKING), time.perf_counter()
+        spent, now = sum(self.journal.seconds[phase] for phase in LOOKING), time.perf_counter()
         before, self.looked = self.looked, (spent, now)
         limit = self.config.max_overhead
         if limit is None or before is None:  # the first interval pays for the first bases
@@ -380,7 +367,7 @@ class Lifecycle:
         if ready and decision.danger != layer.danger:
             layer.danger = decision.danger
             threshold = layer.thresholds.principal_danger
-            self.emit(transitions.danger(self.steps, layer.name, decision.danger, last, threshold))
+            self.journal.emit(transitions.danger(self.steps, layer.name, decision.danger, last, threshold))
             if self.config.on_danger == "protect" and self.config.mode == "auto":
                 self.protect(layer, decision.danger, "in danger" if decision.danger else "the danger is over")
                 self.decisions[layer.name] = self._ask_policy(layer, now)
@@ -409,13 +396,15 @@ class Lifecycle:
         if begin:
             if layer.state == LayerState.DESCENDING:
                 self.end_descent(layer, LayerState.DENSE)
-                self.emit(transitions.descent_stopped(self.steps, layer.name, "its principal block is protected"))
+                self.journal.emit(
+                    transitions.descent_stopped(self.steps, layer.name, "its principal block is protected")
+                )
             layer.protect(by_hand, principal)
             anchor = layer.anchor
         else:
             layer.release()
         if anchor is not None:
-            self.emit(transitions.protection(self.steps, layer.name, begin, reason, len(anchor.block)))
+            self.journal.emit(transitions.protection(self.steps, layer.name, begin, reason, len(anchor.block)))
 
     def protect_by_hand(self, layer: FollowedLayer, rank: int | None) -> None:
         """Protect a layer on the exact leading directions of its weight, as of now."""
@@ -482,7 +471,7 @@ class Lifecycle:
             layer.descent_end = ending(self.config, self.steps, layer.history)
             self.acted = True
             reason = self.decisions[layer.name].reason
-            self.emit(transitions.descend(self.steps, layer.name, reason, layer.rank, layer.descent_end))
+            self.journal.emit(transitions.descend(self.steps, layer.name, reason, layer.rank, layer.descent_end))
         self._watch(layer.name for layer in starting)
         dense = [layer for layer in wanted[Action.FACTORIZE] if layer.factored is None]
         dense = [layer for layer in dense if not self.base_reason(layer) and layer.rank < break_even_rank(*layer.shape)]
@@ -534,7 +523,7 @@ class Lifecycle:
             if layer.factored is None:
                 self.end_descent(layer, LayerState.DENSE)
                 self._rest(layer)
-                self.emit(transitions.descent_stopped(self.steps, layer.name, transitions.GUARD))
+                self.journal.emit(transitions.descent_stopped(self.steps, layer.name, transitions.GUARD))
         self.switch({}, [layer for layer in layers if layer.factored is not None], {}, transitions.GUARD)
         if risen is not None:
             self.guard.changed()  # earlier changes are not to blame for this level
@@ -574,11 +563,11 @@ class Lifecycle:
         names = (*bases, *(layer.name for layer in merges), *ranks)
         if not names:
             return
-        self.tell("before_switch", self.steps, names)
+        self.journal.tell("before_switch", self.steps, names)
         layers = [self.layers[name] for name in names]
-        records = [self, *layers, *(layer.factored for layer in layers if layer.factored is not None)]
+        records = [self, self.journal, *layers, *(layer.factored for layer in layers if layer.factored is not None)]
         whole = undone_on_error([layer.module for layer in layers], [self.base], records)
-        with self.clock("switch"), torch.no_grad(), whole:
+        with self.journal.clock("switch"), torch.no_grad(), whole:
             events = [self._install(self.layers[name], basis, errors[name], reason) for name, basis in bases.items()]
             events += [self._merge(layer, reason) for layer in merges]
             events += [self._resize(self.layers[name], rank) for name, rank in ranks.items()]
@@ -587,8 +576,8 @@ class Lifecycle:
         if self.config.guard_steps:  # what a descent has done to the loss is not forgotten when it lands
             self.guarded.update(dict.fromkeys(bases, self.steps))
         for event in events:
-            self.emit(event)
-        self.tell("after_switch", self.steps, names)
+            self.journal.emit(event)
+        self.journal.tell("after_switch", self.steps, names)
 
     def _install(self, layer: FollowedLayer, basis: linalg.Basis, error: float, reason: str) -> Event:
         before, anchor = layer.state, layer.dense_anchor
@@ -630,32 +619,11 @@ class Lifecycle:
         """A run that can't act says so, loudly."""
         if self.acted or not self.layers or self.config.mode != "auto" or self.analyses % self.config.stall_after:
             return
-        self.emit(transitions.stalled(self.steps, self.analyses, self.decisions, len(self.layers)))
+        self.journal.emit(transitions.stalled(self.steps, self.analyses, self.decisions, len(self.layers)))
 
     def note(self, layer: str, kind: str, reason: str, numbers: Mapping[str, float] | None = None) -> None:
         """Something happened that changed no layer's form: emit it."""
-        self.emit(Event(step=self.steps, layer=layer, kind=kind, reason=reason, numbers=dict(numbers or {})))
-
-    def emit(self, event: Event) -> None:
-        """Record an event, log it and tell the listeners."""
-        self.events.append(event)
-        del self.events[:-MAX_EVENTS]
-        logger.log(logging.WARNING if event.kind in transitions.LOUD else logging.INFO, "%s", event)
-        self.tell("on_event", event)
-
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Call the listeners. What one raises waits until the step is whole."""
-        for listener in self.listeners:
-            try:
-                getattr(listener, method)(*arguments)
-            except Exception as error:
-                self.deferred = self.deferred or error
-
-    def raise_deferred(self) -> None:
-        """Raise what a listener has raised, if any did."""
-        error, self.deferred = self.deferred, None
-        if error is not None:
-            raise error
+        self.journal.emit(Event(step=self.steps, layer=layer, kind=kind, reason=reason, numbers=dict(numbers or {})))
 
     # ---- looking -------------------------------------------------------------------------------------
 
@@ -672,24 +640,10 @@ class Lifecycle:
             stall_after=self.config.stall_after,
             layers=tuple(self.layer_report(layer) for layer in self.layers.values()),
             left_alone=tuple(self.left_alone),
-            events=tuple(self.events),
-            seconds=dict(self.seconds),
-            seconds_total=0.0 if self.started is None else time.perf_counter() - self.started,
+            events=tuple(self.journal.events),
+            seconds=dict(self.journal.seconds),
+            seconds_total=self.journal.total,
         )
-
-    def start_clock(self) -> None:
-        """The first step starts the total that shares of time are taken of."""
-        if self.started is None:
-            self.started = time.perf_counter()
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Host seconds by phase: for the report only, no decision looks at them."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
 
     # ---- saving --------------------------------------------------------------------------------------
 
@@ -704,7 +658,7 @@ class Lifecycle:
             "stretch": self.stretch,
             "guard": self.guard.state_dict(),
             "guarded": dict(self.guarded),
-            "events": [event.as_plain() for event in self.events],
+            "events": [event.as_plain() for event in self.journal.events],
             "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
         }
 
@@ -742,7 +696,7 @@ class Lifecycle:
         """The inverse of :meth:`state_dict`, once structures fit."""
         self.steps, self.analyses, self.acted = saved["steps"], saved["analyses"], saved["acted"]
         self.last_analysis, self.stretch = saved["last_analysis"], saved["stretch"]
-        self.events = [Event.from_plain(values) for values in saved["events"]]
+        self.journal.events = [Event.from_plain(values) for values in saved["events"]]
         self.decisions, self.questions = {}, {}
         self.guard.load_state_dict(saved["guard"])
         self.guarded = dict(saved["guarded"])

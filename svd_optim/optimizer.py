@@ -271,7 +271,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         def measure() -> None:
             if life.has_gradients() and not factor_step.all_lr_zero(self.param_groups):
-                life.start_clock()
+                life.journal.start_clock()
                 with torch.no_grad():
                     life.measure()
 
@@ -301,7 +301,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 with torch.no_grad():
                     life.advance()
             done()
-        life.raise_deferred()
+        life.journal.raise_deferred()
         return loss
 
     def observe_loss(self, loss: torch.Tensor | float) -> None:
@@ -359,7 +359,7 @@ class SubspaceAwareOptimizer(Optimizer):
             enter()
         elif not hands_over:
             loss = evaluate()
-        with self._life.clock("base"):
+        with self._life.journal.clock("base"):
             result = getattr(step, "__wrapped__", step)(*args, **kwargs)
 
         def done() -> None:
@@ -427,7 +427,7 @@ class SubspaceAwareOptimizer(Optimizer):
             )
         self._life.switch(bases, (), errors, "by hand")
         self._life.forget_decisions(bases)
-        self._life.raise_deferred()
+        self._life.journal.raise_deferred()
         return list(bases)
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
@@ -447,11 +447,11 @@ class SubspaceAwareOptimizer(Optimizer):
         for layer in chosen:
             if layer.state == LayerState.DESCENDING:
                 self._life.end_descent(layer, LayerState.DENSE)
-                self._life.emit(transitions.descent_stopped(self.steps, layer.name, "by hand"))
+                self._life.journal.emit(transitions.descent_stopped(self.steps, layer.name, "by hand"))
         merges = [layer for layer in chosen if layer.factored is not None]
         self._life.switch({}, merges, {}, "by hand")
         self._life.forget_decisions(layer.name for layer in chosen)
-        self._life.raise_deferred()
+        self._life.journal.raise_deferred()
         return [layer.name for layer in merges]
 
     def protect_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
@@ -494,7 +494,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
         for layer in chosen:
             self._life.protect_by_hand(layer, rank)
-        self._life.raise_deferred()
+        self._life.journal.raise_deferred()
         return [layer.name for layer in chosen]
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
@@ -512,7 +512,7 @@ class SubspaceAwareOptimizer(Optimizer):
         chosen = [layer for layer in self._by_name(layers, "release_") if layer.anchor is not None]
         for layer in chosen:
             self._life.protect(layer, False, "by hand", by_hand=True)
-        self._life.raise_deferred()
+        self._life.journal.raise_deferred()
         return [layer.name for layer in chosen]
 
     def _by_name(self, layers: str | Iterable[str], method: str) -> list[FollowedLayer]:
@@ -533,7 +533,7 @@ class SubspaceAwareOptimizer(Optimizer):
     def add_listener(self, listener: Listener) -> None:
         """Call ``listener`` from now on. Listeners are not copied, pickled or saved with the optimizer."""
         listener.on_start(self)
-        self._life.listeners.append(listener)
+        self._life.journal.listeners.append(listener)
 
     def plan(self) -> Plan:
         """How the parameter budget is spread over the layers as of now: ``svd_optim.report`` renders it.
@@ -587,7 +587,7 @@ class SubspaceAwareOptimizer(Optimizer):
     @property
     def events(self) -> list[Event]:
         """Everything that happened to the layers, oldest first."""
-        return self._life.events
+        return self._life.journal.events
 
     @property
     def steps(self) -> int:

@@ -327,9 +327,9 @@ def test_what_is_kept_does_not_grow() -> None:
 
 
 def test_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svd_optim import lifecycle
+    from svd_optim import journal
 
-    monkeypatch.setattr(lifecycle, "MAX_EVENTS", 5)
+    monkeypatch.setattr(journal, "MAX_EVENTS", 5)
     model, optimizer = make("adamw", manual())
     train(model, optimizer, 2)
     for step in range(2, 12):
