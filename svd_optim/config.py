@@ -157,8 +157,9 @@ class SubspaceConfig:
         mode: ``"auto"`` measures, decides and acts; ``"manual"`` acts only on ``factorize_`` and
             ``merge_``; ``"observe"`` never changes anything: training is bitwise that of the bare
             optimizer.
-        rule: ``"capture"`` factorizes layers whose gradient rank-k factors can follow;
-            ``"alignment"`` is the ancestor's rule (danger first, then minor_safe).
+        rule: ``"capture"`` factorizes stable layers, where ``capture_safe`` asks for it only those whose
+            gradient rank-k factors can follow; ``"alignment"`` is the ancestor's rule (danger first,
+            then minor_safe).
         policy: an object with ``decide(layer, state, history, thresholds) -> Decision`` in place of
             the rules; see :class:`svd_optim.policy.Policy`.
         thresholds: see :class:`Thresholds`.
@@ -191,10 +192,11 @@ class SubspaceConfig:
         on_danger: ``"alert"`` only says so when what a layer has learned is under attack; ``"protect"``
             also keeps its principal block from moving while the danger lasts, in mode ``"auto"``: in the
             others nothing acts by itself (see ``optimizer.protect_``).
-        guard_steps: for so many steps after a switch, a training loss (given by the closure or to
-            ``optimizer.observe_loss``) above what its noise explains sends the switched layers back to
-            dense; 0: no such guard.
-        cooldown: steps for which a layer that came back, or changed its rank, is left as it is.
+        guard_steps: from the start of a descent to so many steps after the switch, a training loss
+            (given by the closure or to ``optimizer.observe_loss``) above what its noise explains sends
+            the layers that changed last back to dense; 0: no such guard.
+        cooldown: steps for which a layer that came back, or changed its rank, is left as it is; twice as
+            many at each further return.
         min_size: layers with min(m, n) below it are left alone.
         overrides: glob -> :class:`LayerOverride`; the first matching glob counts.
         stall_after: after so many analyses in which nothing ever acted, say so.
