@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
-from results_file import output_file
+from results_file import machine, output_file
 from svd_optim import (
     Action,
     LayerInfo,
@@ -230,10 +229,9 @@ def main() -> int:
                 replays.update({f"{kind}, seed {seed}: {name}": first for name, first in replay.items()})
     console.print(result_table(results))
     console.print(replay_table(replays, next(iter(results.values()))[0]["layers"] or 6 * args.depth))
-    machine = f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads"
-    console.print(f"{args.steps} steps of {args.sequence_length} tokens, {args.seeds} seeds; {machine}")
+    console.print(f"{args.steps} steps of {args.sequence_length} tokens, {args.seeds} seeds; {machine()}")
     if args.json:
-        payload = {"machine": machine, "steps": args.steps, "results": results, "replays": replays}
+        payload = {"machine": machine(), "steps": args.steps, "results": results, "replays": replays}
         args.json.write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")
     return 0
 

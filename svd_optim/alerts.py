@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from .policy import STRUCTURAL
 from .records import Action, Condition, LayerReport, LayerState, Summary
 
 WINDOW = 5  # analyses that a trend is seen in
 SURE = 3.18
 REST = 3  # analyses in a row outside a zone, after which entering it is news again
-# Conditions without a measured value.
-FACTS = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time", "patience")
+FACTS = (*STRUCTURAL, "patience")  # conditions without a measured value
 
 
 class Level(StrEnum):

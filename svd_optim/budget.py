@@ -84,13 +84,13 @@ def follow_plan_(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, st
             layer.set_rank(planned.rank)
 
 
-def room(now: Plan, layer: FollowedLayer) -> int:
-    """Directions by which a factorized layer may grow within the budget, in whole steps."""
-    if layer.factored is None or layer.anchor is not None or layer.explicit:
+def room(now: Plan | None, layer: FollowedLayer) -> int:
+    """Directions by which a factorized layer may grow within the budget, in whole steps; the others need no plan."""
+    if now is None or layer.factored is None or layer.anchor is not None or layer.explicit:
         return 0
     m, n = layer.shape
     step = quantum(m, n)
-    return max(0, int(now.budget * now.parameters_dense - now.parameters) // (m + n + 1) // step * step)
+    return max(0, int(now.room) // (m + n + 1) // step * step)
 
 
 def new_ranks(
@@ -106,8 +106,7 @@ def new_ranks(
     """
     ranks: dict[str, int] = {}
     dense: list[FollowedLayer] = []
-    room = now.budget * now.parameters_dense - now.parameters
-    room -= sum(info.dense_numel - info.factored_numel for info in (layer.info() for layer in merging))
+    room = now.room - sum(info.dense_numel - info.factored_numel for info in (layer.info() for layer in merging))
     for layer in (*shrinking, *growing):
         rank = decisions[layer.name].rank
         if layer.factored is None or layer.anchor is not None or rank is None or rank < 1:

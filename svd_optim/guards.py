@@ -50,13 +50,16 @@ class LossGuard:
 
     def observe(self, loss: Any) -> bool:
         """Take one step's loss: a real number, or a tensor of one element. Returns whether it is one."""
+        if isinstance(loss, bool):
+            return False
         if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-            self._pending.append(loss.detach().reshape(()).double().clone())
-            return True
-        if isinstance(loss, Real) and loss is not True and loss is not False:
-            self._pending.append(torch.tensor(float(loss), dtype=torch.float64))
-            return True
-        return False
+            value = loss.detach().reshape(()).double().clone()
+        elif isinstance(loss, Real):
+            value = torch.tensor(float(loss), dtype=torch.float64)
+        else:
+            return False
+        self._pending.append(value)
+        return True
 
     def changed(self) -> None:
         """Layers have just gone into factors, or begun to: what comes now is compared with what came before."""

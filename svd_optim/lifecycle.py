@@ -138,6 +138,7 @@ class Lifecycle:
 
     def _stop_following(self, layer: FollowedLayer, reason: str) -> None:
         del self.layers[layer.name]
+        self.guarded.pop(layer.name, None)
         self.left_alone.append(LeftAlone(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
         self.note(layer.name, "unsupported", reason)
 
@@ -175,6 +176,7 @@ class Lifecycle:
             if layer.factored is not None and rank != layer.rank:
                 to_dense_(layer, self.base)
                 layer.state = LayerState.DENSE
+                self.guarded.pop(name, None)
             if rank is not None and layer.factored is None:
                 layer.set_rank(rank)
                 basis = saved[name] if saved and name in saved else self._present_factors(layer)
@@ -296,7 +298,7 @@ class Lifecycle:
             gives_up = layer in landed.failed
             if gives_up:
                 self.end_descent(layer, LayerState.DENSE)
-                self._rest(layer)
+                transitions.rest_(layer, self.steps, self.config.cooldown)
             safe = layer.thresholds.reconstruction_safe
             self.journal.emit(transitions.not_landed(self.steps, layer.name, landed.errors[layer.name], safe, gives_up))
         self.switch(landed.ready, (), landed.errors, "descent done")
@@ -318,7 +320,8 @@ class Lifecycle:
             metrics = self.tracker.analyse(self.layers.values(), self.steps)
         with self.journal.clock("decide"):
             self.analyses += 1
-            now = self.plan()
+            inside = any(layer.factored is not None for layer in self.layers.values())
+            now = self.plan() if inside else None  # nobody else asks for room
             for name in metrics:
                 self._decide(self.layers[name], now)
             risen = self._check_loss()
@@ -352,7 +355,7 @@ class Lifecycle:
             reason = f"looking took {share:.1%} of the time: next intervals are longer or shorter"
             self.note("*", "interval", reason, numbers)
 
-    def _decide(self, layer: FollowedLayer, now: Plan) -> None:
+    def _decide(self, layer: FollowedLayer, now: Plan | None) -> None:
         if layer.state == LayerState.WARMUP and self.steps >= self.config.warmup:
             layer.state = LayerState.DENSE
         decision = self.decisions[layer.name] = self._ask_policy(layer, now)
@@ -372,7 +375,7 @@ class Lifecycle:
                 self.protect(layer, decision.danger, "in danger" if decision.danger else "the danger is over")
                 self.decisions[layer.name] = self._ask_policy(layer, now)
 
-    def _ask_policy(self, layer: FollowedLayer, now: Plan) -> Decision:
+    def _ask_policy(self, layer: FollowedLayer, now: Plan | None) -> Decision:
         late = too_late(self.config, self.steps, layer.history)
         info = replace(layer.info(self.base_reason(layer), self.steps), late=late, room=budget.room(now, layer))
         self.questions[layer.name] = Question(info=info, state=layer.state, analyses=len(layer.line))
@@ -417,7 +420,7 @@ class Lifecycle:
             assert layer.basis is not None
             principal = layer.basis.leading(rank)
         layer.release()
-        self.protect(layer, True, "by hand", by_hand=True, principal=principal)
+        self.protect(layer, True, transitions.BY_HAND, by_hand=True, principal=principal)
         self.forget_decisions([layer.name])
 
     def keep_blocks_(self, bases: dict[str, linalg.Basis], errors: dict[str, float]) -> list[str]:
@@ -488,8 +491,7 @@ class Lifecycle:
     def _check_loss(self) -> Condition | None:
         """Whether the training loss has risen since a change by more than its noise; ``None``: it has not."""
         for name, step in list(self.guarded.items()):
-            descending = name in self.layers and self.layers[name].state == LayerState.DESCENDING
-            if not descending and self.steps - step > self.config.guard_steps:
+            if self.layers[name].state != LayerState.DESCENDING and self.steps - step > self.config.guard_steps:
                 del self.guarded[name]
         verdict = self.guard.verdict()
         if not self.guarded:
@@ -522,7 +524,7 @@ class Lifecycle:
         for layer in layers:
             if layer.factored is None:
                 self.end_descent(layer, LayerState.DENSE)
-                self._rest(layer)
+                transitions.rest_(layer, self.steps, self.config.cooldown)
                 self.journal.emit(transitions.descent_stopped(self.steps, layer.name, transitions.GUARD))
         self.switch({}, [layer for layer in layers if layer.factored is not None], {}, transitions.GUARD)
         if risen is not None:
@@ -530,16 +532,16 @@ class Lifecycle:
         self.forget_decisions(back)
 
     def _watch(self, names: Iterable[str]) -> None:
-        """From now on a rise of the training loss is laid to these layers, which have just begun to change."""
-        names = list(names)
-        if names and self.config.guard_steps:
-            self.guard.changed()
-            self.guarded.update(dict.fromkeys(names, self.steps))
+        """From now on a rise of the training loss is laid to these layers, which have just changed or begun to.
 
-    def _rest(self, layer: FollowedLayer, counts: bool = True) -> None:
-        """A layer that came back is left alone, each time that ``counts`` for twice as long."""
-        layer.cooldown_until = self.steps + self.config.cooldown * 2**layer.returns
-        layer.returns += counts
+        What a descent has done to the loss is not forgotten when it lands.
+        """
+        if not self.config.guard_steps:
+            return
+        changed = dict.fromkeys(names, self.steps)
+        if changed.keys() - self.guarded.keys():
+            self.guard.changed()
+        self.guarded |= changed
 
     def _keeps_failing(self, layer: FollowedLayer) -> bool:
         recent = layer.line[-self.config.patience :]
@@ -572,9 +574,7 @@ class Lifecycle:
             events += [self._merge(layer, reason) for layer in merges]
             events += [self._resize(self.layers[name], rank) for name, rank in ranks.items()]
         self.acted = True
-        self._watch(name for name in bases if name not in self.guarded)
-        if self.config.guard_steps:  # what a descent has done to the loss is not forgotten when it lands
-            self.guarded.update(dict.fromkeys(bases, self.steps))
+        self._watch(bases)
         for event in events:
             self.journal.emit(event)
         self.journal.tell("after_switch", self.steps, names)
@@ -597,7 +597,7 @@ class Lifecycle:
         to_dense_(layer, self.base, keep_state=not self._keeps_failing(layer))
         layer.dense_anchor, layer.basis_step = anchor, self.steps
         self.end_descent(layer, LayerState.DENSE)
-        self._rest(layer, counts=reason != transitions.BY_HAND)
+        transitions.rest_(layer, self.steps, self.config.cooldown, counts=reason != transitions.BY_HAND)
         return transitions.merge(self.steps, layer.name, reason, layer.rank, layer.cooldown_until - self.steps)
 
     def _resize(self, layer: FollowedLayer, rank: int) -> Event:

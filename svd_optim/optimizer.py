@@ -416,16 +416,19 @@ class SubspaceAwareOptimizer(Optimizer):
             bases, errors = exact_bases(chosen)
             crowded = self._life.keep_blocks_(bases, errors)
         broken = [name for name, error in errors.items() if error == float("inf")]
-        if broken or crowded:
-            for layer in chosen:
-                layer.rank, k = old_ranks[layer.name], layer.rank
-            raise ValueError(
-                f"factorize_: the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
-                if broken
-                else f"factorize_: rank {k} can't hold the protected block of layer {crowded[0]!r}; release_ it first, "
-                f"or give a higher rank"
+        problem = ""
+        if broken:
+            problem = f"the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+        elif crowded:
+            problem = (
+                f"rank {self.layers[crowded[0]].rank} can't hold the protected block of layer {crowded[0]!r}; "
+                f"release_ it first, or give a higher rank"
             )
-        self._life.switch(bases, (), errors, "by hand")
+        if problem:
+            for layer in chosen:
+                layer.rank = old_ranks[layer.name]
+            raise ValueError(f"factorize_: {problem}")
+        self._life.switch(bases, (), errors, transitions.BY_HAND)
         self._life.forget_decisions(bases)
         self._life.journal.raise_deferred()
         return list(bases)
@@ -447,9 +450,9 @@ class SubspaceAwareOptimizer(Optimizer):
         for layer in chosen:
             if layer.state == LayerState.DESCENDING:
                 self._life.end_descent(layer, LayerState.DENSE)
-                self._life.journal.emit(transitions.descent_stopped(self.steps, layer.name, "by hand"))
+                self._life.journal.emit(transitions.descent_stopped(self.steps, layer.name, transitions.BY_HAND))
         merges = [layer for layer in chosen if layer.factored is not None]
-        self._life.switch({}, merges, {}, "by hand")
+        self._life.switch({}, merges, {}, transitions.BY_HAND)
         self._life.forget_decisions(layer.name for layer in chosen)
         self._life.journal.raise_deferred()
         return [layer.name for layer in merges]
@@ -511,7 +514,7 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         chosen = [layer for layer in self._by_name(layers, "release_") if layer.anchor is not None]
         for layer in chosen:
-            self._life.protect(layer, False, "by hand", by_hand=True)
+            self._life.protect(layer, False, transitions.BY_HAND, by_hand=True)
         self._life.journal.raise_deferred()
         return [layer.name for layer in chosen]
 

@@ -150,8 +150,7 @@ class ThresholdPolicy:
             if blocked.name == "base_understood":
                 reason = f"base_understood: {layer.base_reason}"
             return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
-        exact = _reconstruction_safe(history[-1], thresholds).holds
-        action = Action.FACTORIZE if exact or not self.descend else Action.DESCEND
+        action = Action.DESCEND if self._has_to_descend(history, thresholds) else Action.FACTORIZE
         reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)
         return Decision(action=action, reason=reason, conditions=conditions, danger=danger)
 
@@ -203,6 +202,9 @@ class ThresholdPolicy:
             return because("held back", free, Action.GROW, grown)
         return hold
 
+    def _has_to_descend(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
+        return self.descend and not _reconstruction_safe(history[-1], t).holds
+
     def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
         recent = history[-self.patience :]
         return len(recent) == self.patience and all(_attack(m, t).holds for m in recent)
@@ -210,7 +212,7 @@ class ThresholdPolicy:
     def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
         """All conditions as of the last analysis, the structural ones first, patience last."""
         tests = RULES[self.rule] if self.descend else (*RULES[self.rule], _reconstruction_safe)
-        in_time = not layer.late or not self.descend or _reconstruction_safe(history[-1], t).holds
+        in_time = not (layer.late and self._has_to_descend(history, t))
         streak = 0
         for metrics in reversed(history):
             if not all(test(metrics, t).holds for test in tests):

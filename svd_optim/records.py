@@ -287,12 +287,14 @@ class Plan(Shown):
         return sum(layer.parameters for layer in self.layers)
 
     @property
+    def room(self) -> float:
+        """Numbers that the budget leaves; below 0 where what is fixed takes more."""
+        return self.budget * self.parameters_dense - self.parameters
+
+    @property
     def share(self) -> float:
         """The share that the plan keeps; above ``budget`` where what is fixed leaves no room."""
         return self.parameters / max(1, self.parameters_dense)
-
-
-_UNDECIDED = "nothing decided since its last change", "not analysed yet: waits for gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +345,11 @@ class LayerReport:
     @property
     def reason(self) -> str:
         """The last decision in words."""
-        return self.decision.reason if self.decision else _UNDECIDED[self.metrics is None]
+        if self.decision is not None:
+            return self.decision.reason
+        return (
+            "not analysed yet: waits for gradients" if self.metrics is None else "nothing decided since its last change"
+        )
 
     def __str__(self) -> str:
         return clean(f"{self.name}: {self.state}, rank {self.rank}: {self.reason}")

@@ -194,7 +194,7 @@ class _Replayer:
         elif event.after is not None:
             layer.enter(event.after)
             if event.kind == "merge" or event.reason == GUARD:
-                self.rest(layer, event.step, counts=event.reason != BY_HAND)
+                transitions.rest_(layer, event.step, self.config.cooldown, counts=event.reason != BY_HAND)
         if event.reason in FROM_OUTSIDE | {GUARD}:
             self.decisions.pop(layer.name, None)
 
@@ -219,7 +219,7 @@ class _Replayer:
             self.emit(transitions.not_landed(step, layer.name, error, safe, gives_up))
             if gives_up:
                 layer.enter(LayerState.DENSE)
-                self.rest(layer, step)
+                transitions.rest_(layer, step, self.config.cooldown)
             else:
                 layer.extensions += 1
                 self.wait(layer, step + self.config.interval)
@@ -337,15 +337,10 @@ class _Replayer:
 
     def merge(self, layer: _Layer, step: int) -> None:
         """Dense again."""
-        self.rest(layer, step)
+        transitions.rest_(layer, step, self.config.cooldown)
         self.emit(transitions.merge(step, layer.name, self.decisions[layer.name].reason, layer.rank,
                                     layer.cooldown_until - step))  # fmt: skip
         layer.enter(LayerState.DENSE)
-
-    def rest(self, layer: _Layer, step: int, counts: bool = True) -> None:
-        """A layer that came back is left alone, each time that ``counts`` for twice as long."""
-        layer.cooldown_until = step + self.config.cooldown * 2**layer.returns
-        layer.returns += counts
 
     def resize(self, layer: _Layer, step: int) -> None:
         """Another rank, or dense where that would be beyond break-even; not where the run had no room for it."""

@@ -121,7 +121,7 @@ def _decision(layer: LayerReport) -> str:
     elif layer.state == LayerState.FACTORIZED:
         text = str(layer.state)
     elif decision is None:
-        text = "waits for gradients"
+        text = "waits for gradients" if layer.metrics is None else "just changed"
     else:
         text = _blocker(decision.blocker) if decision.blocker else _shorten(clean(decision.reason), 22, 21)
     return f"! {text}" if decision and decision.danger else text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Protocol
 
 from .records import Decision, Event, LayerInfo, LayerMetrics, LayerState
 
@@ -15,6 +16,19 @@ BY_HAND, GUARD, LOADED = "by hand", "a guard tripped", "other weights were loade
 LOUD = frozenset(
     {"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed", "decomposition_failed"}
 )  # kinds of events that somebody should know of
+
+
+class Resting(Protocol):
+    """What is left alone until a step, and how often it came back."""
+
+    cooldown_until: int
+    returns: int
+
+
+def rest_(layer: Resting, step: int, cooldown: int, counts: bool = True) -> None:
+    """A layer that came back is left alone, each time that ``counts`` for twice as long."""
+    layer.cooldown_until = step + cooldown * 2**layer.returns
+    layer.returns += counts
 
 
 def danger(step: int, layer: str, begins: bool, last: LayerMetrics, threshold: float) -> Event:
