@@ -44,7 +44,8 @@ from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
 from results_file import output_file
 from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
-from svd_optim import Event, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig, factor_step
+from svd_optim import Event, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.factors import tangent_step as factor_step
 from train_gpt import bits_per_byte, warm_down
 
 GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}

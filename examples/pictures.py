@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from svd_optim import Run, read_log
-from svd_optim.plots import plot_run
-from svd_optim.report import layer_table
+from svd_optim.console.plots import plot_run
+from svd_optim.console.tables import layer_table
 
 
 def table_svg(run: Run, step: int | None, path: Path, width: int = 118) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
 from svd_optim import ConsoleReport, LayerState, Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
-from svd_optim.report import layer_table, summary_renderable
+from svd_optim.console.tables import layer_table, summary_renderable
 
 PROMPTS = (
     "The capital of France is",

@@ -1,18 +1,18 @@
 """Wrap your optimizer; see what training does to the weights; train on in fewer parameters."""
 
-from .alerts import Alert
-from .checkpoint import export_dense, export_safetensors, load_checkpoint, load_model, save_checkpoint
 from .config import LayerOverride, SubspaceConfig, Thresholds
-from .factorization import factorize_, merge_, restore_on_load_, restore_structure_
-from .layers import FactorizedLinear
-from .listeners import Listener
-from .live import LiveView
-from .log import Run, RunLog, read_log
+from .console.live import LiveView
+from .console.run_log import Run, RunLog, read_log
+from .console.tables import ConsoleReport
+from .decisions.alerts import Alert
+from .decisions.policy import Policy, ThresholdPolicy
+from .factors.linear import FactorizedLinear
+from .factors.surgery import factorize_, merge_, restore_on_load_, restore_structure_
 from .optimizer import SubspaceAwareOptimizer
-from .policy import Policy, ThresholdPolicy
 from .records import Action, Condition, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, Plan, Summary
-from .report import ConsoleReport
-from .storage import CheckpointError
+from .storage.checkpoint import export_dense, export_safetensors, load_checkpoint, load_model, save_checkpoint
+from .storage.files import CheckpointError
+from .tracking.listeners import Listener
 
 __version__ = "0.1.0"
 

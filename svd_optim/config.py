@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from .policy import Policy
+    from .decisions.policy import Policy
 
 
 def _number(owner: str, name: str, value: Any, low: float, high: float, ends: str = "[]") -> None:

@@ -17,19 +17,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import factor_step, transitions
 from .config import SubspaceConfig
-from .descent import exact_bases
-from .factorization import saved_factors
-from .faults import uninterrupted
-from .followed import FollowedLayer
-from .inventory import watching_bytes
-from .layers import FactorizedLinear
-from .lifecycle import Lifecycle
+from .decisions import transitions
+from .factors import tangent_step as factor_step
+from .factors.linear import FactorizedLinear
+from .factors.surgery import saved_factors
 from .linalg import Basis
-from .listeners import Listener
 from .records import Event, LayerMetrics, LayerReport, LayerState, Plan, Summary, break_even_rank, clean
-from .selection import select_layers
+from .tracking.controller import Lifecycle
+from .tracking.descent import exact_bases
+from .tracking.inventory import watching_bytes
+from .tracking.layer import FollowedLayer
+from .tracking.listeners import Listener
+from .tracking.selection import select_layers
+from .tracking.transactions import uninterrupted
 
 logger = logging.getLogger(__name__)
 

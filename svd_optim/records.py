@@ -258,12 +258,12 @@ class Shown:
     """Records that ``rich.print`` and notebooks show as tables; rich is imported when they are, not before."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from .report import renderable
+        from .console.tables import renderable
 
         yield renderable(self, options.max_width)
 
     def _repr_html_(self) -> str:
-        from .report import html
+        from .console.tables import html
 
         return html(self)
 

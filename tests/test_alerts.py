@@ -11,7 +11,7 @@ from test_report import layer as full_layer
 from test_report import summary as full_summary
 
 from svd_optim import Action, Condition, Decision, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig
-from svd_optim.alerts import REST, SURE, WINDOW, Alert, AlertWatch, Level, trend
+from svd_optim.decisions.alerts import REST, SURE, WINDOW, Alert, AlertWatch, Level, trend
 from svd_optim.records import LayerMetrics, LayerReport, Summary
 
 

@@ -23,7 +23,8 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from svd_optim import LayerOverride, LayerState, SubspaceAwareOptimizer, SubspaceConfig, Thresholds, planner
+from svd_optim import LayerOverride, LayerState, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim.decisions import planner
 from svd_optim.records import Plan, largest_useful_rank
 
 STARTED = (LayerState.DESCENDING, LayerState.FACTORIZED)

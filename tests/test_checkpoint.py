@@ -42,7 +42,7 @@ from svd_optim import (
     restore_on_load_,
     save_checkpoint,
 )
-from svd_optim.storage import decode, encode
+from svd_optim.storage.files import decode, encode
 
 # ---- going on --------------------------------------------------------------------------------------
 

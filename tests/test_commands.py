@@ -19,7 +19,7 @@ from helpers import PARALLEL, Parallel
 from safetensors.torch import save_file
 
 from svd_optim import LayerState, RunLog, SubspaceAwareOptimizer, SubspaceConfig, read_log
-from svd_optim.__main__ import main
+from svd_optim.console.commands import main
 
 FAST: dict[str, Any] = {"warmup": 20, "interval": 5, "descent_steps": 40, "cohort": 20, "patience": 2}
 Run = Callable[..., str]

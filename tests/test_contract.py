@@ -40,14 +40,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR
 
-from svd_optim import (
-    Action,
-    Decision,
-    FactorizedLinear,
-    LayerState,
-    SubspaceAwareOptimizer,
-    SubspaceConfig,
-)
+from svd_optim import Action, Decision, FactorizedLinear, LayerState, SubspaceAwareOptimizer, SubspaceConfig
 
 
 def aligned(model: nn.Module, optimizer: Optimizer) -> None:

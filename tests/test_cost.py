@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_optim import LayerState, SubspaceAwareOptimizer, SubspaceConfig, lifecycle, linalg
-from svd_optim.tracker import HOLDS
+from svd_optim import LayerState, SubspaceAwareOptimizer, SubspaceConfig, linalg
+from svd_optim.tracking import controller as lifecycle
+from svd_optim.tracking.tracker import HOLDS
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.is_nonzero.default}

@@ -10,7 +10,7 @@ from helpers import frozen_copy, keller, manual, net, same_bits, train
 from torch import nn
 
 from svd_optim import SubspaceAwareOptimizer
-from svd_optim.decay import decay_of, not_understood
+from svd_optim.factors.weight_decay import decay_of, not_understood
 
 
 class Own(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svd_optim import LayerMetrics, SubspaceConfig
-from svd_optim.descent import duration, ending, too_late
+from svd_optim.tracking.descent import duration, ending, too_late
 
 EXCESS = st.floats(0.0, 1.0)
 

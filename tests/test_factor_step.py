@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import factor_step, factorize_
-from svd_optim.factor_step import (
+from svd_optim import factorize_
+from svd_optim.factors import tangent_step as factor_step
+from svd_optim.factors.tangent_step import (
     Factored,
     all_lr_zero,
     enter_,

@@ -20,9 +20,9 @@ from torch import nn
 
 from faults import Run, failing_decompositions, interrupts, nonfinite
 from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig, linalg
-from svd_optim.decomposition import attempt
-from svd_optim.faults import undone_on_error, uninterrupted
 from svd_optim.linalg import Basis
+from svd_optim.linalg.fallback import attempt
+from svd_optim.tracking.transactions import undone_on_error, uninterrupted
 
 LinAlgError = torch.linalg.LinAlgError
 
@@ -194,7 +194,7 @@ def test_an_error_in_the_middle_of_a_switch_undoes_all_of_it(monkeypatch: pytest
     train(model, optimizer, 7)
     before = everything(model, optimizer)
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    from svd_optim import lifecycle
+    from svd_optim.tracking import controller as lifecycle
 
     whole = lifecycle.to_factors_
 
@@ -327,7 +327,7 @@ def test_what_is_kept_does_not_grow() -> None:
 
 
 def test_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svd_optim import journal
+    from svd_optim.tracking import journal
 
     monkeypatch.setattr(journal, "MAX_EVENTS", 5)
     model, optimizer = make("adamw", manual())

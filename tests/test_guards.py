@@ -14,8 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_optim.guards import LEAST, PENDING, REFERENCE, SIGMAS, LossGuard, Window, pooled_mean, standard_error
 from svd_optim.records import Condition
+from svd_optim.tracking.loss_guard import (
+    LEAST,
+    PENDING,
+    REFERENCE,
+    SIGMAS,
+    LossGuard,
+    Window,
+    pooled_mean,
+    standard_error,
+)
 
 INTERVAL = 20
 BEFORE, AFTER = 160, 200  # steps before a switch, and steps for which it is watched

@@ -15,11 +15,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import svd_optim.inspection as inspection
 from svd_optim import export_safetensors, factorize_, save_checkpoint
-from svd_optim.inspection import Inspection, MatrixReport, inspect_file, inspection_table, singular_values
-from svd_optim.planner import uniform_rank
-from svd_optim.tracker import octaves
+from svd_optim.console import spectra as inspection
+from svd_optim.console.spectra import Inspection, MatrixReport, inspect_file, inspection_table, singular_values
+from svd_optim.decisions.planner import uniform_rank
+from svd_optim.tracking.tracker import octaves
 
 
 def with_spectrum(m: int, n: int, S: Tensor, seed: int = 0) -> Tensor:

@@ -33,7 +33,7 @@ from svd_optim.linalg import (
     retract,
     subspace_change,
 )
-from svd_optim.tracker import FAR
+from svd_optim.tracking.tracker import FAR
 
 SCALES = st.sampled_from([1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e20, 1e30])
 SEEDS = st.integers(0, 10_000)

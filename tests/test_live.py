@@ -22,8 +22,8 @@ from test_report import summary as full_summary
 from tqdm import tqdm
 
 from svd_optim import Event, LayerState, LiveView, Summary
-from svd_optim.alerts import Alert, Level
-from svd_optim.live import LiveState, urgency
+from svd_optim.console.live import LiveState, urgency
+from svd_optim.decisions.alerts import Alert, Level
 
 HERE = Path(__file__).parent
 

@@ -26,8 +26,8 @@ from svd_optim import (
     Thresholds,
     read_log,
 )
+from svd_optim.console.replay import differences, replay
 from svd_optim.records import significant
-from svd_optim.replay import differences, replay
 
 FAST: dict[str, Any] = {
     "warmup": 20, "interval": 5, "descent_steps": 40, "cohort": 20, "patience": 2, "cooldown": 40, "stall_after": 6,

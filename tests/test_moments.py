@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import moments
+from svd_optim.factors import moments
 
 SEEDS = st.integers(0, 10_000)
 

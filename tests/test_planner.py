@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svd_optim import planner
-from svd_optim.planner import Candidate, Choice, even_share, missed, planned_cost, quantum, uniform_rank
+from svd_optim.decisions import planner
+from svd_optim.decisions.planner import Candidate, Choice, even_share, missed, planned_cost, quantum, uniform_rank
 from svd_optim.records import break_even_rank, largest_useful_rank
 
 Ranks = Mapping[str, int | None]

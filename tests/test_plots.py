@@ -23,10 +23,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from svd_optim import LayerState, Run, RunLog, SubspaceAwareOptimizer, SubspaceConfig, read_log
-from svd_optim.log import COLUMNS
-from svd_optim.plots import GAP_COLOR, MARKS, STATE_COLORS, plot_run, run_figure
+from svd_optim.console.plots import GAP_COLOR, MARKS, STATE_COLORS, plot_run, run_figure
+from svd_optim.console.run_log import COLUMNS
 from svd_optim.records import Event
-from svd_optim.tracker import octaves
+from svd_optim.tracking.tracker import octaves
 
 HEAD = {
     "record": "run", "schema": 1, "svd_optim": "0", "torch": "0", "python": "3", "time": "", "step": 0,

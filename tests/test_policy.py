@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import svd_optim
 from svd_optim.config import Thresholds
-from svd_optim.planner import quantum
-from svd_optim.policy import RULES, ThresholdPolicy
+from svd_optim.decisions.planner import quantum
+from svd_optim.decisions.policy import RULES, ThresholdPolicy
 from svd_optim.records import (
     Action,
     Condition,

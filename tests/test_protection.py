@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer, load_checkpoint, save_checkpoint
-from svd_optim.factor_step import masters
+from svd_optim.factors.tangent_step import masters
 
 optim = torch.optim
 DECAYING: dict[str, Callable[[nn.Module], Optimizer]] = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svd_optim.linalg import Basis, exact_basis
-from svd_optim.protection import (
+from svd_optim.linalg.protection import (
     Anchor,
     anchor_dense,
     anchor_factors,

@@ -31,20 +31,12 @@ from helpers import (
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from svd_optim import (
-    Action,
-    Decision,
-    LayerOverride,
-    LayerState,
-    Listener,
-    SubspaceAwareOptimizer,
-    Thresholds,
-)
-from svd_optim.factor_step import masters
-from svd_optim.followed import FollowedLayer
+from svd_optim import Action, Decision, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim.factors.moments import SECOND, join
+from svd_optim.factors.tangent_step import masters
 from svd_optim.linalg import Basis
-from svd_optim.moments import SECOND, join
-from svd_optim.switching import resize_
+from svd_optim.tracking.layer import FollowedLayer
+from svd_optim.tracking.switching import resize_
 
 MOMENTS = ("muon", "adamw", "adam", "sgd_nesterov", "rmsprop", "adagrad")
 # No layer goes back to dense here, and each may change its rank every 40 steps.

@@ -13,6 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from svd_optim import SubspaceAwareOptimizer
+from svd_optim.console.tables import ConsoleReport, event_line, layer_table, plan_table, renderable, summary_renderable
+from svd_optim.decisions.transitions import LOUD
 from svd_optim.records import (
     Action,
     Condition,
@@ -26,8 +28,6 @@ from svd_optim.records import (
     PlannedLayer,
     Summary,
 )
-from svd_optim.report import ConsoleReport, event_line, layer_table, plan_table, renderable, summary_renderable
-from svd_optim.transitions import LOUD
 
 PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 GPT = [f"blocks.{block}.{part}" for block in range(4) for part in PARTS]

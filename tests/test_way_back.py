@@ -26,8 +26,8 @@ from helpers import (
 from torch import Tensor, nn
 
 from svd_optim import Action, Decision, LayerState, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim.factors.moments import join
 from svd_optim.linalg import energy, project_off
-from svd_optim.moments import join
 
 
 class Never:

@@ -1,0 +1,241 @@
+"""Thresholds and history in, decisions out. Plain Python: this file does not import torch.
+
+A policy is any object with a pure ``decide``; put your own into ``SubspaceConfig(policy=...)``:
+
+    class Never:
+        def decide(self, layer, state, history, thresholds):
+            return Decision(action=Action.HOLD, reason="never")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ..config import SubspaceConfig, Thresholds
+from ..records import Action, Condition, Decision, LayerInfo, LayerMetrics, LayerState
+from .planner import quantum
+
+
+class Policy(Protocol):
+    """Decides about one layer at one analysis. Pure: same arguments, same decision."""
+
+    def decide(
+        self,
+        layer: LayerInfo,
+        state: LayerState,
+        history: Sequence[LayerMetrics],
+        thresholds: Thresholds,
+    ) -> Decision:
+        """Decide what to do with a layer.
+
+        Args:
+            layer: name, shape and rank.
+            state: where it is in its life.
+            history: its analyses at this rank and in this state's line, oldest first, the present
+                one last; a new rank starts a new history.
+            thresholds: those that hold for this layer.
+        """
+        ...
+
+
+def _stable(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="stable",
+        value=metrics.subspace_drift,
+        threshold=t.angle_stable,
+        above=False,
+        margin=t.warn_margin,
+    )
+
+
+def _capture_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="capture_safe",
+        value=metrics.capture_excess,
+        threshold=t.capture_safe,
+        above=True,
+        or_equal=True,
+        margin=min(t.warn_margin, t.capture_safe),
+    )
+
+
+def _minor_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    excess = metrics.principal_excess
+    return Condition(
+        name="minor_safe",
+        value=None if excess is None else 1.0 - excess,
+        threshold=t.minor_safe,
+        above=True,
+        margin=t.warn_margin,
+    )
+
+
+def _reconstruction_safe(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="reconstruction_safe",
+        value=metrics.reconstruction_error,
+        threshold=t.reconstruction_safe,
+        above=False,
+        margin=min(t.warn_margin, t.reconstruction_safe),
+    )
+
+
+def _attack(metrics: LayerMetrics, t: Thresholds) -> Condition:
+    return Condition(
+        name="danger",
+        value=metrics.principal_excess,
+        threshold=t.principal_danger,
+        above=True,
+        margin=t.warn_margin,
+    )
+
+
+STRUCTURAL = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time")
+_REASONS = {
+    "in_plan": "in_plan: the plan keeps it dense, where a parameter does most",
+    "unprotected": "unprotected: its principal block is being kept from moving",
+    "in_time": "in_time: too few steps of total_steps are left for its descent",
+}
+
+RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
+    # Capture says how long to descend and when to come back; as a way in it is there for those who ask for it.
+    "capture": (_stable, _capture_safe),
+    # The ancestor's: danger first. minor_safe is danger's complement, so one test is both.
+    "alignment": (_minor_safe, _stable),
+}
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy:
+    """The rules of this library: all conditions of a rule, ``patience`` analyses in a row.
+
+    Args:
+        rule: a key of :data:`RULES`.
+        patience: consecutive analyses.
+        descend: whether a layer that is not exact enough yet may descend; if not,
+            ``reconstruction_safe`` is one of the conditions.
+    """
+
+    rule: str = "capture"
+    patience: int = 3
+    descend: bool = True
+
+    def decide(
+        self,
+        layer: LayerInfo,
+        state: LayerState,
+        history: Sequence[LayerMetrics],
+        thresholds: Thresholds,
+    ) -> Decision:
+        """See :class:`Policy`."""
+        decision = self._decide(layer, state, history, thresholds)
+        return replace(decision, attack=_attack(history[-1], thresholds)) if history else decision
+
+    def _decide(
+        self, layer: LayerInfo, state: LayerState, history: Sequence[LayerMetrics], thresholds: Thresholds
+    ) -> Decision:
+        danger = self._in_danger(history, thresholds)
+        if state == LayerState.FACTORIZED and history:
+            return self._inside(layer, history, thresholds, danger)
+        if state != LayerState.DENSE or not history:
+            waiting = "no analysis yet" if not history else str(state)
+            return Decision(action=Action.HOLD, reason=waiting, danger=danger)
+        conditions = self._conditions(layer, history, thresholds)
+        blocked = next((c for c in conditions if not c.holds), None)
+        if blocked is not None:
+            reason = _REASONS.get(blocked.name, "") or str(blocked)
+            if blocked.name == "base_understood":
+                reason = f"base_understood: {layer.base_reason}"
+            return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
+        action = Action.DESCEND if self._has_to_descend(history, thresholds) else Action.FACTORIZE
+        reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)
+        return Decision(action=action, reason=reason, conditions=conditions, danger=danger)
+
+    def _inside(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds, danger: bool) -> Decision:
+        """Shrink, grow, go back or stay: only what ``patience`` analyses in a row agree on."""
+        hold = Decision(action=Action.HOLD, reason=str(LayerState.FACTORIZED), danger=danger)
+        recent = history[-self.patience :]
+        if len(recent) < self.patience:
+            return hold
+        captures = [c for m in recent if (c := m.capture_excess) is not None and not math.isnan(c)]
+        if len(captures) < len(recent):
+            return hold  # undefined: says nothing, for it or against it
+        highest = max(captures)
+        kept = Condition(name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True)
+        known = [m.persistence for m in recent if m.persistence is not None]
+        persistent = Condition(name="persistent", value=min(known, default=None), threshold=t.persistent, above=True)
+        noise = bool(known) and not persistent.holds  # is what the factors can't follow
+
+        def because(why: str, missing: Condition, action: Action, rank: int | None = None) -> Decision:
+            told = (missing, persistent) if known else (missing,)
+            reason = f"{why}: {'; '.join(map(str, told))}"
+            return replace(hold, action=action, reason=reason, conditions=told, rank=rank)
+
+        step = quantum(*layer.shape)
+        grown = layer.rank + step
+        if not kept.holds and not noise:
+            few = layer.room >= step and grown < layer.break_even and layer.cooldown == 0
+            action, rank = (Action.GROW, grown) if few else (Action.MERGE, None)  # a second time it is not enough
+            return because("factors can't follow", kept, action, rank)
+        if layer.cooldown > 0:
+            return hold
+        exact = [m.exact_rank or m.rank for m in recent]
+        rank = -(-max(exact) // step) * step
+        spare = rank <= layer.rank - step
+        free = Condition(
+            name="capture_held",
+            value=highest,
+            threshold=t.capture_held,
+            above=True,
+            or_equal=True,
+            margin=min(t.warn_margin, t.capture_held),
+        )
+        if free.holds and spare:
+            reason = f"all but {rank} of {layer.rank} directions are negligible"
+            return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)
+        if not free.holds and not spare and not noise:  # held back, and using all the directions that it has
+            if layer.room < step:
+                return because("held back, without room to grow", free, Action.HOLD)
+            return because("held back", free, Action.GROW, grown)
+        return hold
+
+    def _has_to_descend(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
+        return self.descend and not _reconstruction_safe(history[-1], t).holds
+
+    def _in_danger(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
+        recent = history[-self.patience :]
+        return len(recent) == self.patience and all(_attack(m, t).holds for m in recent)
+
+    def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
+        """All conditions as of the last analysis, the structural ones first, patience last."""
+        tests = RULES[self.rule] if self.descend else (*RULES[self.rule], _reconstruction_safe)
+        in_time = not (layer.late and self._has_to_descend(history, t))
+        streak = 0
+        for metrics in reversed(history):
+            if not all(test(metrics, t).holds for test in tests):
+                break
+            streak += 1
+        return (
+            Condition(
+                name="base_understood",
+                value=float(layer.base_understood),
+                threshold=1,
+                above=True,
+                or_equal=True,
+            ),
+            Condition(name="in_plan", value=float(not layer.keep_dense), threshold=1, above=True, or_equal=True),
+            Condition(name="unprotected", value=float(not layer.protected), threshold=1, above=True, or_equal=True),
+            Condition(name="cooldown", value=layer.cooldown, threshold=0, above=False, or_equal=True),
+            Condition(name="below_break_even", value=layer.rank, threshold=layer.break_even, above=False),
+            Condition(name="in_time", value=float(in_time), threshold=1, above=True, or_equal=True),
+            *(test(history[-1], t) for test in tests),
+            Condition(name="patience", value=streak, threshold=self.patience, above=True, or_equal=True),
+        )
+
+
+def policy_of(config: SubspaceConfig) -> Policy:
+    """The user's own policy, or the library's with the rule that the configuration names."""
+    return config.policy or ThresholdPolicy(config.rule, config.patience, descend=config.descent_steps > 0)

@@ -1,0 +1,230 @@
+"""What an optimizer remembers of a weight, moved with the weight: dense <-> factors, basis to basis.
+
+First moments are linear in the gradient and move exactly (inside the tangent space). Second moments
+move under the assumption that a gradient's entries are uncorrelated: E[(G V)_ia^2] = sum_j
+E[G_ij^2] V_ja^2. Kept: v >= M^2, without which the first Adam step after a move can be thousands of
+learning rates long.
+
+K = U diag(S) (m, k) has the gradient G V, L (n, k) has (I - V V^T) G^T U; M_K, M_L, v_K, v_L are
+their moments. All functions take leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import project_off, working
+
+# torch.optim's vocabulary, and that of most optimizers written after it.
+FIRST = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
+FIRST_OF = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg", "square_avg": "grad_avg"}
+
+# Those whose state is known to be of these kinds before they have taken a step.
+UNDERSTOOD = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Muon,
+)
+
+Moments = dict[str, Any]
+Pair = tuple[Tensor, Tensor]
+
+
+def not_understood(state: Mapping[str, Any], weight: Tensor) -> str:
+    """Why a parameter's optimizer state can't be moved into factors; empty if it can."""
+    cannot = "which svd_optim can't move into factors"
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            known = key in FIRST or key in SECOND
+            if value.numel() > 1 and not (known and value.shape == weight.shape):
+                return f"the optimizer keeps {key!r} of shape {tuple(value.shape)}, {cannot}"
+        elif not isinstance(value, (int, float, bool, str, type(None))):
+            return f"the optimizer keeps {key!r}, a {type(value).__name__}, {cannot}"
+    return ""
+
+
+def _is_moment(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 2 and (key in FIRST or key in SECOND)
+
+
+def _copied(value: Any) -> Any:
+    # K and L must not share one `step` tensor: a fused or foreach step would count it twice.
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, Any]]) -> None:
+    """v >= M^2, or, where that did not hold before the move: no entry's M^2 / v above the largest one then.
+
+    A young Adam's v is far below M^2 by nature (0.001 g^2 against (0.1 g)^2 after one step; its bias
+    correction knows). Raising it to M^2 there would slow the layer for a thousand steps.
+    """
+    for key, first in FIRST_OF.items():
+        if not all(key in moments and first in moments for moments in (*after, *before)):
+            continue
+        allowed = torch.ones((), device=after[0][key].device)
+        for moments in before:
+            v = working(moments[key])
+            safe = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0
+            ratio = working(moments[first]).square().div_(safe).amax((-2, -1), keepdim=True)
+            allowed = torch.maximum(allowed, ratio)
+        for moments in after:
+            moments[key] = torch.maximum(moments[key], moments[first].square().div_(allowed))
+
+
+def split_first(M: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """M (m, n) -> M_K = M V (m, k), M_L = (I - V V^T) M^T U (n, k)."""
+    return M @ V, project_off(M.mT @ U, V)
+
+
+def join_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """The inverse of :func:`split_first` on the tangent space: M_K V^T + U M_L^T, (m, n)."""
+    return M_K @ V.mT + U @ M_L.mT
+
+
+def split_second(v: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """v (m, n) -> v_K = v (V o V) (m, k), v_L = v^T (U o U) (n, k)."""
+    return v @ V.square(), v.mT @ U.square()
+
+
+def join_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """An estimate of v (m, n) from v_K, v_L.
+
+    v_K (V o V)^T + (U o U) v_L^T is the variance of the part of the gradient that the factors saw.
+    Of a gradient without a preferred direction that is the share k/m + k/n - k^2/mn (with v_L the
+    variance of the projected gradient), so it is divided by it: exact there, and too large, hence
+    cautious, where the factors saw more than chance.
+    """
+    m, k = U.shape[-2:]
+    n = V.shape[-2]
+    seen = 1 - (1 - k / m) * (1 - k / n)
+    return (v_K @ V.square().mT + U.square() @ v_L.mT) / seen
+
+
+def turn_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
+    """M_K, M_L in the bases U1, V1: the split of M_K V^T + U M_L^T, never formed."""
+    return _turn_first(M_K, M_L, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
+
+
+def _turn_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, turns: Pair) -> Pair:
+    (U, V), (U1, V1), (of_U, of_V) = old, new, turns
+    to_K, to_L = M_L.mT @ V1, M_K.mT @ U1  # (k, k)
+    M_K1, M_L1 = M_K @ of_V, M_L @ of_U
+    M_K1 += U @ to_K
+    M_L1 += V @ to_L
+    M_L1 -= V1 @ (of_V.mT @ to_L + to_K.mT @ of_U)  # V1 V1^T of it
+    return M_K1, M_L1
+
+
+def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
+    """v_K, v_L in the bases U1, V1, whose columns are nearly combinations of those of U, V."""
+    return _turn_second(v_K, v_L, (U.mT @ U1, V.mT @ V1))
+
+
+def _turn_second(v_K: Tensor, v_L: Tensor, turns: Pair) -> Pair:
+    of_U, of_V = turns
+    return v_K @ of_V.square(), v_L @ of_U.square()
+
+
+def resize(
+    state_K: Mapping[str, Any], state_L: Mapping[str, Any], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> tuple[Moments, Moments]:
+    """The states of K and L in bases with more or fewer columns, the common ones being the same.
+
+    First moments keep all that the new tangent space holds of them, so growing and then cutting the
+    same columns off again changes nothing of them. Variances of new columns are the means of the old
+    ones. Old ones stay, but where M_L has got a part of what moved between columns and v_L has not:
+    an input that was always zero has v_L = 0, and M_L only as long as it is orthogonal to the old V.
+
+    Args:
+        old, new: (U, V), (m, k) and (n, k) with the k of before and after.
+    """
+    k0, k1 = old[0].shape[-1], new[0].shape[-1]
+    resized: tuple[Moments, Moments] = ({}, {})
+    for key, value in state_K.items():
+        if not (_is_moment(key, value) and key in state_L):
+            for after, state in zip(resized, (state_K, state_L), strict=True):
+                if key in state:
+                    after[key] = _copied(state[key])
+        elif key in FIRST:
+            turned = turn_first(working(value), working(state_L[key]), *old, *new)
+            for after, M in zip(resized, turned, strict=True):
+                after[key] = M.to(value.dtype).contiguous()
+        else:
+            for after, v in zip(resized, (value, state_L[key]), strict=True):
+                extra = v.mean(-1, keepdim=True).expand(-1, max(0, k1 - k0))
+                after[key] = torch.cat([v[:, :k1], extra], dim=-1).contiguous()
+    return _finished(resized[0], state_K, state_L), _finished(resized[1], state_K, state_L)
+
+
+def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Moments]:
+    """A dense weight's state -> the states of K and L."""
+    state_K: Moments = {}
+    state_L: Moments = {}
+    for key, value in state.items():
+        if _is_moment(key, value):
+            move = split_first if key in FIRST else split_second
+            state_K[key], state_L[key] = move(working(value), U, V)
+        else:
+            state_K[key], state_L[key] = _copied(value), _copied(value)
+    return _finished(state_K, state), _finished(state_L, state)
+
+
+def join(state_K: Mapping[str, Any], state_L: Mapping[str, Any], U: Tensor, V: Tensor) -> Moments:
+    """The states of K and L -> the state of the dense weight."""
+    state: Moments = {}
+    for key, value in state_K.items():
+        if _is_moment(key, value):
+            combine = join_first if key in FIRST else join_second
+            state[key] = combine(working(value), working(state_L[key]), U, V)
+        else:
+            state[key] = _copied(value)
+    return _finished(state, state_K, state_L)
+
+
+def turn_(states_K: list[Moments], states_L: list[Moments], old: Pair, new: Pair, turns: Pair | None = None) -> None:
+    """Turn the states of b layers of equal shape and equal keys from the bases ``old`` to ``new``.
+
+    Args:
+        old, new: (U, V), each (b, m, k) and (b, n, k).
+        turns: (U^T U', V^T V'), each (b, k, k), if they are known.
+    """
+    K0: Moments = {}
+    L0: Moments = {}
+    K1: Moments = {}
+    L1: Moments = {}
+    turned = [key for key, value in states_K[0].items() if _is_moment(key, value) and key in states_L[0]]
+    if not turned:
+        return
+    turns = turns or (old[0].mT @ new[0], old[1].mT @ new[1])
+    for key in turned:
+        K0[key] = torch.stack([working(s[key]) for s in states_K])
+        L0[key] = torch.stack([working(s[key]) for s in states_L])
+        if key in FIRST:
+            K1[key], L1[key] = _turn_first(K0[key], L0[key], old, new, turns)
+        else:
+            K1[key], L1[key] = _turn_second(K0[key], L0[key], turns)
+    _keep_steps_short((K1, L1), (K0, L0))
+    for moments, states in ((K1, states_K), (L1, states_L)):
+        for key, value in moments.items():
+            for state, turned in zip(states, value, strict=True):
+                state[key].copy_(turned)
+
+
+def _finished(moments: Moments, *before: Mapping[str, Any]) -> Moments:
+    """Variances made safe, and the tensors in the types that the optimizer keeps them in."""
+    _keep_steps_short((moments,), before)
+    for key, value in moments.items():
+        if isinstance(value, Tensor):
+            moments[key] = value.to(before[0][key].dtype).contiguous()
+    return moments

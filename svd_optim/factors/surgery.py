@@ -1,0 +1,113 @@
+"""Dense to factorized and back: modules in place. Knows no optimizer.
+
+The module object stays the same (hooks, names, references to it keep working); its class and its
+parameters change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import Basis, exact_basis, working
+from .linear import FactorizedLinear
+
+
+def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> FactorizedLinear:
+    """Turn a dense linear layer into a :class:`FactorizedLinear`, in place, and return it.
+
+    Args:
+        module: exactly an ``nn.Linear`` (a subclass may compute something else in ``forward``).
+        rank: singular triplets to keep, 1 to min(out_features, in_features).
+        basis: its leading triplets, if known, at least ``rank``; else a full SVD.
+
+    Raises:
+        TypeError: ``module`` is no plain ``nn.Linear``.
+        ValueError: ``rank`` is out of range, or the weight holds NaN or Inf.
+    """
+    if type(module) is not nn.Linear:
+        raise TypeError(f"factorize_ takes a plain nn.Linear, got {type(module).__name__}")
+    W = module.weight
+    if not 1 <= rank <= min(W.shape):
+        raise ValueError(f"factorize_: rank must be in [1, {min(W.shape)}] for shape {tuple(W.shape)}, got {rank}")
+    if basis is None:
+        if not torch.isfinite(W).all():
+            raise ValueError(f"factorize_: the weight of shape {tuple(W.shape)} holds NaN or Inf; mend it first")
+        basis = exact_basis(working(W), rank)
+    requires_grad = W.requires_grad
+    module._parameters.pop("weight")
+    module.__class__ = FactorizedLinear
+    assert isinstance(module, FactorizedLinear)
+    module.install(*basis.leading(rank), dtype=W.dtype)
+    for factor in (module.U, module.S, module.V):
+        factor.requires_grad_(requires_grad)
+    return module
+
+
+def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
+    """Turn a factorized layer back into a dense ``nn.Linear``, in place, and return it.
+
+    Args:
+        weight: the dense weight (m, n) to install; default: U diag(S) V^T.
+    """
+    if not isinstance(module, FactorizedLinear):
+        raise TypeError(f"merge_ takes a FactorizedLinear, got {type(module).__name__}")
+    if weight is None:
+        U, S, V = (working(p) for p in (module.U, module.S, module.V))
+        weight = (U * S) @ V.mT
+    dtype, requires_grad = module.U.dtype, module.U.requires_grad
+    module.track_tangent(None)
+    for name in ("U", "S", "V"):
+        module._parameters.pop(name)
+    bias = module._parameters.pop("bias", None)
+    module.__class__ = nn.Linear  # type: ignore[assignment]
+    data = weight.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+    module.register_parameter("weight", nn.Parameter(data, requires_grad=requires_grad))
+    module.register_parameter("bias", bias)
+    return module
+
+
+def saved_factors(state_dict: Mapping[str, Any], key: str) -> Basis | None:
+    """U (m, k), S (k,), V (n, k) of the layer whose names begin with ``key``, if it was factorized."""
+    factors = [f for factor in "USV" if isinstance(f := state_dict.get(f"{key}{factor}"), Tensor)]
+    return Basis(*factors) if len(factors) == 3 else None
+
+
+def restore_on_load_(model: nn.Module) -> None:
+    """From now on ``model.load_state_dict`` makes layers dense or factorized as the state dict has them.
+
+    For a model without an optimizer of this library (:class:`SubspaceAwareOptimizer` does it by itself).
+    """
+    model.register_load_state_dict_pre_hook(_restore_structure)
+
+
+def _restore_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    restore_structure_(model, state_dict, prefix)
+
+
+def restore_structure_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Make ``model``'s linear layers dense or factorized, as ``state_dict`` has them, in place.
+
+    Values are not loaded: ``model.load_state_dict(state_dict)`` does that next, and then fits.
+
+    Returns:
+        The names of the layers that changed.
+    """
+    changed = []
+    for name, module in model.named_modules():
+        key = f"{prefix}{name}." if name else prefix
+        factors = saved_factors(state_dict, key)
+        if factors is not None:
+            rank = factors.S.numel()
+            if isinstance(module, FactorizedLinear) and module.rank != rank:
+                merge_(module)
+            if type(module) is nn.Linear:
+                factorize_(module, rank, factors)
+                changed.append(name)
+        elif isinstance(module, FactorizedLinear) and f"{key}weight" in state_dict:
+            merge_(module)
+            changed.append(name)
+    return changed

@@ -1,0 +1,61 @@
+"""The mathematics: tensors in, tensors out. Knows no module and no optimizer.
+
+Every function takes float32 or float64 matrices, with leading batch dimensions where the shape
+comments show ``...``, and never draws from the global random generator. Only :mod:`.fallback` and
+:mod:`.protection` read values back to the host, where their docstrings say so. Energies (squared
+Frobenius norms) are summed in float64: squares of float32 numbers overflow at 1e19 and vanish at 1e-23.
+
+Notation: W weight and G gradient (m, n); U (m, k), S (k,), V (n, k) with W ~ U diag(S) V^T.
+"""
+
+from .bases import (
+    OVERSAMPLING,
+    Basis,
+    exact_basis,
+    fade_minor_,
+    first_basis,
+    left_residual,
+    reconstruction_error,
+    refresh_basis,
+    ritz_basis,
+    subspace_change,
+)
+from .energies import (
+    GradientEnergies,
+    alignments,
+    chance_corrected,
+    factored_gradient_energies,
+    gradient_energies,
+    projection_energies,
+    projections,
+)
+from .matrices import complement, energy, finite, project_off, working
+from .retraction import Turned, quick_retract, retract
+
+__all__ = [
+    "OVERSAMPLING",
+    "Basis",
+    "GradientEnergies",
+    "Turned",
+    "alignments",
+    "chance_corrected",
+    "complement",
+    "energy",
+    "exact_basis",
+    "factored_gradient_energies",
+    "fade_minor_",
+    "finite",
+    "first_basis",
+    "gradient_energies",
+    "left_residual",
+    "project_off",
+    "projection_energies",
+    "projections",
+    "quick_retract",
+    "reconstruction_error",
+    "refresh_basis",
+    "retract",
+    "ritz_basis",
+    "subspace_change",
+    "working",
+]

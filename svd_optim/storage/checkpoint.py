@@ -1,0 +1,385 @@
+"""Checkpoints: model, optimizers, what the wrapper knows, random generators and your own values, by name.
+
+    save_checkpoint("run/checkpoints", model, optimizer, extra={"step": step}, keep=3)
+    extra = load_checkpoint("run/checkpoints", model, optimizer)  # freshly built, dense: made what it was
+
+A run that is resumed on the same machine, with as many threads, goes on bit for bit. No pickle is written
+or read; what is loaded is verified first, and on any error model and optimizers are what they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..factors.linear import FactorizedLinear
+from ..factors.surgery import factorize_, merge_
+from ..linalg import Basis
+from ..optimizer import SubspaceAwareOptimizer, wrappers_of
+from ..storage import files as storage
+from ..storage import validation as verification
+from ..tracking.switching import replace_parameters_
+from ..tracking.transactions import undone_on_error
+from .files import MODEL, STATE, CheckpointError, Part, encode, on_cpu
+from .validation import base_of, group_names, joined, linear_layers, prefix_in
+
+logger = logging.getLogger(__name__)
+
+Optimizers = Optimizer | Sequence[Optimizer]
+
+
+@overload
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizers,
+    extra: Any = None,
+    keep: int | None = None,
+    background: Literal[False] = False,
+) -> Path: ...
+@overload
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizers,
+    extra: Any = None,
+    keep: int | None = None,
+    *,
+    background: Literal[True],
+) -> Future[Path]: ...
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizers,
+    extra: Any = None,
+    keep: int | None = None,
+    background: bool = False,
+) -> Path | Future[Path]:
+    """Save everything that a resumed run needs as a new checkpoint in ``folder``.
+
+    It is written beside, synced to the disk and renamed; then the file ``latest`` names it. Whatever
+    happens, the checkpoints that were there stay. The same state gives the same bytes. Gradients are
+    not saved: call it between steps, with no gradients accumulated. POSIX only.
+
+    Args:
+        folder: of checkpoints; made if it is not there.
+        optimizer: wrapped or not, or a list of several on one model.
+        extra: your own tensors and plain values (dicts, lists, tuples): step, scheduler, data position.
+        keep: delete all but the newest so many checkpoints; ``None``: keep all.
+        background: take the state now and write it in another thread.
+
+    Returns:
+        The checkpoint's path; with ``background`` a future of it, whose ``result()`` raises what went wrong.
+
+    Raises:
+        CheckpointError: the state holds NaN or Inf or what can't be saved, or writing failed.
+    """
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"save_checkpoint: keep must be an integer of at least 1, or None, got {keep!r}")
+    model, optimizers = _checked(model, optimizer)
+    parts = _parts(model, optimizers, extra)
+    if not background:
+        return storage.write(Path(folder), parts, keep)
+    future: Future[Path] = Future()
+
+    def write() -> None:
+        try:
+            future.set_result(storage.write(Path(folder), parts, keep))
+        except BaseException as error:
+            logger.error("saving in the background failed: %s", error)
+            future.set_exception(error)
+
+    threading.Thread(target=write, name="save_checkpoint").start()  # no daemon: Python waits for it at the end
+    return future
+
+
+def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizers) -> Any:
+    """Load a checkpoint, or the latest in a folder of them, and return its ``extra``.
+
+    Layers become factorized or dense as they were, descents and protection go on, then all values are
+    loaded. With another number of threads than it was saved with, results differ in their last bits,
+    and the log says so.
+
+    Args:
+        model: built as it was, freshly or not; layers may be dense or factorized.
+        optimizer: built as they were, in the same order.
+
+    Raises:
+        CheckpointError: with the file, the tensor and the reason. Model and optimizers are as before.
+    """
+    model, optimizers = _checked(model, optimizer)
+    parts = storage.read(Path(folder))
+    tree = parts[STATE].tree
+    with _explained(folder):
+        verification.check_model(parts[MODEL], model)
+        known = {"torch", "threads", "optimizers", "random", "extra"}
+        if not isinstance(tree, dict) or tree.keys() != known or type(tree["threads"]) is not int:
+            raise CheckpointError("unknown structure")
+        factors = parts[MODEL].tree["factors"]
+        verification.check_optimizers(tree["optimizers"], factors, parts[MODEL].named, model, optimizers)
+        generators = _checked_generators(tree["random"])
+    with _explained(folder), _all_or_nothing(model, optimizers):
+        _load_model(model, optimizers, parts[MODEL])
+        for optimizer, saved in zip(optimizers, tree["optimizers"], strict=True):
+            optimizer.load_state_dict(_positional(model, optimizer, saved))
+    for restore, state in generators:
+        restore(state)
+    if tree["threads"] != torch.get_num_threads():
+        logger.warning(
+            "saved with %d threads, resumed with %d: results will be close, not the same to the last bit",
+            tree["threads"],
+            torch.get_num_threads(),
+        )
+    return tree["extra"]
+
+
+def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
+    """Load a checkpoint's model alone, for inference: layers become factorized or dense as they were.
+
+    Values are cast to the types of ``model``. Where a wrapper follows its layers, they stay followed.
+
+    Raises:
+        CheckpointError: as for :func:`load_checkpoint`; the model is as before.
+    """
+    model = getattr(model, "_orig_mod", model)
+    part = storage.read(Path(folder), (MODEL,))[MODEL]
+    with _explained(folder):
+        verification.check_model(part, model, same_type=False)
+    wrappers = wrappers_of(model)
+    with _explained(folder), _all_or_nothing(model, wrappers):
+        _load_model(model, wrappers, part)
+
+
+# ---- for other tools ---------------------------------------------------------------------------------
+
+
+def export_dense(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with dense layers only, named as they were before any was factorized.
+
+    It knows nothing of this library; outputs are the same up to rounding. ``model`` stays as it is.
+    """
+    dense = copy.deepcopy(getattr(model, "_orig_mod", model))
+    for module in dense.modules():
+        if isinstance(module, FactorizedLinear):
+            merge_(module)
+    return dense
+
+
+def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the dense weights and buffers under their original names to a safetensors file.
+
+    Raises:
+        CheckpointError: it could not be written; what was at ``path`` is still there.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tensors = on_cpu({k: v for k, v in export_dense(model).state_dict().items() if isinstance(v, Tensor)})
+    try:
+        try:
+            with open(beside, "wb") as file:
+                file.write(safetensors.torch.save(tensors, {"format": "pt"}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"could not write {str(path)!r}: {error!r}") from error
+
+
+# ---- taking a state ----------------------------------------------------------------------------------
+
+
+def _checked(model: nn.Module, optimizer: Optimizers) -> tuple[nn.Module, list[Optimizer]]:
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(one).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    for one in optimizers:
+        prefix_in(model, one)
+    return model, optimizers
+
+
+def _parts(model: nn.Module, optimizers: Sequence[Optimizer], extra: Any) -> dict[str, Part]:
+    """The whole state as of now, copied, verified like one that is loaded."""
+    state = model.state_dict()
+    named = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    layers = linear_layers(model)
+    tree: dict[str, Any] = {
+        "factors": {
+            name: {"rank": layer.rank, "orthonormal": layer.tangent}
+            for name, layer in layers.items()
+            if isinstance(layer, FactorizedLinear)
+        },
+        "values": {name: value for name, value in state.items() if name not in named},
+        "metadata": getattr(state, "_metadata", None),
+    }
+    rest = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "optimizers": [_by_name(model, optimizer) for optimizer in optimizers],
+        "random": _generators(),
+        "extra": extra,
+    }
+    try:
+        verification.check_model(Part(tree, named), model)
+        verification.check_optimizers(rest["optimizers"], tree["factors"], named, model, optimizers)
+    except CheckpointError as error:
+        raise CheckpointError(f"not saved, as it could not be loaded: {error}") from None
+    parts = {}
+    for file, content, tensors in ((MODEL, tree, named), (STATE, rest, {})):
+        encoded = encode(content, "", tensors)
+        parts[file] = Part(encoded, on_cpu(tensors))
+    return parts
+
+
+def _by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state dict with names in place of positions."""
+    state_dict = optimizer.state_dict()
+    names = group_names(model, optimizer)
+    position = {p: name for g, ns in zip(state_dict["param_groups"], names, strict=True)
+                for p, name in zip(g["params"], ns, strict=True)}  # fmt: skip
+    return {
+        "class": type(base_of(optimizer)).__name__,
+        "groups": [
+            {"params": ns, "options": {k: v for k, v in g.items() if k not in ("params", "param_names")}}
+            for g, ns in zip(state_dict["param_groups"], names, strict=True)
+        ],
+        "state": {position[p]: values for p, values in state_dict["state"].items()},
+        "svd_optim": state_dict.get("svd_optim"),
+    }
+
+
+# ---- giving it back ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """One kind of error, which says what it is about."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the checkpoint in {os.fspath(folder)!r} does not fit: {reason}") from error
+
+
+def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part: Part, followed: set[str]) -> None:
+    """The structure of layers that no wrapper follows; those of wrappers come with the model's values."""
+    for name, layer in linear_layers(model).items():
+        about = part.tree["factors"].get(name)
+        if name in followed or (layer.rank if isinstance(layer, FactorizedLinear) else None) == (
+            about and about["rank"]
+        ):
+            continue
+        old = list(layer.parameters(recurse=False))
+        old = [p for p in old if p is not layer.bias]
+        if isinstance(layer, FactorizedLinear):
+            merge_(layer)
+        if about:
+            U, S, V = (part.named[joined(name, factor)] for factor in "USV")
+            factorize_(layer, about["rank"], Basis(U, S, V))
+        new = [p for p in layer.parameters(recurse=False) if p is not layer.bias]
+        suffixes = ["U", "S", "V"] if about else ["weight"]
+        for optimizer in optimizers:
+            for parameter in old:
+                optimizer.state.pop(parameter, None)
+            replace_parameters_(base_of(optimizer), old, new, suffixes)
+
+
+def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
+    """On an error model and optimizers are what they were, object for object."""
+    records: list[object] = []
+    for wrapper in optimizers:
+        if isinstance(wrapper, SubspaceAwareOptimizer):
+            layers = wrapper.layers.values()
+            records += [wrapper._life, wrapper._life.guard, *layers, *(x.factored for x in layers if x.factored)]
+    return undone_on_error(model.modules(), [base_of(o) for o in optimizers], records, values=True)
+
+
+def _load_model(model: nn.Module, optimizers: Sequence[Optimizer], part: Part) -> None:
+    wrappers = [o for o in optimizers if isinstance(o, SubspaceAwareOptimizer)]
+    followed = {joined(prefix_in(model, w), name) for w in wrappers for name in w.layers}
+    _restore_unfollowed(model, optimizers, part, followed)
+    state: dict[str, Any] = part.named | part.tree["values"]
+    if part.tree["metadata"] is not None:
+        state = _WithMetadata(state)
+        state._metadata = part.tree["metadata"]  # what load_state_dict knows old formats by
+    model.load_state_dict(state)
+
+
+class _WithMetadata(dict[str, Any]):
+    _metadata: Any
+
+
+def _positional(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`_by_name`, in the order that the optimizer's parameters have now."""
+    names = group_names(model, optimizer)
+    wanted = [set(group["params"]) for group in saved["groups"]]
+    following = isinstance(optimizer, SubspaceAwareOptimizer)
+    if not following and [set(ns) for ns in names] != wanted:
+        raise CheckpointError(f"its parameters are {names}, those saved {wanted}")
+    order: dict[str, int] = {}
+    groups = []
+    for ns, group in zip(names, saved["groups"], strict=True):
+        start = len(order)
+        order.update((name, start + i) for i, name in enumerate(ns))
+        groups.append({**group["options"], "params": [order[name] for name in ns]})
+    state = {order[name]: values for name, values in saved["state"].items()}
+    own = {"svd_optim": saved["svd_optim"]} if following else {}
+    return {"state": state, "param_groups": groups, **own}
+
+
+# ---- random generators -------------------------------------------------------------------------------
+
+
+def _generators() -> dict[str, Any]:
+    numpy = sys.modules.get("numpy")
+    return {
+        "python": random.getstate(),
+        "numpy": None if numpy is None else [x.tolist() if hasattr(x, "tolist") else x for x in _numpy_state(numpy)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def _numpy_state(numpy: Any) -> Any:
+    return numpy.random.get_state()
+
+
+def _checked_generators(saved: Any) -> list[tuple[Any, Any]]:
+    """Pairs of a function that restores a generator and its state, each tried on a generator of its own."""
+    if not isinstance(saved, dict) or saved.keys() != {"python", "numpy", "torch", "cuda"}:
+        raise CheckpointError("random generators: unknown structure")
+    try:
+        random.Random().setstate(saved["python"])
+        torch.Generator().set_state(saved["torch"])
+        pairs: list[tuple[Any, Any]] = [(random.setstate, saved["python"]), (torch.set_rng_state, saved["torch"])]
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and saved["numpy"] is not None:
+            numpy.random.RandomState().set_state(tuple(saved["numpy"]))
+            pairs.append((numpy.random.set_state, tuple(saved["numpy"])))
+        if torch.cuda.is_available():
+            for i, state in enumerate(saved["cuda"][: torch.cuda.device_count()]):
+                torch.Generator(device=f"cuda:{i}").set_state(state)
+                pairs.append((lambda state, i=i: torch.cuda.set_rng_state(state, i), state))
+    except Exception as error:
+        raise CheckpointError(f"random generators: {error}") from error
+    return pairs

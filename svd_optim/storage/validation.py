@@ -1,0 +1,378 @@
+"""Whether a checkpoint fits a model and its optimizers: everything is looked at before anything is changed.
+
+``storage`` has seen to it that the bytes are those that were saved; here they are taken for anybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..factors.linear import SKETCH_SIZE, FactorizedLinear
+from ..factors.moments import FIRST, SECOND
+from ..optimizer import SubspaceAwareOptimizer
+from ..records import Event, LayerMetrics, LayerState
+from ..tracking.controller import STATE_VERSION
+from ..tracking.loss_guard import PENDING
+from ..tracking.tracker import SCALARS
+from .files import CheckpointError, Part
+
+SKEW, SKEW_LOW = 1e-3, 2e-2  # largest entry of U^T U - I: in float32 it is 1e-5; rounding to bfloat16 makes 4e-3
+_FACTORS = ("U", "S", "V")
+
+
+def _require(holds: bool, where: str, what: str) -> None:
+    if not holds:
+        raise CheckpointError(f"{where}: {what}")
+
+
+# ---- the model ---------------------------------------------------------------------------------------
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that may be dense or factorized, by all of their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: m for name, m in modules if isinstance(m, FactorizedLinear) or type(m) is nn.Linear}
+
+
+def joined(prefix: str, name: str) -> str:
+    """The full name of what is called ``name`` inside the module ``prefix``."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def check_model(part: Part, model: nn.Module, same_type: bool = True) -> None:
+    """The saved model has this model's names, shapes and types; its numbers are finite, its factors orthonormal.
+
+    Args:
+        same_type: whether the types must be equal too, as a resumed run needs them.
+    """
+    tree, saved = part
+    where = "model"
+    _require(isinstance(tree, dict) and tree.keys() == {"factors", "values", "metadata"}, where, "unknown structure")
+    factors, values, metadata = tree["factors"], tree["values"], tree["metadata"]
+    _require(all(isinstance(x, dict) for x in (factors, values)), where, "unknown structure")
+    _require(metadata is None or _is_dict_of_dicts(metadata), where, "metadata of an unknown kind")
+    expected: dict[str, Any] = dict(model.state_dict())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    linear = linear_layers(model)
+    for name, about in factors.items():
+        _require(name in linear, where, f"layer {name!r} was factorized, and is no linear layer here")
+        _check_factors(saved, name, about, linear[name])
+    for name, layer in linear.items():
+        dense = joined(name, "weight")
+        names = [joined(name, f) for f in _FACTORS] if isinstance(layer, FactorizedLinear) else [dense]
+        example = expected[names[0]]
+        for key in names:
+            del expected[key]
+        m, n = layer.out_features, layer.in_features
+        shapes: dict[str, tuple[int, ...]] = {dense: (m, n)}
+        if name in factors:
+            k = factors[name]["rank"]
+            shapes = {joined(name, "U"): (m, k), joined(name, "S"): (k,), joined(name, "V"): (n, k)}
+        expected |= {key: torch.empty(shape, dtype=example.dtype, device="meta") for key, shape in shapes.items()}
+        parameters |= shapes.keys()
+    differ = sorted(expected.keys() ^ (saved.keys() | values.keys()))
+    _require(not differ, where, f"{differ[:1]} is only in {'the model' if set(differ[:1]) & set(expected) else 'it'}")
+    for name, tensor in saved.items():
+        wanted = expected[name]
+        _require(isinstance(wanted, Tensor), where, f"{name!r} is no tensor in the model")
+        shape = tuple(tensor.shape)
+        _require(shape == wanted.shape, where, f"{name!r} has shape {shape}, the model's has {tuple(wanted.shape)}")
+        if same_type:
+            _require(tensor.dtype == wanted.dtype, where, f"{name!r} is {tensor.dtype}, the model's is {wanted.dtype}")
+        if name in parameters:
+            check_finite(tensor, where, name)
+
+
+def _check_factors(saved: Mapping[str, Tensor], name: str, about: Any, layer: nn.Linear) -> None:
+    where = f"model: layer {name!r}"
+    _require(isinstance(about, dict) and about.keys() == {"rank", "orthonormal"}, where, "unknown structure")
+    rank, most = about["rank"], min(layer.out_features, layer.in_features)
+    _require(type(rank) is int and 1 <= rank <= most, where, f"rank {rank!r} is not in [1, {most}]")
+    if about["orthonormal"] is not False:  # trained on without a wrapper they need not be
+        for factor, rows in (("U", layer.out_features), ("V", layer.in_features)):
+            Q = saved.get(joined(name, factor))
+            _require(Q is not None and Q.shape == (rows, rank), where, f"{factor} is not of shape ({rows}, {rank})")
+            assert Q is not None
+            check_orthonormal(Q, where, factor)
+
+
+def check_finite(tensor: Tensor, where: str, name: str) -> None:
+    """No NaN, no Inf. (Buffers may hold them: attention masks do.)"""
+    if tensor.is_floating_point() or tensor.is_complex():
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 knows no isfinite
+        _require(bool(torch.isfinite(numbers).all()), where, f"{name!r} holds NaN or Inf")
+
+
+def check_orthonormal(Q: Tensor, where: str, name: str) -> None:
+    """Orthonormal columns of Q (m, k), up to the rounding of its type."""
+    _require(Q.is_floating_point(), where, f"{name} is {Q.dtype}")
+    limit = SKEW if Q.dtype in (torch.float32, torch.float64) else SKEW_LOW
+    Q = Q.float() if Q.element_size() < 4 else Q
+    skew = float((Q.mT @ Q - torch.eye(Q.shape[1], dtype=Q.dtype)).abs().max()) if Q.numel() else 0.0
+    _require(skew <= limit, where, f"{name} is not orthonormal: an entry of its Gram matrix is off by {skew:.3g}")
+
+
+def _is_dict_of_dicts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())
+
+
+# ---- optimizers --------------------------------------------------------------------------------------
+
+
+def base_of(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that takes the steps."""
+    return optimizer.base_optimizer if isinstance(optimizer, SubspaceAwareOptimizer) else optimizer
+
+
+def prefix_in(model: nn.Module, optimizer: Optimizer) -> str:
+    """The name, in ``model``, of the module that a wrapper was given."""
+    if not isinstance(optimizer, SubspaceAwareOptimizer):
+        return ""
+    for name, module in model.named_modules():
+        if module is optimizer.model:
+            return name
+    raise CheckpointError("the optimizer wraps another model than the one given")
+
+
+def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Per param group, the names that its parameters have in the model."""
+    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    groups = [group["params"] for group in optimizer.param_groups]
+    strangers = [(i, tuple(p.shape)) for i, group in enumerate(groups) for p in group if id(p) not in names]
+    if strangers:
+        i, shape = strangers[0]
+        raise CheckpointError(f"a parameter of shape {shape} in the optimizer's group {i} is not in the model")
+    return [[names[id(p)] for p in group] for group in groups]
+
+
+def check_optimizers(
+    saved: Any, factors: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Sequence[Any]
+) -> None:
+    """The saved optimizers are of these kinds, with these parameters in these groups, and what they remember fits.
+
+    Args:
+        factors, tensors: of the saved model, checked already.
+    """
+    _require(isinstance(saved, list), "optimizers", "unknown structure")
+    counts = f"{len(saved)} were saved, {len(optimizers)} are given"
+    _require(len(saved) == len(optimizers), "optimizers", counts)
+    for i, (entry, optimizer) in enumerate(zip(saved, optimizers, strict=True)):
+        where = f"optimizer {i}"
+        known = {"class", "groups", "state", "svd_optim"}
+        _require(isinstance(entry, dict) and entry.keys() == known, where, "unknown structure")
+        kind = type(base_of(optimizer)).__name__
+        _require(entry["class"] == kind, where, f"saved from {str(entry['class'])[:80]!r}, this one is {kind!r}")
+        own, wrapped = entry["svd_optim"], isinstance(optimizer, SubspaceAwareOptimizer)
+        _require((own is not None) == wrapped, where, f"was {'' if own else 'not '}wrapped when it was saved")
+        followed: set[str] = set()
+        if isinstance(optimizer, SubspaceAwareOptimizer):
+            check_lifecycle(own, optimizer, where)
+            prefix = prefix_in(model, optimizer)
+            for name, layer in own["layers"].items():
+                full = joined(prefix, name)
+                fits = factors.get(full, {}).get("rank") == (layer["rank"] if layer["factorized"] else None)
+                _require(fits, where, f"layer {name!r} is not factorized as in the saved model")
+                followed.add(full)
+        _check_groups(entry["groups"], optimizer, group_names(model, optimizer), factors, followed, where)
+        _check_state(entry["state"], {n for g in entry["groups"] for n in g["params"]}, tensors, where)
+
+
+def _check_groups(
+    saved: Any,
+    optimizer: Optimizer,
+    names: list[list[str]],
+    factors: Mapping[str, Any],
+    followed: set[str],
+    where: str,
+) -> None:
+    _require(isinstance(saved, list) and len(saved) == len(names), where, f"{len(names)} param groups are expected")
+    for i, (group, present) in enumerate(zip(saved, names, strict=True)):
+        inside = f"{where}, group {i}"
+        _require(isinstance(group, dict) and group.keys() == {"params", "options"}, inside, "unknown structure")
+        params, options = group["params"], group["options"]
+        _require(isinstance(params, list) and all(isinstance(n, str) for n in params), inside, "names are expected")
+        wanted = set(saved_names(present, factors, followed))
+        differ = sorted(wanted ^ set(params))
+        _require(not differ and len(params) == len(wanted), inside, f"its parameters differ: {differ[:3]}")
+        now = {k: v for k, v in optimizer.param_groups[i].items() if k not in ("params", "param_names")}
+        _require(isinstance(options, dict), inside, "unknown structure")
+        # Schedulers add options of their own (initial_lr): these may be on either side.
+        missing = sorted(set(now) - set(options) - {"initial_lr"})
+        _require(not missing, inside, f"it has no {missing[:1]}")
+        for key, value in options.items():
+            _require(_same_kind(value, now.get(key)), inside, f"{key!r} can't be {str(value)[:80]}")
+
+
+def saved_names(names: Iterable[str], factors: Mapping[str, Any], followed: set[str]) -> list[str]:
+    """The names that parameters have once their layers are as they were saved; S of followed ones is in no group."""
+    result: dict[str, None] = {}
+    for name in names:
+        layer, _, last = name.rpartition(".")
+        if layer in factors and last in ("weight", *_FACTORS):
+            kept = ("U", "V") if layer in followed else _FACTORS
+            result.update(dict.fromkeys(joined(layer, f) for f in kept))
+        else:
+            result[joined(layer, "weight") if last in _FACTORS else name] = None
+    return list(result)
+
+
+def _same_kind(value: Any, now: Any) -> bool:
+    """Whether an option may be what was saved, judging by what it is at present (flags may be unset: ``None``)."""
+    if isinstance(now, bool) or now is None:
+        return True if now is None else value is None or isinstance(value, bool)
+    if isinstance(now, (int, float, Tensor)):
+        if isinstance(value, Tensor):
+            return value.numel() == 1 and bool(torch.isfinite(value).all())
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if isinstance(now, (list, tuple)):
+        same = isinstance(value, (list, tuple)) and len(value) == len(now)
+        return same and all(_same_kind(a, b) for a, b in zip(value, now, strict=True))
+    return isinstance(value, type(now))
+
+
+def _check_state(state: Any, names: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
+    _require(_is_dict_of_dicts(state), where, "its state is no table of names")
+    for name, values in state.items():
+        _require(name in names, where, f"it has state for {name!r}, which is in none of its groups")
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                _require(key not in FIRST | SECOND or value is None, where, f"{name}: {key!r} is no tensor")
+                continue
+            check_finite(value, where, f"{name}: {key}")
+            shape, wanted = tuple(value.shape), tuple(tensors[name].shape)
+            if key in FIRST | SECOND:
+                _require(shape == wanted, where, f"{name}: {key!r} has shape {shape}, the parameter {wanted}")
+            _require(key != "step" or value.numel() == 1, where, f"{name}: step has shape {shape}")
+
+
+# ---- what the wrapper knows --------------------------------------------------------------------------
+
+_Kind = Callable[[Any], bool]
+
+
+def _exactly(*types: type) -> _Kind:
+    return lambda value: type(value) in types  # True is no number here
+
+
+def _or_none(kind: _Kind) -> _Kind:
+    return lambda value: value is None or kind(value)
+
+
+def _list_of(kind: _Kind, most: int | None = None) -> _Kind:
+    return lambda value: (
+        isinstance(value, list) and (most is None or len(value) <= most) and all(kind(item) for item in value)
+    )
+
+
+def _tensor(*shape: int | None) -> _Kind:
+    """A finite floating-point tensor; ``None``: any size."""
+    return lambda value: (
+        isinstance(value, Tensor)
+        and value.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and len(shape) == value.ndim
+        and all(b is None or a == b for a, b in zip(value.shape, shape, strict=True))
+        and bool(torch.isfinite(value).all())
+    )
+
+
+def _tensors(*shapes: tuple[int | None, ...]) -> _Kind:
+    kinds = [_tensor(*shape) for shape in shapes]
+    return lambda value: (
+        isinstance(value, list) and len(value) == len(kinds) and all(k(v) for k, v in zip(kinds, value, strict=True))
+    )
+
+
+_integer, _flag, _number, _text = _exactly(int), _exactly(bool), _exactly(int, float), _exactly(str)
+_state: _Kind = lambda value: type(value) is str and value in set(LayerState)  # noqa: E731
+_ANNOTATED: dict[str, _Kind] = {
+    "int": _integer, "int | None": _or_none(_integer), "float | None": _or_none(_number), "str": _text,
+    "LayerState | None": _or_none(_state),
+    "Mapping[str, float]": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+}  # fmt: skip
+
+
+def _record(kind: Any) -> _Kind:
+    """A dict from which the dataclass can be made."""
+    kinds = {field.name: _ANNOTATED[str(field.type)] for field in fields(kind)}
+    return lambda value: (
+        isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](v) for key, v in value.items())
+    )
+
+
+def _check_table(value: Any, kinds: Mapping[str, _Kind], where: str) -> None:
+    _require(isinstance(value, dict), where, "unknown structure")
+    differ = sorted(value.keys() ^ kinds.keys(), key=str)
+    _require(not differ, where, f"its fields differ: {differ[:3]}")
+    for key, kind in kinds.items():
+        _require(kind(value[key]), where, f"{key!r} doesn't fit")
+
+
+def check_lifecycle(own: Any, optimizer: SubspaceAwareOptimizer, where: str) -> None:
+    """What the wrapper saved of itself is complete, and of the layers that it follows now."""
+    version = own.get("version") if isinstance(own, dict) else None
+    _require(version == STATE_VERSION, where, f"state version {version!r}; this svd_optim reads {STATE_VERSION}")
+    windows = _list_of(_list_of(_number, 3))
+    kinds: dict[str, _Kind] = {
+        "version": _integer, "steps": _integer, "analyses": _integer, "acted": _flag, "last_analysis": _integer,
+        "stretch": lambda value: type(value) is int and value >= 1,
+        "guard": lambda value: isinstance(value, dict), "layers": lambda value: isinstance(value, dict),
+        "guarded": lambda value: isinstance(value, dict) and all(map(_integer, value.values())),
+        "events": _list_of(_record(Event)),
+    }  # fmt: skip
+    _check_table(own, kinds, where)
+    losses: _Kind = lambda t: isinstance(t, Tensor) and t.ndim == 1 and t.is_floating_point() and len(t) <= PENDING  # noqa: E731
+    _check_table(
+        own["guard"],
+        {"pending": _or_none(losses), "windows": windows, "since": _or_none(windows), "lost": _integer},
+        where,
+    )
+    _require(all(len(w) == 3 for w in (*own["guard"]["windows"], *(own["guard"]["since"] or ()))), where, "'guard'")
+    differ = sorted(own["layers"].keys() ^ optimizer.layers.keys())
+    _require(not differ, where, f"it follows other layers: {differ[:3]}")
+    _require(own["guarded"].keys() <= own["layers"].keys(), where, "it guards layers that it doesn't follow")
+    for name, layer in optimizer.layers.items():
+        _check_layer(own["layers"][name], layer.shape, f"{where}, layer {name!r}")
+        fixed = optimizer.config.mode == "observe" and own["layers"][name]["factorized"] != (layer.factored is not None)
+        _require(not fixed, f"{where}, layer {name!r}", "mode='observe' replaces nothing, and its structure differs")
+
+
+def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
+    m, n = shape
+    _require(isinstance(saved, dict), where, "unknown structure")
+    k = saved.get("rank")
+    if type(k) is not int or not 1 <= k <= min(m, n):
+        raise CheckpointError(f"{where}: rank {k!r} is not in [1, {min(m, n)}]")
+    factorized = saved.get("factorized")
+    kinds: dict[str, _Kind] = {
+        "state": _state, "factorized": _flag, "shape": lambda value: value == [m, n], "rank": _integer,
+        "basis": _or_none(_tensors((m, None), (None,), (n, None))), "basis_step": _integer,
+        "images": _or_none(_tensors((m, SKETCH_SIZE), (n, SKETCH_SIZE))),
+        "pending": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == (SCALARS,)),
+        "sums": _or_none(_tensor(2 + 3 * k)), "outside": _or_none(_tensor(m, SKETCH_SIZE)),
+        "capture": _list_of(_number, min(m, n)), "line_start": _integer, "history": _list_of(_record(LayerMetrics)),
+        "descent_end": _or_none(_integer), "extensions": _integer, "danger": _flag, "keep_dense": _flag,
+        "cooldown_until": _integer, "returns": _integer, "protected_by_hand": _flag, "failures": _integer,
+        "was_nonfinite": _flag,
+        "anchor": _or_none(_tensors((m, None), (n, None), (None, None))),
+        "kept": _or_none(_tensors((m, k), (k,), (n, k))),
+        "nonfinite": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim == 0),
+    }  # fmt: skip
+    _check_table(saved, kinds, where)
+    _require((saved["state"] == LayerState.FACTORIZED) == factorized, where, f"factorized, yet {saved['state']!r}")
+    descending = saved["state"] == LayerState.DESCENDING
+    _require(not descending or (saved["descent_end"] is not None and saved["basis"] is not None), where, "no descent")
+    for field in ("basis", "kept", "anchor"):
+        if saved[field] is None:
+            continue
+        U, S, V = saved[field] if field != "anchor" else (saved[field][0], saved[field][2], saved[field][1])
+        sizes = {U.shape[1], V.shape[1], *S.shape}
+        least, most = (0, k if factorized else min(m, n)) if field == "anchor" else (k, min(m, n))
+        _require(len(sizes) == 1 and least <= min(sizes) <= most, where, f"{field!r} has too few or too many columns")
+        for Q, factor in ((U, "U"), (V, "V")):
+            check_orthonormal(Q, where, f"{factor} of its {field}")

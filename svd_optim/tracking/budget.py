@@ -1,0 +1,124 @@
+"""The budget at work: which rank each followed layer is to have now, by the plan over all of them.
+
+``planner`` knows shapes and numbers only; this file brings it together with the layers' states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..config import SubspaceConfig
+from ..decisions import planner
+from ..decisions.planner import quantum
+from ..records import Decision, LayerState, Plan, PlannedLayer, break_even_rank
+from .layer import FollowedLayer
+from .tracker import RANK_HYSTERESIS, SubspaceTracker
+
+PLAN_HYSTERESIS = 0.25  # after warmup a plan moves a rank only by more: a new rank starts a layer's analyses anew
+
+
+def _fixed(layer: FollowedLayer, step: int) -> tuple[int | None, str] | None:
+    """The rank that a layer has whatever the plan (``None``: dense), and why; ``None`` if it may be chosen."""
+    if layer.state in (LayerState.DESCENDING, LayerState.FACTORIZED):
+        return layer.rank, str(layer.state)
+    if layer.cooldown_until > step:
+        return None, "came back"
+    if layer.anchor is not None:
+        return None, "protected"
+    if layer.explicit:
+        return layer.rank if layer.rank < break_even_rank(*layer.shape) else None, "explicit"
+    return None
+
+
+def _hysteresis(config: SubspaceConfig, step: int) -> float:
+    """The share of its rank by which a layer's rank has to be another in the plan, to be moved."""
+    if step == 0:
+        return 0.0
+    return RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS
+
+
+def plan(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, step: int) -> Plan:
+    """How the budget is spread as of now: the ranks that layers would have if they all started now.
+
+    Those that can't be chosen for any more keep what they have; those that are near their rank don't move up.
+    """
+    budget, hysteresis = config.budget, _hysteresis(config, step)
+    fixed = {name: known for name, layer in layers.items() if (known := _fixed(layer, step)) is not None}
+    candidates = {
+        name: planner.Candidate(name=name, shape=layer.shape, capture=layer.capture) for name, layer in layers.items()
+    }
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    whole = sum(m * n for m, n in shapes.values())
+    spent = planner.planned_cost({name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()})
+    free = [candidate for name, candidate in candidates.items() if name not in fixed]
+    share = planner.even_share(shapes.values(), budget * whole)
+    chosen = planner.spread(free, budget * whole - spent, share)
+    rows = []
+    for name, layer in layers.items():
+        rank, why = fixed[name] if name in fixed else (chosen[name], "")
+        if name not in fixed and rank is not None and abs(rank - layer.rank) <= hysteresis * layer.rank:
+            rank = min(rank, layer.rank)
+        missed = 0.0 if rank is None else planner.missed(candidates[name], rank)
+        rows.append(PlannedLayer(name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed))
+    return Plan(step=step, budget=budget, layers=tuple(rows))
+
+
+def revise_ranks_(
+    layers: Mapping[str, FollowedLayer], tracker: SubspaceTracker, config: SubspaceConfig, step: int
+) -> None:
+    """Target ranks of layers that have not started: by energy, or by the plan over all of them."""
+    for layer in layers.values():
+        if layer.energy_target is not None and layer.state in (LayerState.WARMUP, LayerState.DENSE):
+            tracker.update_energy_rank(layer)
+    follow_plan_(layers, config, step)
+
+
+def follow_plan_(layers: Mapping[str, FollowedLayer], config: SubspaceConfig, step: int) -> None:
+    """Give layers that have not started the ranks of the plan, where those differ by more than a share of them."""
+    for planned in plan(layers, config, step).layers:
+        layer = layers[planned.name]
+        if planned.fixed:
+            continue
+        layer.keep_dense = planned.rank is None
+        if planned.rank is not None and abs(planned.rank - layer.rank) > _hysteresis(config, step) * layer.rank:
+            layer.set_rank(planned.rank)
+
+
+def room(now: Plan | None, layer: FollowedLayer) -> int:
+    """Directions by which a factorized layer may grow within the budget, in whole steps; the others need no plan."""
+    if now is None or layer.factored is None or layer.anchor is not None or layer.explicit:
+        return 0
+    m, n = layer.shape
+    step = quantum(m, n)
+    return max(0, int(now.room) // (m + n + 1) // step * step)
+
+
+def new_ranks(
+    now: Plan,
+    decisions: Mapping[str, Decision],
+    shrinking: Sequence[FollowedLayer],
+    growing: Sequence[FollowedLayer],
+    merging: Sequence[FollowedLayer],
+) -> tuple[dict[str, int], list[FollowedLayer]]:
+    """Ranks to change inside factors, and layers to make dense as they want more than break-even.
+
+    What one layer lets go another may have; beyond the budget, and what ``merging`` takes of it, nothing grows.
+    """
+    ranks: dict[str, int] = {}
+    dense: list[FollowedLayer] = []
+    room = now.room - sum(info.dense_numel - info.factored_numel for info in (layer.info() for layer in merging))
+    for layer in (*shrinking, *growing):
+        rank = decisions[layer.name].rank
+        if layer.factored is None or layer.anchor is not None or rank is None or rank < 1:
+            continue  # of a protected core nothing is cut off
+        m, n = layer.shape
+        beyond = rank >= break_even_rank(m, n)
+        cost = (m * n if beyond else rank * (m + n + 1)) - layer.rank * (m + n + 1)
+        if cost > 0 and (layer.explicit or cost > room):
+            continue
+        room -= cost
+        if beyond:
+            dense.append(layer)
+        else:
+            ranks[layer.name] = rank
+    return ranks, dense
