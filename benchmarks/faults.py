@@ -46,10 +46,7 @@ from torch.optim import Optimizer
 
 from results_file import output_file
 from svd_optim import (
-    CheckpointError,
-    FactorizedLinear,
     LayerOverride,
-    LayerState,
     SubspaceAwareOptimizer,
     SubspaceConfig,
     Thresholds,
@@ -57,6 +54,9 @@ from svd_optim import (
     load_model,
     save_checkpoint,
 )
+from svd_optim.factors import FactorizedLinear
+from svd_optim.records import LayerState
+from svd_optim.storage import CheckpointError
 
 D_IN, HIDDEN, D_OUT = 40, 48, 36
 KINDS = ("adamw", "muon", "both")
@@ -69,7 +69,7 @@ TEACHER = torch.randn(D_IN, 4, generator=torch.Generator().manual_seed(99)) / D_
 
 
 class Net(nn.Module):
-    """Two layers that are followed, a head that is not, and dropout, so that random generators matter."""
+    """Two layers that are tracked, a head that is not, and dropout, so that random generators matter."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -98,8 +98,9 @@ class Run:
             seeded(seed)
         model = Net(changes.pop("dropout", 0.1)).to(dtype)
         settings: dict[str, Any] = {
-            "warmup": 40, "interval": 10, "cohort": 20, "descent_steps": 40, "measure_every": 5, "patience": 2,
-            "thresholds": Thresholds(angle_stable=0.9, capture_safe=0.01, reconstruction_safe=0.05),
+            "warmup_steps": 40, "analyze_every": 10, "cohort_steps": 20, "descent_steps": 40,
+            "measure_every": 5, "patience": 2,
+            "thresholds": Thresholds(drift_stable=0.9, capture_safe=0.01, reconstruction_safe=0.05),
             "overrides": {"*": LayerOverride(budget=0.5)},
         }  # fmt: skip
         config = SubspaceConfig(**(settings | changes))
@@ -333,7 +334,10 @@ def kills(count: int, rng: random.Random, folder: Path) -> Outcome:
     outcome = Outcome("kill -9")
     torn = 0
     for i in range(count):
-        with outcome.attempt(f"kill {i}"), child(save_for_ever, str(folder), "adamw") as (process, receiver):
+        with (
+            outcome.attempt(f"kill {i}"),
+            child(save_for_ever, str(folder), "adamw") as (process, receiver),
+        ):
             first = receiver.recv()
             time.sleep(rng.uniform(0, 0.15))
             process.kill()
@@ -527,7 +531,10 @@ def interrupts(count: int, rng: random.Random, folder: Path) -> Outcome:
     for i in range(count):
         kind = rng.choice(("adamw", "muon"))
         where = folder / str(i)
-        with outcome.attempt(f"{kind}, {i}"), child(save_when_interrupted, str(where), kind) as (process, receiver):
+        with (
+            outcome.attempt(f"{kind}, {i}"),
+            child(save_when_interrupted, str(where), kind) as (process, receiver),
+        ):
             receiver.recv()
             time.sleep(rng.uniform(0, 0.5))
             os.kill(process.pid, signal.SIGINT)

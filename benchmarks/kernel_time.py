@@ -260,7 +260,7 @@ def layer(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
                 optimizer = base
                 if way == "factors":
                     # No analyses: they are the business of step_time.py.
-                    config = SubspaceConfig(mode="manual", interval=10**6, measure_every=10**6, min_size=1,
+                    config = SubspaceConfig(mode="manual", analyze_every=10**6, measure_every=10**6, min_size=1,
                                             overrides={"*": LayerOverride(budget=0.5)})  # fmt: skip
                     optimizer = SubspaceAwareOptimizer(base, model, config)
                     optimizer.factorize_("all")

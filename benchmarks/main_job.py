@@ -34,24 +34,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
 from results_file import machine, output_file
-from svd_optim import (
-    Action,
-    LayerInfo,
-    LayerMetrics,
-    LayerState,
-    SubspaceAwareOptimizer,
-    SubspaceConfig,
-    Summary,
-    ThresholdPolicy,
-    Thresholds,
-)
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim.decisions import ThresholdPolicy
+from svd_optim.records import Action, LayerInfo, LayerMetrics, LayerState, Summary
 from train_gpt import SwitchWatch, bits_per_byte, build_optimizers, parse_arguments, warm_down
 
 MODES = ("bare", "observe", "auto")
 THRESHOLDS = {
     "default": Thresholds(),
-    "conservative": Thresholds.conservative(),
-    "lenient": Thresholds.lenient(),
+    "conservative": Thresholds.phase1(),
+    "lenient": Thresholds.phase1_proposed(),
 }
 
 
@@ -124,7 +116,7 @@ def starts(history: History, thresholds: Thresholds, rule: str, config: Subspace
     for name, metrics in history.metrics.items():
         info = LayerInfo(name=name, shape=history.shapes[name], rank=metrics[-1].rank)
         for i, latest in enumerate(metrics):
-            if latest.step < config.warmup or latest.step % config.cohort:
+            if latest.step < config.warmup_steps or latest.step % config.cohort_steps:
                 continue
             if policy.decide(info, LayerState.DENSE, metrics[: i + 1], thresholds).action != Action.HOLD:
                 first[name] = latest.step

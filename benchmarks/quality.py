@@ -44,8 +44,9 @@ from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
 from results_file import output_file
 from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
-from svd_optim import Event, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import LayerOverride, Listener, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.factors import tangent_step as factor_step
+from svd_optim.records import Event, LayerState
 from train_gpt import bits_per_byte, warm_down
 
 GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}
@@ -259,7 +260,7 @@ def schedule(steps: int) -> dict[str, int]:
         return {}
     share = steps / FULL_STEPS
     defaults = SubspaceConfig()
-    names = ("interval", "warmup", "descent_steps", "cohort", "guard_steps", "cooldown")
+    names = ("analyze_every", "warmup_steps", "descent_steps", "cohort_steps", "guard_steps", "cooldown_steps")
     return {name: max(1, round(getattr(defaults, name) * share)) for name in names}
 
 

@@ -117,9 +117,9 @@ class Ancestor:
         self.previous: dict[nn.Parameter, Tensor] = {}  # U_k (m, k) of the analysis before
 
     @torch.no_grad()
-    def analyse(self) -> list[dict[str, float]]:
+    def analyze(self) -> list[dict[str, float]]:
         """Principal and minor alignment, subspace angle and reconstruction error of each weight."""
-        return [self._analyse_one(W) for W in self.weights if W.grad is not None]
+        return [self._analyze_one(W) for W in self.weights if W.grad is not None]
 
     @staticmethod
     def projections(G: Tensor, U: Tensor, Vh: Tensor, k: int) -> Tensor:
@@ -128,7 +128,7 @@ class Ancestor:
         minor = U[:, k:] @ (U[:, k:].mT @ G @ Vh[k:].mT) @ Vh[k:]
         return torch.stack([principal.norm(), minor.norm()]) / G.norm()
 
-    def _analyse_one(self, W: nn.Parameter) -> dict[str, float]:
+    def _analyze_one(self, W: nn.Parameter) -> dict[str, float]:
         assert W.grad is not None
         U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
         G, k = W.grad.float(), self.rank

@@ -117,7 +117,7 @@ class Contestant:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if self.ancestor is not None and number % INTERVAL == INTERVAL - 1:
             begin = clock()
-            self.ancestor.analyse()
+            self.ancestor.analyze()
             self.analysing += clock() - begin
         for optimizer in self.optimizers:
             optimizer.step()
@@ -204,7 +204,7 @@ def measure(case: Case, rows: Sequence[str], intervals: int) -> dict[str, Any]:
 def phases(run: Contestant) -> dict[str, float]:
     """Seconds so far, by the wrapper's clock or the ancestor's."""
     if run.ancestor is not None:
-        return {"analyse": run.analysing}
+        return {"analyze": run.analysing}
     return dict(run.wrapper.summary().seconds) if run.wrapper is not None else {}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from svd_optim import Run, read_log
+from svd_optim.console import Run, read_log
 from svd_optim.console.plots import plot_run
 from svd_optim.console.tables import layer_table
 

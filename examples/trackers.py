@@ -19,7 +19,8 @@ import wandb
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from svd_optim import Event, Listener, SubspaceAwareOptimizer, SubspaceConfig, Summary
+from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.records import Event, Summary
 
 
 class TensorBoard(Listener):
@@ -47,11 +48,11 @@ class WeightsAndBiases(Listener):
 
 
 def train(folder: Path, steps: int) -> None:
-    """A network that learns a map of rank 6, followed by both trackers."""
+    """A network that learns a map of rank 6, tracked by both trackers."""
     torch.manual_seed(0)
     target = torch.randn(64, 6) @ torch.randn(6, 64) / 8
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
-    config = SubspaceConfig(warmup=20, interval=10, descent_steps=40, cohort=20)
+    config = SubspaceConfig(warmup_steps=20, analyze_every=10, descent_steps=40, cohort_steps=20)
     optimizer = SubspaceAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, config)
     with SummaryWriter(str(folder)) as writer, wandb.init(mode="offline", dir=folder, project="svd_optim") as run:
         optimizer.add_listener(TensorBoard(writer))

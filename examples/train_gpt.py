@@ -31,8 +31,10 @@ from torch import Tensor
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
-from svd_optim import ConsoleReport, LayerState, Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
-from svd_optim.console.tables import layer_table, summary_renderable
+from svd_optim import ConsoleReport, Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim.console.report import summary_renderable
+from svd_optim.console.tables import layer_table
+from svd_optim.records import LayerState
 
 PROMPTS = (
     "The capital of France is",
@@ -57,12 +59,12 @@ SHORT = {
     "threads": 1,  # matrices this small gain nothing from more, and lose much where cores are shared
 }
 SHORT_CONFIG = {
-    "thresholds": Thresholds(angle_stable=0.25, capture_safe=0.15),
-    "interval": 5,
-    "warmup": 20,
+    "thresholds": Thresholds(drift_stable=0.25, capture_safe=0.15),
+    "analyze_every": 5,
+    "warmup_steps": 20,
     "patience": 2,
     "descent_steps": 40,
-    "cohort": 40,
+    "cohort_steps": 40,
 }
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -281,7 +283,7 @@ def results(
         "seconds per step, mean": statistics.mean(record.step_seconds),
         "parameters of the matrices before": matrices_before,
         "parameters of the matrices after": sum(p.numel() for p in model.blocks.parameters()),
-        "layers followed": len(summary.layers) if summary else 0,
+        "layers tracked": len(summary.layers) if summary else 0,
         "layers switched": summary.count(LayerState.FACTORIZED) if summary else 0,
         "switch events": len(watch.switches),
         "largest jump of validation at an event, %": max((s.jump for s in watch.switches), default=None),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,19 +16,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import SubspaceConfig
-from .decisions import transitions
-from .factors import tangent_step as factor_step
-from .factors.linear import FactorizedLinear
 from .factors.surgery import saved_factors
 from .linalg import Basis
-from .records import Event, LayerMetrics, LayerReport, LayerState, Plan, Summary, break_even_rank, clean
-from .tracking.controller import Lifecycle
-from .tracking.descent import exact_bases
-from .tracking.inventory import watching_bytes
-from .tracking.layer import FollowedLayer
+from .records import Event, LayerMetrics, LayerReport, Plan, Summary, clean
+from .tracking import inventory, loading, manual, protecting
+from .tracking.controller import Controller
+from .tracking.layer import TrackedLayer
 from .tracking.listeners import Listener
 from .tracking.selection import select_layers
-from .tracking.transactions import uninterrupted
+from .tracking.step import BaseCall, StepInProgress
+from .tracking.transactions import transaction
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +54,6 @@ def wrappers_of(model: nn.Module) -> list[SubspaceAwareOptimizer]:
     hooks = [getattr(hook, "hook", hook) for hook in hooks]
     found = [hook.optimizer() for hook in hooks if isinstance(hook, _RestoreHook)]
     return [optimizer for optimizer in found if optimizer is not None]
-
-
-def _let_go(modules: list[nn.Module], owner: object) -> None:
-    """Give layers back their true gradients once their optimizer is gone."""
-    for module in modules:
-        if isinstance(module, FactorizedLinear) and module.owner is owner:
-            module.track_tangent(None)
 
 
 class SubspaceAwareOptimizer(Optimizer):
@@ -111,9 +99,9 @@ class SubspaceAwareOptimizer(Optimizer):
         self.base_optimizer = base_optimizer
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
         self.config = config or SubspaceConfig()
-        self._life = Lifecycle(base_optimizer, self.config)
+        self._controller = Controller(base_optimizer, self.config)
         self._init_hooks()
-        self._follow_layers(first=True)
+        self._track_layers(first=True)
         self._attach()
         for listener in listeners:
             self.add_listener(listener)
@@ -125,25 +113,25 @@ class SubspaceAwareOptimizer(Optimizer):
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
 
-    def _follow_layers(self, first: bool) -> None:
-        """Find the layers to follow; those already followed stay as they are."""
+    def _track_layers(self, first: bool) -> None:
+        """Find the layers to follow; those already tracked stay as they are."""
         selection = select_layers(self.model, self.param_groups, self.config)
         total = sum(len(group["params"]) for group in self.param_groups)
-        if first and selection.strangers:
-            listed = "; ".join(selection.strangers[:5]) + ("; ..." if len(selection.strangers) > 5 else "")
-            if len(selection.strangers) == total:
+        if first and selection.unknown:
+            listed = "; ".join(selection.unknown[:5]) + ("; ..." if len(selection.unknown) > 5 else "")
+            if len(selection.unknown) == total:
                 raise ValueError(
                     f"none of the optimizer's parameters is in the model: {listed}. Is it the right model?"
                 )
             logger.warning(
-                "%d parameters of the optimizer are not in the model: %s", len(selection.strangers), clean(listed)
+                "%d parameters of the optimizer are not in the model: %s", len(selection.unknown), clean(listed)
             )
-        self._life.follow(selection)
+        self._controller.track(selection)
         unused = [glob for glob in self.config.overrides if not any(fnmatchcase(name, glob) for name in self.layers)]
         if first and self.layers and unused:
-            logger.warning("overrides that match no followed layer: %s", clean(", ".join(unused)))
+            logger.warning("overrides that match no tracked layer: %s", clean(", ".join(unused)))
         if first and not self.layers:
-            reasons = "; ".join(f"{x.name}: {x.reason}" for x in selection.left_alone[:5]) or "it holds no matrix"
+            reasons = "; ".join(f"{x.name}: {x.reason}" for x in selection.skipped[:5]) or "it holds no matrix"
             logger.warning(
                 "no layer to follow in the optimizer's parameters (%s); it will only be passed through",
                 clean(reasons),
@@ -157,10 +145,11 @@ class SubspaceAwareOptimizer(Optimizer):
             if isinstance(hook, _RestoreHook) and hook.optimizer() is None:
                 del hooks[key]  # came along with a copy, and serves nobody
         self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
+        attachment = self._controller.attachment
         for layer in self.layers.values():
-            if layer.factored is not None:
-                self._life.own(layer)
-        weakref.finalize(self, _let_go, self._life.owned, self._life.owner).atexit = False
+            if layer.factorized:
+                attachment.attach(layer, self.steps)
+        attachment.detach_after(self)
 
     # ---- being an Optimizer ----------------------------------------------------------------
 
@@ -201,21 +190,21 @@ class SubspaceAwareOptimizer(Optimizer):
         self._attach()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of the base optimizer; layers among the new parameters are followed."""
+        """As of the base optimizer; layers among the new parameters are tracked."""
         self.base_optimizer.add_param_group(param_group)
-        self._follow_layers(first=False)
+        self._track_layers(first=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of the base optimizer; sketches of factorized layers are dropped too."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
-        self._life.drop_sketches()
+        self._controller.attachment.drop_sketches(list(self.layers.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, with one more key, ``"svd_optim"``: tensors and plain values only."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = dict(self.base_optimizer.state_dict())
-        state_dict["svd_optim"] = self._life.state_dict()
+        state_dict["svd_optim"] = loading.save_run(self._controller)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -236,16 +225,18 @@ class SubspaceAwareOptimizer(Optimizer):
         if own is None:
             self.base_optimizer.load_state_dict(base_state)
         else:
-            self._life.check_saved(own, base_state)
-            ranks = {name: saved["rank"] if saved["factorized"] else None for name, saved in own["layers"].items()}
-            self._life.restore_layers(ranks)
-            self.base_optimizer.load_state_dict(base_state)
-            self._life.load_state_dict(own)
+            run = self._controller
+            loading.check_saved(run, own, base_state)
+            modules = [layer.module for layer in self.layers.values()]
+            with transaction(modules, [run.base], run.records(), [run.journal]):
+                loading.restore_layers(run, loading.saved_ranks(own))
+                run.base.load_state_dict(base_state)
+                loading.load_run(run, own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _restore_structure(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Give followed layers the structure that a model's state dict has."""
+        """Give tracked layers the structure that a model's state dict has."""
         ranks: dict[str, int | None] = {}
         saved: dict[str, Basis] = {}
         dense: dict[str, tuple[torch.Tensor]] = {}
@@ -256,8 +247,8 @@ class SubspaceAwareOptimizer(Optimizer):
                 ranks[name], saved[name] = factors.S.numel(), factors
             elif f"{key}weight" in state_dict:
                 ranks[name], dense[name] = None, (state_dict[f"{key}weight"],)
-        self._life.release_unless_held({**saved, **dense})
-        self._life.restore_layers(ranks, saved)
+        protecting.release_unless_held(self._controller, {**saved, **dense})
+        loading.restore_layers(self._controller, ranks, saved)
 
     # ---- one step --------------------------------------------------------------------------
 
@@ -266,43 +257,21 @@ class SubspaceAwareOptimizer(Optimizer):
 
         A step without gradients, or with every learning rate 0, is the base optimizer's alone.
         """
-        life = self._life
-        entered: list[factor_step.Entered] | None = None
-        measured = [(layer, layer.cached, layer.sums, layer.outside) for layer in self.layers.values()]
-
-        def measure() -> None:
-            if life.has_gradients() and not factor_step.all_lr_zero(self.param_groups):
-                life.journal.start_clock()
-                with torch.no_grad():
-                    life.measure()
-
-        def enter() -> None:
-            nonlocal entered
-            if life.has_gradients() and not factor_step.all_lr_zero(self.param_groups):
-                shield.enter_context(uninterrupted())  # from here to the end of the step Ctrl-C has to wait
-                with torch.no_grad():
-                    entered = life.enter_factors()
-
-        with ExitStack() as shield:
-            try:
-                loss, done = self._base_step(closure, measure, enter)
-                if entered is not None:
-                    with torch.no_grad():
-                        life.leave_factors(entered)
-            except BaseException:
-                for layer, cached, sums, outside in measured:
-                    layer.cached, layer.sums, layer.outside = cached, sums, outside
-                with torch.no_grad():
-                    for batch in entered or ():
-                        batch.restore_()
-                raise
-            if entered is not None:
-                if closure is not None:
-                    life.guard.observe(loss)
-                with torch.no_grad():
-                    life.advance()
-            done()
-        life.journal.raise_deferred()
+        controller = self._controller
+        with StepInProgress(controller) as step:
+            base = BaseCall(step, closure)
+            if closure is None:
+                step.measure()
+            base.run_pre_hooks()
+            if closure is None:
+                step.enter_factors()
+            loss = base.run()  # where there is a closure it measures and enters, as soon as there are gradients
+            step.leave_factors()
+            if closure is not None:
+                controller.guard.observe(loss)
+            step.advance()
+            base.run_post_hooks()
+        controller.journal.raise_deferred()
         return loss
 
     def observe_loss(self, loss: torch.Tensor | float) -> None:
@@ -317,67 +286,10 @@ class SubspaceAwareOptimizer(Optimizer):
         Raises:
             TypeError: it is something else.
         """
-        if not self._life.guard.observe(loss):
+        if not self._controller.guard.observe(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
-    def _base_step(
-        self, closure: Callable[[], Any] | None, measure: Callable[[], None], enter: Callable[[], None]
-    ) -> tuple[Any, Callable[[], None]]:
-        """The base's bare step: ``measure`` comes as soon as there are gradients, ``enter`` before its update.
-
-        Its own hooks (the global ones already run around ours) see weights, and not what the base steps
-        on. Those that come after the step are given back, for its end.
-        """
-        base = self.base_optimizer
-        base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler that was built on the base looks at
-        step = type(base).step
-        calls = 0
-
-        def evaluate() -> Any:
-            nonlocal calls
-            assert closure is not None
-            calls += 1
-            if calls > 1:
-                self._note_reevaluation()
-            with torch.enable_grad():
-                loss = closure()
-            if calls == 1:  # afterwards: a closure brings its own backward pass
-                measure()
-                enter()
-            return loss
-
-        loss = None
-        hands_over = closure is not None and "closure" in inspect.signature(step).parameters
-        if closure is None:
-            measure()
-        args: tuple[Any, ...] = (base, evaluate) if hands_over else (base,)
-        kwargs: dict[str, Any] = {}
-        for pre_hook in base._optimizer_step_pre_hooks.values():
-            changed = pre_hook(base, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        if closure is None:
-            enter()
-        elif not hands_over:
-            loss = evaluate()
-        with self._life.journal.clock("base"):
-            result = getattr(step, "__wrapped__", step)(*args, **kwargs)
-
-        def done() -> None:
-            for post_hook in base._optimizer_step_post_hooks.values():
-                post_hook(base, args, kwargs)
-
-        return result if hands_over or closure is None else loss, done
-
-    def _note_reevaluation(self) -> None:
-        self._life.reevaluates = True
-        if any(layer.factored is not None for layer in self.layers.values()):
-            raise RuntimeError(
-                f"{type(self.base_optimizer).__name__} evaluated its closure more than once in a step, which can't "
-                f"be done inside factors: use SubspaceConfig(mode='observe'), or merge_('all') before such steps"
-            )
-
-    # ---- by hand ---------------------------------------------------------------------------
+    # ---- changing layers directly ---------------------------------------------------------------------------
 
     def factorize_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
         """Factorize layers now, whatever the policy says: truncates at once, without a descent.
@@ -395,44 +307,9 @@ class SubspaceAwareOptimizer(Optimizer):
             ValueError: no layer matches, a rank is out of range, not below break-even or too low for a
                 protected block, or a weight holds NaN or Inf. Nothing was changed.
         """
-        chosen = [layer for layer in self._by_name(layers, "factorize_") if layer.factored is None]
-        for layer in chosen:
-            if rank is None and layer.cached is None and layer.energy_target is not None:
-                self._life.tracker.update_energy_rank(layer)
-            k = layer.rank if rank is None else rank
-            if isinstance(k, bool) or not isinstance(k, int):
-                raise TypeError(f"factorize_: rank must be an integer, got {k!r}")
-            if not 1 <= k < break_even_rank(*layer.shape):
-                raise ValueError(
-                    f"factorize_: layer {layer.name!r} of shape {layer.shape} can't have rank {k}: ranks from 1 to "
-                    f"below break-even ({break_even_rank(*layer.shape):.1f}) make it smaller"
-                )
-            reason = self._life.base_reason(layer)
-            if reason:
-                raise RuntimeError(f"factorize_: layer {layer.name!r} can't be factorized: {reason}")
-        old_ranks = {layer.name: layer.rank for layer in chosen}
-        for layer in chosen:
-            layer.rank = layer.rank if rank is None else rank
-        with torch.no_grad():
-            bases, errors = exact_bases(chosen)
-            crowded = self._life.keep_blocks_(bases, errors)
-        broken = [name for name, error in errors.items() if error == float("inf")]
-        problem = ""
-        if broken:
-            problem = f"the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
-        elif crowded:
-            problem = (
-                f"rank {self.layers[crowded[0]].rank} can't hold the protected block of layer {crowded[0]!r}; "
-                f"release_ it first, or give a higher rank"
-            )
-        if problem:
-            for layer in chosen:
-                layer.rank = old_ranks[layer.name]
-            raise ValueError(f"factorize_: {problem}")
-        self._life.switch(bases, (), errors, transitions.BY_HAND)
-        self._life.forget_decisions(bases)
-        self._life.journal.raise_deferred()
-        return list(bases)
+        names = manual.factorize(self._controller, layers, rank)
+        self._controller.journal.raise_deferred()
+        return names
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """Make factorized layers dense again now, with their moments; a descent under way is called off.
@@ -447,16 +324,9 @@ class SubspaceAwareOptimizer(Optimizer):
             RuntimeError: in observe mode.
             ValueError: no layer matches.
         """
-        chosen = self._by_name(layers, "merge_")
-        for layer in chosen:
-            if layer.state == LayerState.DESCENDING:
-                self._life.end_descent(layer, LayerState.DENSE)
-                self._life.journal.emit(transitions.descent_stopped(self.steps, layer.name, transitions.BY_HAND))
-        merges = [layer for layer in chosen if layer.factored is not None]
-        self._life.switch({}, merges, {}, transitions.BY_HAND)
-        self._life.forget_decisions(layer.name for layer in chosen)
-        self._life.journal.raise_deferred()
-        return [layer.name for layer in merges]
+        names = manual.merge(self._controller, layers)
+        self._controller.journal.raise_deferred()
+        return names
 
     def protect_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
         """Keep the principal blocks of layers from moving, from now until :meth:`release_`.
@@ -480,26 +350,9 @@ class SubspaceAwareOptimizer(Optimizer):
             ValueError: no layer matches, a rank is out of range, or a weight holds NaN or Inf. Nothing
                 was changed.
         """
-        chosen = self._by_name(layers, "protect_")
-        for layer in chosen:
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-                raise TypeError(f"protect_: rank must be an integer, got {rank!r}")
-            if rank is not None and not 1 <= rank <= min(layer.shape):
-                raise ValueError(
-                    f"protect_: layer {layer.name!r} of shape {layer.shape} can't have rank {rank}: give 1 to "
-                    f"{min(layer.shape)}"
-                )
-            if rank is not None and layer.factored is not None and rank > layer.rank:
-                raise ValueError(
-                    f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, no more than which can be "
-                    f"protected; merge_ it first, or give a lower rank"
-                )
-            if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
-                raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
-        for layer in chosen:
-            self._life.protect_by_hand(layer, rank)
-        self._life.journal.raise_deferred()
-        return [layer.name for layer in chosen]
+        names = manual.protect(self._controller, layers, rank)
+        self._controller.journal.raise_deferred()
+        return names
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """End the protection of layers, whoever began it.
@@ -513,50 +366,35 @@ class SubspaceAwareOptimizer(Optimizer):
             RuntimeError: in observe mode.
             ValueError: no layer matches.
         """
-        chosen = [layer for layer in self._by_name(layers, "release_") if layer.anchor is not None]
-        for layer in chosen:
-            self._life.protect(layer, False, transitions.BY_HAND, by_hand=True)
-        self._life.journal.raise_deferred()
-        return [layer.name for layer in chosen]
+        names = manual.release_layers(self._controller, layers)
+        self._controller.journal.raise_deferred()
+        return names
 
-    def _by_name(self, layers: str | Iterable[str], method: str) -> list[FollowedLayer]:
-        if self.config.mode == "observe":
-            raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        chosen: dict[str, FollowedLayer] = {}
-        for pattern in patterns:
-            matches = [n for n in self.layers if pattern == "all" or n == pattern or fnmatchcase(n, pattern)]
-            if not matches:
-                followed = ", ".join(list(self.layers)[:5]) or "none"
-                raise ValueError(f"{method}: no followed layer matches {pattern!r}; followed: {followed}, ...")
-            chosen.update((name, self.layers[name]) for name in matches)
-        return list(chosen.values())
-
-    # ---- looking ---------------------------------------------------------------------------
+    # ---- reading ---------------------------------------------------------------------------
 
     def add_listener(self, listener: Listener) -> None:
         """Call ``listener`` from now on. Listeners are not copied, pickled or saved with the optimizer."""
         listener.on_start(self)
-        self._life.journal.listeners.append(listener)
+        self._controller.journal.listeners.append(listener)
 
     def plan(self) -> Plan:
-        """How the parameter budget is spread over the layers as of now: ``svd_optim.report`` renders it.
+        """How the parameter budget is allocated as of now: ``rich.print`` and notebooks show it as a table.
 
         Revised until a layer starts its descent. Before anything was measured it is nearly uniform.
         """
-        return self._life.plan()
+        return self._controller.plan()
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes that watching each followed layer keeps resident, besides weight, gradient and optimizer state."""
-        return {name: watching_bytes(layer) for name, layer in self.layers.items()}
+        """Bytes that monitoring each tracked layer keeps resident, besides weight, gradient and optimizer state."""
+        return {name: inventory.monitoring_bytes(layer) for name, layer in self.layers.items()}
 
     def why(self) -> list[LayerReport]:
         """Per layer: state, the condition that blocks, its value, threshold and distance."""
-        return [self._life.layer_report(layer) for layer in self.layers.values()]
+        return [inventory.report(layer, self.base_optimizer) for layer in self.layers.values()]
 
     def summary(self) -> Summary:
-        """The run as of now, as a plain record; ``svd_optim.report`` renders it."""
-        return self._life.summary()
+        """The run as of now, as a plain record; ``rich.print`` and notebooks show it as a table."""
+        return self._controller.summary()
 
     def metrics(self) -> dict[str, float]:
         """What the last analysis found, as one flat dict of numbers: see :meth:`Summary.metrics`.
@@ -572,10 +410,10 @@ class SubspaceAwareOptimizer(Optimizer):
             By the metric's name, (analyses,) in float64, on the CPU. The last 64 are kept.
 
         Raises:
-            KeyError: no such layer is followed.
+            KeyError: no such layer is tracked.
         """
         if layer not in self.layers:
-            raise KeyError(f"no followed layer is called {layer!r}; followed: {', '.join(list(self.layers)[:5])}, ...")
+            raise KeyError(f"no tracked layer is called {layer!r}; tracked: {', '.join(list(self.layers)[:5])}, ...")
         rows = [vars(metrics) for metrics in self.layers[layer].history]
         names = [field.name for field in fields(LayerMetrics)]
         return {
@@ -584,16 +422,16 @@ class SubspaceAwareOptimizer(Optimizer):
         }
 
     @property
-    def layers(self) -> dict[str, FollowedLayer]:
-        """The followed layers by name, with their cached bases."""
-        return self._life.layers
+    def layers(self) -> dict[str, TrackedLayer]:
+        """The tracked layers by name, with their cached bases."""
+        return self._controller.layers
 
     @property
     def events(self) -> list[Event]:
         """Everything that happened to the layers, oldest first."""
-        return self._life.journal.events
+        return self._controller.journal.events
 
     @property
     def steps(self) -> int:
         """Steps that counted: with gradients and a learning rate above 0."""
-        return self._life.steps
+        return self._controller.steps

@@ -11,14 +11,15 @@ from muon import SingleDeviceMuonWithAuxAdam
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from svd_optim import FactorizedLinear, LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim.factors import FactorizedLinear
 
 optim = torch.optim
 D_IN, HIDDEN, D_OUT = 48, 64, 40
 
 
 class Net(nn.Module):
-    """Two layers that are followed by default ("up", "mid"), one that is not ("head")."""
+    """Two layers that are tracked by default ("up", "mid"), one that is not ("head")."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -158,11 +159,11 @@ MEASURED_ONLY: dict[str, Callable[[nn.Module], Optimizer]] = {
 # A share of its own for each layer: no plan moves its rank.
 EACH: dict[str, Any] = {"overrides": {"*": LayerOverride(budget=0.5)}}
 # Every layer goes through its whole life in 90 steps: dense to 40, descending to 80.
-THRESHOLDS = Thresholds(angle_stable=0.5, capture_safe=0.1)
+THRESHOLDS = Thresholds(drift_stable=0.5, capture_safe=0.1)
 QUICK: dict[str, Any] = {
-    "warmup": 20,
-    "interval": 10,
-    "cohort": 20,
+    "warmup_steps": 20,
+    "analyze_every": 10,
+    "cohort_steps": 20,
     "descent_steps": 40,
     "measure_every": 5,
     "patience": 2,
@@ -181,7 +182,7 @@ def quick(**changes: Any) -> SubspaceConfig:
 
 
 def manual(**changes: Any) -> SubspaceConfig:
-    return _with_shares({"mode": "manual", "interval": 5, "measure_every": 1}, changes)
+    return _with_shares({"mode": "manual", "analyze_every": 5, "measure_every": 1}, changes)
 
 
 def make(base: str, config: SubspaceConfig | None = None, **net_args: Any) -> tuple[Net, SubspaceAwareOptimizer]:

@@ -10,9 +10,9 @@ from helpers import PARALLEL, Parallel
 from test_report import layer as full_layer
 from test_report import summary as full_summary
 
-from svd_optim import Action, Condition, Decision, LayerState, Listener, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.decisions.alerts import REST, SURE, WINDOW, Alert, AlertWatch, Level, trend
-from svd_optim.records import LayerMetrics, LayerReport, Summary
+from svd_optim.records import Action, Condition, Decision, LayerMetrics, LayerReport, LayerState, Summary
 
 
 def report(
@@ -24,7 +24,7 @@ def report(
     danger: bool = False,
     state: LayerState = LayerState.DENSE,
 ) -> LayerReport:
-    stable = Condition(name="stable", value=drift, threshold=0.3, above=False, margin=0.05)
+    stable = Condition(name="drift_stable", value=drift, threshold=0.3, above=False, margin=0.05)
     attack = Condition(name="danger", value=excess, threshold=0.4, above=True, margin=0.05)
     decision = Decision(action=action, reason="because", conditions=(stable,), danger=danger, attack=attack)
     metrics = LayerMetrics(step=step, rank=42, measured=4, subspace_drift=drift, principal_excess=excess)
@@ -55,7 +55,7 @@ def test_each_crossing_is_told_once(seed: int):
     rng = random.Random(seed)
     drifts = [rng.choice([0.9, 0.31, 0.28, 0.1]) for _ in range(rng.randrange(1, 60))]
     alerts = told(AlertWatch(), [report(drift=x) for x in drifts])
-    near = [alert for alert in alerts if alert.kind == "near stable"]
+    near = [alert for alert in alerts if alert.kind == "near drift_stable"]
     assert len(near) == zone_entries([abs(x - 0.3) < 0.05 for x in drifts])
     assert all(alert.level == Level.WARNING and alert.threshold == 0.3 for alert in near)
 
@@ -87,10 +87,10 @@ def test_a_line_tells_the_exact_steps_to_its_threshold(seed: int):
     values = [end + slope * (steps[WINDOW - 1] - step) for step in steps]
     watch = AlertWatch()
     alerts = [a for step, x in zip(steps, values, strict=True) for a in watch.update(at(step, report(drift=x)))]
-    first = next(alert for alert in alerts if alert.kind == "towards stable")
+    first = next(alert for alert in alerts if alert.kind == "towards drift_stable")
     assert first.step == steps[WINDOW - 1] and first.level == Level.INFO
     assert first.steps == pytest.approx((end - 0.3) / slope, rel=1e-6)
-    assert sum(alert.kind == "towards stable" for alert in alerts) == 1
+    assert sum(alert.kind == "towards drift_stable" for alert in alerts) == 1
     watch = AlertWatch()
     away = [a for step, x in zip(steps, reversed(values), strict=True) for a in watch.update(at(step, report(drift=x)))]
     assert not [alert for alert in away if alert.level == Level.INFO]
@@ -141,7 +141,7 @@ class Keep(Listener):
 def test_a_run_tells_its_listeners():
     model = Parallel(0, low=3, middle=8, high=40)
     keep = Keep()
-    config = SubspaceConfig(warmup=20, interval=5, descent_steps=40, cohort=20, patience=2)
+    config = SubspaceConfig(warmup_steps=20, analyze_every=5, descent_steps=40, cohort_steps=20, patience=2)
     optimizer = SubspaceAwareOptimizer(PARALLEL["muon"](model), model, config, listeners=[keep])
     model.train_on(optimizer, range(200))
     assert keep.alerts == keep.again and keep.alerts

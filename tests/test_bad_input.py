@@ -29,7 +29,8 @@ from helpers import (
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from svd_optim import FactorizedLinear, LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.factors import FactorizedLinear
 
 # ---- the constructor -------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ def test_everything_that_is_left_alone_is_listed_with_its_reason() -> None:
     model = Zoo()
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quick())
     assert list(optimizer.layers) == ["good"]
-    found = {entry.name: entry for entry in optimizer.summary().left_alone}
+    found = {entry.name: entry for entry in optimizer.summary().skipped}
     expected = {
         "tok.weight": ("Embedding", (64, 48)),
         "twin_a.weight": ("tied to twin_b.weight", (48, 48)),
@@ -159,7 +160,7 @@ def test_a_tied_head_with_the_tie_on_the_linear_first() -> None:
     model = Tied()
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quick())
     assert list(optimizer.layers) == ["body"]
-    assert {e.name: e.reason for e in optimizer.summary().left_alone} == {"out.weight": "tied to tok.weight"}
+    assert {e.name: e.reason for e in optimizer.summary().skipped} == {"out.weight": "tied to tok.weight"}
 
 
 def test_a_layer_frozen_after_wrapping_stays_as_it_is() -> None:
@@ -182,7 +183,7 @@ def test_nonfinite_gradient_goes_on_as_the_base_would(base: str, bad: float) -> 
         model = net()
         optimizer = BASES[base](model)
         if wrap:
-            optimizer = SubspaceAwareOptimizer(optimizer, model, quick(warmup=1000, measure_every=1))
+            optimizer = SubspaceAwareOptimizer(optimizer, model, quick(warmup_steps=1000, measure_every=1))
         for step in range(25):
             model.zero_grad()
             loss_of(model, step).backward()
@@ -198,7 +199,7 @@ def test_nonfinite_gradient_goes_on_as_the_base_would(base: str, bad: float) -> 
 
 
 def test_nonfinite_gradient_is_not_measured_and_the_basis_is_kept(caplog: pytest.LogCaptureFixture) -> None:
-    model, optimizer = make("sgd", quick(measure_every=1, warmup=1000))
+    model, optimizer = make("sgd", quick(measure_every=1, warmup_steps=1000))
 
     def mend(base: torch.optim.Optimizer, *_: Any) -> None:  # a guard that many training loops have
         for group in base.param_groups:
@@ -223,7 +224,7 @@ def test_nonfinite_gradient_is_not_measured_and_the_basis_is_kept(caplog: pytest
 
 
 def test_nonfinite_weight_keeps_the_basis_and_can_be_mended() -> None:
-    model, optimizer = make("sgd", quick(warmup=1000))
+    model, optimizer = make("sgd", quick(warmup_steps=1000))
     train(model, optimizer, 10)
     basis = frozen_copy(list(optimizer.layers["up"].basis))
     saved = model.up.weight.detach().clone()
@@ -376,7 +377,7 @@ def test_thin_matrices_are_left_alone_or_handled(shape: tuple[int, int], caplog:
         check_factors(model)
     if min(shape) == 1:
         assert not optimizer.layers
-        [entry] = optimizer.summary().left_alone
+        [entry] = optimizer.summary().skipped
         assert "not even rank 1" in entry.reason and entry.shape == shape
     else:
         [row] = optimizer.why()
@@ -539,7 +540,7 @@ def test_sparse_gradient_stops_following_and_says_so() -> None:
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quick())
     optimizer.step()
     assert list(optimizer.layers) == ["up"]
-    assert "sparse" in {entry.name: entry.reason for entry in optimizer.summary().left_alone}["mid.weight"]
+    assert "sparse" in {entry.name: entry.reason for entry in optimizer.summary().skipped}["mid.weight"]
     assert [(event.layer, event.kind) for event in optimizer.events] == [("mid", "unsupported")]
 
 

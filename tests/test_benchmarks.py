@@ -26,7 +26,7 @@ import forgetting
 import quality
 import results_file
 import thresholds
-from svd_optim import Event
+from svd_optim.records import Event
 
 # ---- the corpus ------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The parameter budget: one share for all followed layers together, spread by what each would lose."""
+"""The parameter budget: one share for all tracked layers together, spread by what each would lose."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from svd_optim import LayerOverride, LayerState, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.decisions import planner
-from svd_optim.records import Plan, largest_useful_rank
+from svd_optim.records import LayerState, Plan, largest_useful_rank
 
 STARTED = (LayerState.DESCENDING, LayerState.FACTORIZED)
 
@@ -57,7 +57,7 @@ def ranks(plan: Plan) -> dict[str, int | None]:
 
 
 def numbers_in(model: nn.Module, optimizer: SubspaceAwareOptimizer) -> int:
-    """Of the followed layers, counted in the modules themselves."""
+    """Of the tracked layers, counted in the modules themselves."""
     layers = [model.get_submodule(name) for name in optimizer.layers]
     return sum(p.numel() for layer in layers for name, p in layer.named_parameters() if name != "bias")
 
@@ -126,7 +126,7 @@ def test_what_is_decided_elsewhere_counts_as_fixed() -> None:
     optimizer.merge_("blocks.2")
     optimizer.release_("blocks.3")
     fixed = {layer.name: (layer.rank, layer.fixed) for layer in optimizer.plan().layers}
-    assert fixed["blocks.2"] == (None, "came back") and fixed["blocks.3"][1] == ""
+    assert fixed["blocks.2"] == (None, "reverted") and fixed["blocks.3"][1] == ""
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_layer_whose_gradient_has_full_rank_stays_dense_while_others_shrink(ba
     config = quick(
         budget=0.7,
         seed=seed,
-        thresholds=Thresholds(angle_stable=0.5, capture_safe=0.1, reconstruction_safe=0.05),
+        thresholds=Thresholds(drift_stable=0.5, capture_safe=0.1, reconstruction_safe=0.05),
     )
     optimizer = SubspaceAwareOptimizer(PARALLEL[base](model), model, config)
     assert ranks(optimizer.plan())["full"] is not None or ranks(optimizer.plan())["one"] is not None
@@ -221,7 +221,7 @@ def test_the_plan_follows_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(planner, "FLOOR", 0.3)
     model = Parallel(0, noise=0.02, a=2, b=48)
     model.teachers["b"] = isotropic(0)
-    optimizer = SubspaceAwareOptimizer(PARALLEL["adamw"](model), model, quick(budget=0.5, warmup=1000))
+    optimizer = SubspaceAwareOptimizer(PARALLEL["adamw"](model), model, quick(budget=0.5, warmup_steps=1000))
     start = weights(model)
     ends = []
     for steps in (range(40), range(40, 100)):
@@ -242,7 +242,7 @@ def test_ranks_are_revised_until_a_layer_starts_its_descent_and_not_after(base: 
     model.teachers["full"] = isotropic(1)
     # Looking at ranks alone: capture_held = 0 holds no layer back, so none grows.
     thresholds = Thresholds(
-        angle_stable=0.5, capture_safe=0.001, capture_held=0.0, capture_lost=0.0, reconstruction_safe=0.05
+        drift_stable=0.5, capture_safe=0.001, capture_held=0.0, capture_lost=0.0, reconstruction_safe=0.05
     )
     optimizer = SubspaceAwareOptimizer(PARALLEL[base](model), model, quick(budget=0.5, thresholds=thresholds))
     seen: dict[str, set[int]] = {name: set() for name in optimizer.layers}
@@ -310,7 +310,7 @@ def test_observe_is_bitwise_the_bare_optimizer_whatever_the_plan(base: str) -> N
 
 
 def test_manual_mode_factorizes_by_the_plan() -> None:
-    model, optimizer = make("adamw", SubspaceConfig(mode="manual", interval=5, measure_every=1, budget=0.4))
+    model, optimizer = make("adamw", SubspaceConfig(mode="manual", analyze_every=5, measure_every=1, budget=0.4))
     train(model, optimizer, 20)
     planned = ranks(optimizer.plan())
     optimizer.factorize_("all")
@@ -323,4 +323,4 @@ def test_an_override_that_matches_nothing_is_named(caplog: pytest.LogCaptureFixt
     name = next(n for n, module in model.named_modules() if isinstance(module, nn.Linear))
     overrides = {"nomatch.*": LayerOverride(rank=3), name: LayerOverride(rank=3)}
     SubspaceAwareOptimizer(BASES["adamw"](model), model, SubspaceConfig(overrides=overrides))
-    assert [r.getMessage() for r in caplog.records] == ["overrides that match no followed layer: nomatch.*"]
+    assert [r.getMessage() for r in caplog.records] == ["overrides that match no tracked layer: nomatch.*"]

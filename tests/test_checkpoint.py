@@ -28,20 +28,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from faults import KINDS, STAGES, Run, copied, digest, kills, leftovers, resumes, same, writers
-from svd_optim import (
-    CheckpointError,
-    FactorizedLinear,
-    LayerState,
-    SubspaceAwareOptimizer,
-    SubspaceConfig,
-    export_dense,
-    export_safetensors,
-    factorize_,
-    load_checkpoint,
-    load_model,
-    restore_on_load_,
-    save_checkpoint,
-)
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, export_dense, load_checkpoint, load_model, save_checkpoint
+from svd_optim.factors import FactorizedLinear, factorize_, restore_on_load_
+from svd_optim.records import LayerState
+from svd_optim.storage import CheckpointError, export_safetensors
 from svd_optim.storage.files import decode, encode
 
 # ---- going on --------------------------------------------------------------------------------------
@@ -190,12 +180,12 @@ def test_load_model_while_an_optimizer_follows_it(tmp_path: Path) -> None:
         assert same(copied(run.model.state_dict()), copied(other.model.state_dict()))
         other.train(steps + 15)
         check_factors(other.model)
-        assert other.factorized() == 2 and all(layer.factored for layer in other.wrapper.layers.values())
+        assert other.factorized() == 2 and all(layer.factors for layer in other.wrapper.layers.values())
     part = nn.Sequential(Run.new("adamw", seed=7).model)
     inner = SubspaceAwareOptimizer(torch.optim.SGD(part.parameters(), lr=0.1), part[0], quick())
     save_checkpoint(tmp_path / "outer", nn.Sequential(run.model), [])
     load_model(tmp_path / "outer", part)
-    assert all(layer.factored for layer in inner.layers.values())
+    assert all(layer.factors for layer in inner.layers.values())
 
 
 def test_export_dense_is_an_ordinary_model(tmp_path: Path) -> None:
@@ -395,7 +385,7 @@ def test_a_state_with_nan_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_observe_mode_loads_what_observe_mode_saved(tmp_path: Path) -> None:
-    config = SubspaceConfig(mode="observe", interval=5, warmup=5)
+    config = SubspaceConfig(mode="observe", analyze_every=5, warmup_steps=5)
     model = net()
     optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, config)
     train(model, optimizer, 12)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from faults import Fuzzer, Run, bad_folders, full_disks, mutate_bytes, same, sign
-from svd_optim import CheckpointError, SubspaceAwareOptimizer, load_model, save_checkpoint
+from svd_optim import SubspaceAwareOptimizer, load_model, save_checkpoint
+from svd_optim.storage import CheckpointError
 
 Body = dict[str, Any]
 

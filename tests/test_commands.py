@@ -18,10 +18,12 @@ import torch
 from helpers import PARALLEL, Parallel
 from safetensors.torch import save_file
 
-from svd_optim import LayerState, RunLog, SubspaceAwareOptimizer, SubspaceConfig, read_log
+from svd_optim import RunLog, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.console import read_log
 from svd_optim.console.commands import main
+from svd_optim.records import LayerState
 
-FAST: dict[str, Any] = {"warmup": 20, "interval": 5, "descent_steps": 40, "cohort": 20, "patience": 2}
+FAST: dict[str, Any] = {"warmup_steps": 20, "analyze_every": 5, "descent_steps": 40, "cohort_steps": 20, "patience": 2}
 Run = Callable[..., str]
 
 
@@ -108,14 +110,14 @@ def test_the_replay_of_a_run_is_the_run(log: Path, run: Run):
 
 
 def test_the_replay_with_other_thresholds(log: Path, run: Run):
-    found = json.loads(run("replay", log, "--thresholds", "angle_stable=0", "--json"))
+    found = json.loads(run("replay", log, "--thresholds", "drift_stable=0", "--json"))
     assert not [event for event in found["events"] if event["kind"] == "descend"]
-    assert found["config"]["thresholds"]["angle_stable"] == 0
-    out = run("replay", log, "--thresholds", "conservative", "capture_safe=0.99")
+    assert found["config"]["thresholds"]["drift_stable"] == 0
+    out = run("replay", log, "--thresholds", "phase1", "capture_safe=0.99")
     assert re.search(r"^\w+ .*–  from \d+ *$", out, re.MULTILINE), out
     later = json.loads(run("replay", log, "--set", "patience=9", "--json"))
     assert later["config"]["patience"] == 9 and later["not_in_replay"]
-    for words in (["--thresholds", "nonsense=1"], ["--thresholds", "angle_stable=x"], ["--set", "interval=1"],
+    for words in (["--thresholds", "nonsense=1"], ["--thresholds", "drift_stable=x"], ["--set", "analyze_every=1"],
                   ["--set", "patience"], ["--set", "patience=-1"], ["--set", "rule=x"],
                   ["--thresholds", "capture_safe=7"]):  # fmt: skip
         error = run("replay", log, *words, status=2)
@@ -193,7 +195,7 @@ def test_watch_follows_a_run_and_ends_with_control_c(tmp_path: Path):
     )  # fmt: skip
     assert watching.stdout is not None
     assert watching.stdout.readline().startswith("waiting for")
-    path.touch()  # as a run does that has not analysed yet
+    path.touch()  # as a run does that has not analyzed yet
     time.sleep(1)
     record(path, steps=120)
     time.sleep(3)

@@ -40,7 +40,9 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR
 
-from svd_optim import Action, Decision, FactorizedLinear, LayerState, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.factors import FactorizedLinear
+from svd_optim.records import Action, Decision, LayerState
 
 
 def aligned(model: nn.Module, optimizer: Optimizer) -> None:
@@ -195,7 +197,7 @@ def test_scheduler_on_the_base_works_too() -> None:
 def test_grad_scaler_unscales_and_skips_steps_with_inf(base: str, factors: bool) -> None:
     ends: list[dict[str, Tensor]] = []
     for scaled in (False, True):
-        model, optimizer = make(base, manual(interval=6))
+        model, optimizer = make(base, manual(analyze_every=6))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled, growth_interval=100)
         if factors:
             optimizer.factorize_("all")
@@ -229,7 +231,7 @@ def test_clipping_and_accumulation_are_bitwise_the_bare_ones_before_a_switch() -
         model = net()
         optimizer: Optimizer = BASES["adamw"](model)
         if wrap:
-            optimizer = SubspaceAwareOptimizer(optimizer, model, quick(warmup=1000))
+            optimizer = SubspaceAwareOptimizer(optimizer, model, quick(warmup_steps=1000))
         norms = []
         for step in range(25):
             optimizer.zero_grad()
@@ -243,7 +245,7 @@ def test_clipping_and_accumulation_are_bitwise_the_bare_ones_before_a_switch() -
 
 
 def test_accumulated_factor_gradients_are_those_of_the_whole_batch() -> None:
-    model, optimizer = make("sgd", manual(interval=1))
+    model, optimizer = make("sgd", manual(analyze_every=1))
     optimizer.factorize_("all")
     (x1, y1), (x2, y2) = batch(0), batch(1)
     grads = []
@@ -266,7 +268,7 @@ def test_closure_runs_once_with_grad_and_gives_its_loss(base: str) -> None:
         model = net()
         optimizer = BASES[base](model)
         if wrap:
-            optimizer = SubspaceAwareOptimizer(optimizer, model, quick(measure_every=1, warmup=1000))
+            optimizer = SubspaceAwareOptimizer(optimizer, model, quick(measure_every=1, warmup_steps=1000))
         calls = 0
         for step in range(20):
 
@@ -401,8 +403,8 @@ RESUME: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 def resumable(base: str, seed: int, dtype: torch.dtype) -> tuple[Net, SubspaceAwareOptimizer]:
     model = net(seed, dtype=dtype)
-    config = quick(warmup=40, cohort=40) if base != "sgd" else quick(warmup=40)
-    config = replace(config, thresholds=replace(config.thresholds, angle_stable=0.7))  # so small a net never settles
+    config = quick(warmup_steps=40, cohort_steps=40) if base != "sgd" else quick(warmup_steps=40)
+    config = replace(config, thresholds=replace(config.thresholds, drift_stable=0.7))  # so small a net never settles
     return model, SubspaceAwareOptimizer(RESUME[base](model), model, config)
 
 
@@ -507,7 +509,7 @@ def test_state_dict_of_the_bare_optimizer_loads() -> None:
     bare_model = net()
     bare = BASES["adamw"](bare_model)
     train(bare_model, bare, 5)
-    model, optimizer = make("adamw", quick(warmup=1000), seed=4)
+    model, optimizer = make("adamw", quick(warmup_steps=1000), seed=4)
     model.load_state_dict(bare_model.state_dict())
     optimizer.load_state_dict(copy.deepcopy(bare.state_dict()))
     train(bare_model, bare, range(5, 12))
@@ -583,11 +585,11 @@ def test_mismatched_state_is_a_value_error_and_changes_nothing(case: str) -> Non
 
 
 def test_distributed_checkpoint_helpers() -> None:
-    model, optimizer = make("adamw", quick(warmup=1000))
+    model, optimizer = make("adamw", quick(warmup_steps=1000))
     train(model, optimizer, 12)
     saved = get_optimizer_state_dict(model, optimizer)
     assert set(saved["state"]) == {name for name, _ in model.named_parameters()}
-    other_model, other = make("adamw", quick(warmup=1000), seed=3)
+    other_model, other = make("adamw", quick(warmup_steps=1000), seed=3)
     other_model.load_state_dict(model.state_dict())
     set_optimizer_state_dict(other_model, other, copy.deepcopy(saved))  # one step with zero gradients and lr 0
     assert other.steps == 0 and other.param_groups[0]["lr"] == 3e-3
@@ -654,7 +656,7 @@ def test_copies_train_alike_and_apart(how: str, at: int) -> None:
 
 @pytest.mark.parametrize("how", COPIERS)
 def test_copies_measure_alike(how: str) -> None:
-    model, optimizer = make("adamw", manual(interval=10))
+    model, optimizer = make("adamw", manual(analyze_every=10))
     optimizer.factorize_("up")
     train(model, optimizer, 13)  # between two analyses
     model2, optimizer2 = COPIERS[how]((model, optimizer))
@@ -715,7 +717,7 @@ def test_compiled_model_trains_across_switches() -> None:
         torch._dynamo.reset()
         model = net()
         run = torch.compile(model, backend="aot_eager") if compiled else model
-        optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), run, manual(interval=4))
+        optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), run, manual(analyze_every=4))
         assert list(optimizer.layers) == ["up", "mid"]
         for step in range(12):
             if step == 4:
@@ -906,7 +908,9 @@ class Eager:
 @pytest.mark.parametrize("kind", ["no gradients", "lr 0"])
 @pytest.mark.parametrize("base", ["sgd_nesterov", "adamw", "muon"])
 def test_empty_steps_measure_and_decide_nothing(base: str, kind: str, factors: bool) -> None:
-    model, optimizer = make(base, quick(policy=Eager(), interval=1, cohort=1, measure_every=1, mode="manual"))
+    model, optimizer = make(
+        base, quick(policy=Eager(), analyze_every=1, cohort_steps=1, measure_every=1, mode="manual")
+    )
     train(model, optimizer, 3)
     if factors:
         optimizer.factorize_("all")
@@ -1009,7 +1013,7 @@ def test_checkpoint_of_what_is_around_the_model_restores_the_structure(around: s
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
-    model, optimizer = make("sgd", manual(interval=1))
+    model, optimizer = make("sgd", manual(analyze_every=1))
     optimizer.factorize_("all")
     x, _ = batch(0)
     grads = []
@@ -1024,7 +1028,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_gradients_that_the_model_dropped_leave_nothing_behind() -> None:
-    model, optimizer = make("sgd", manual(interval=2))
+    model, optimizer = make("sgd", manual(analyze_every=2))
     optimizer.factorize_("all")
     (loss_of(model, 0) * float("inf")).backward()
     model.zero_grad()  # a loop that skips bad batches; the optimizer is not asked

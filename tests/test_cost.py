@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svd_optim import LayerState, SubspaceAwareOptimizer, SubspaceConfig, linalg
-from svd_optim.tracking import controller as lifecycle
-from svd_optim.tracking.tracker import HOLDS
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, linalg
+from svd_optim.decisions.lifecycle import Lifecycle
+from svd_optim.records import LayerState
+from svd_optim.tracking import controller, measuring, overhead, refreshing
+from svd_optim.tracking.refreshing import HOLDS
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.is_nonzero.default}
@@ -61,16 +63,16 @@ def test_steps_between_analyses_read_nothing(base: str) -> None:
     Of equal factorized layers two numbers a step are read, on the CPU only, where nobody waits for them: in which
     type their retraction is to be done, and whether it needs QR.
     """
-    model, optimizer = make(base, quick(interval=20, measure_every=3))
+    model, optimizer = make(base, quick(analyze_every=20, measure_every=3))
     seen: set[LayerState] = set()
     train(model, optimizer, 1)  # makes the first bases
     for step in range(1, 150):
         model.zero_grad()
         loss_of(model, step).backward()
         states = {row.state for row in optimizer.why()}
-        equal = {layer.rank for layer in optimizer.layers.values() if layer.factored is not None}
+        equal = {layer.rank for layer in optimizer.layers.values() if layer.factors is not None}
         due = {layer.name for layer in _due_next(optimizer)}
-        lands = any(layer.descent_end in (step, step + 1, step + 2) for layer in optimizer.layers.values())
+        lands = any(layer.status.descent_end in (step, step + 1, step + 2) for layer in optimizer.layers.values())
         with reads() as count:
             optimizer.step()
             found = count()
@@ -83,9 +85,9 @@ def test_steps_between_analyses_read_nothing(base: str) -> None:
 
 
 def _due_next(optimizer: SubspaceAwareOptimizer) -> list[Any]:
-    life = optimizer._life
+    life = optimizer._controller
     life.steps += 1
-    due = life._due_for_refresh()
+    due = life._eligible_for_refresh()
     life.steps -= 1
     return due
 
@@ -97,13 +99,15 @@ def test_every_basis_is_refreshed_once_an_interval_and_no_step_takes_more_than_i
     layers: int, timing: tuple[int, int], stretch: int
 ) -> None:
     interval, every = timing
-    life = lifecycle.Lifecycle.__new__(lifecycle.Lifecycle)
-    life.config = SubspaceConfig(interval=interval, measure_every=every)
-    life.stretch = stretch
-    life.layers = {str(i): type("Layer", (), {"index": i})() for i in range(layers)}  # type: ignore[misc]
+    life = controller.Controller.__new__(controller.Controller)
+    life.config = SubspaceConfig(analyze_every=interval, measure_every=every)
+    life.overhead = overhead.Overhead(None)
+    life.overhead.stretch = stretch
+    life.lifecycle = Lifecycle(life.config, print)
+    life.layers.update({str(i): type("Layer", (), {"index": i})() for i in range(layers)})  # type: ignore[misc]
     due = []
     for life.steps in range(1, interval * stretch + 1):
-        due.append([layer.index for layer in life._due_for_refresh()])
+        due.append([layer.index for layer in life._eligible_for_refresh()])
     assert sorted(itertools.chain(*due)) == list(range(layers))
     slots = max(1, interval // every)
     assert max(map(len, due)) <= math.ceil(layers / slots)
@@ -118,7 +122,7 @@ def test_refreshing_a_share_at_a_time_decides_like_refreshing_all_at_once(monkey
     def run(spread: bool) -> dict[str, int]:
         with monkeypatch.context() as patch:
             if not spread:
-                patch.setattr(lifecycle.Lifecycle, "_due_for_refresh", lambda self: [])
+                patch.setattr(controller.Controller, "_eligible_for_refresh", lambda self: [])
             model, optimizer = make("adamw", quick())
             train(model, optimizer, 130)
         return {e.layer: e.step for e in optimizer.events if e.kind == "factorize"}
@@ -136,7 +140,7 @@ def test_a_basis_that_holds_is_not_iterated_and_reports_what_it_measured(monkeyp
     model = nn.Sequential(nn.Linear(96, 64, bias=False))
     optimizer = SubspaceAwareOptimizer(
         torch.optim.SGD(model.parameters(), lr=1e-4), model,
-        SubspaceConfig(mode="observe", rank=8, interval=4, measure_every=4, warmup=0),
+        SubspaceConfig(mode="observe", rank=8, analyze_every=4, measure_every=4, warmup_steps=0),
     )  # fmt: skip
     x = torch.randn(32, 96)
 
@@ -172,7 +176,7 @@ def test_a_basis_that_holds_is_not_iterated_and_reports_what_it_measured(monkeyp
 def test_a_basis_that_its_weight_maps_to_zero_is_made_anew() -> None:
     """An iteration from it would find nothing."""
     model = nn.Sequential(nn.Linear(40, 60, bias=False))
-    config = SubspaceConfig(mode="observe", rank=8, interval=4, measure_every=4, warmup=0)
+    config = SubspaceConfig(mode="observe", rank=8, analyze_every=4, measure_every=4, warmup_steps=0)
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-9), model, config)
     Q, P = (torch.linalg.qr(_random(size, 40, seed=size).float())[0] for size in (60, 40))
     for start in (0, 20):
@@ -235,13 +239,12 @@ def test_layers_measured_together_are_measured_as_alone(factorized: bool) -> Non
     optimizer.zero_grad()
     model.loss(50).backward()
     layers = list(optimizer.layers.values())
-    tracker = optimizer._life.tracker
     sums = []
     for together in (True, False):
         for layer in layers:
             layer.sums = None
         for batch in [layers] if together else [[layer] for layer in layers]:
-            tracker.measure(batch)
+            measuring.measure(batch)
         sums.append([layer.sums for layer in layers])
     for a, b in zip(*sums, strict=True):
         assert a is not None and b is not None and float(a[0]) == 1.0
@@ -250,7 +253,7 @@ def test_layers_measured_together_are_measured_as_alone(factorized: bool) -> Non
 
 def test_nothing_of_the_size_of_a_weight_is_kept() -> None:
     model = nn.Sequential(nn.Linear(300, 200, bias=False))
-    config = SubspaceConfig(mode="observe", rank=10, interval=5, measure_every=1)
+    config = SubspaceConfig(mode="observe", rank=10, analyze_every=5, measure_every=1)
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config)
     for _ in range(12):
         optimizer.zero_grad()
@@ -269,18 +272,18 @@ def test_nothing_of_the_size_of_a_weight_is_kept() -> None:
 
 
 def _slow_looks(monkeypatch: pytest.MonkeyPatch, cost: list[float]) -> None:
-    """A clock by which a step takes 1 s, and each call of the tracker ``cost[0]`` s more."""
+    """A clock by which a step takes 1 s, and each measuring and refreshing ``cost[0]`` s more."""
     now = [0.0]
-    monkeypatch.setattr(lifecycle.time, "perf_counter", lambda: now[0])
-    for name in ("measure", "refresh"):
-        whole = getattr(lifecycle.SubspaceTracker, name)
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: now[0])
+    for module, name in ((measuring, "measure"), (refreshing, "refresh")):
+        whole = getattr(module, name)
 
-        def slow(self: Any, layers: Any, *args: Any, whole: Any = whole) -> Any:
+        def slow(layers: Any, *args: Any, whole: Any = whole) -> Any:
             layers = list(layers)
             now[0] += cost[0] if layers else 0.0
-            return whole(self, layers, *args)
+            return whole(layers, *args)
 
-        monkeypatch.setattr(lifecycle.SubspaceTracker, name, slow)
+        monkeypatch.setattr(module, name, slow)
     step = torch.optim.SGD.step.__wrapped__  # type: ignore[attr-defined]
 
     def timed(self: Any, closure: Any = None) -> Any:
@@ -293,17 +296,17 @@ def _slow_looks(monkeypatch: pytest.MonkeyPatch, cost: list[float]) -> None:
 def test_a_time_budget_stretches_the_intervals_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = [1.0]
     _slow_looks(monkeypatch, cost)
-    model, optimizer = make("sgd", quick(mode="observe", max_overhead=0.1, interval=10, measure_every=5))
+    model, optimizer = make("sgd", quick(mode="observe", max_overhead=0.1, analyze_every=10, measure_every=5))
     train(model, optimizer, 200)
     events = [event for event in optimizer.events if event.kind == "interval"]
     assert events and events[0].layer == "*" and events[0].numbers["share"] > 0.1
-    interval = optimizer._life.interval
+    interval = optimizer._controller.interval
     assert interval == events[-1].numbers["interval"] > 10
-    analysed = [metrics.step for metrics in optimizer.layers["up"].history]
-    assert analysed[-1] - analysed[-2] == interval  # 2 × 2 calls in `interval` steps of 1 s
+    analyzed = [metrics.step for metrics in optimizer.layers["up"].history]
+    assert analyzed[-1] - analyzed[-2] == interval  # 2 × 2 calls in `interval` steps of 1 s
     cost[0] = 0.0
     train(model, optimizer, range(200, 400))
-    assert optimizer._life.interval == 10
+    assert optimizer._controller.interval == 10
     state = optimizer.state_dict()["svd_optim"]
     assert state["stretch"] == 1 and "interval" in {event["kind"] for event in state["events"]}
 
@@ -331,7 +334,7 @@ def test_a_compiled_model_compiles_once_for_each_event() -> None:
     """And not at all for a structure that it has seen before."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    model, optimizer = make("adamw", manual(interval=4))
+    model, optimizer = make("adamw", manual(analyze_every=4))
     run = torch.compile(model, backend=counter)
     compiled = []
     for step in range(24):

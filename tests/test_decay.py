@@ -10,7 +10,7 @@ from helpers import frozen_copy, keller, manual, net, same_bits, train
 from torch import nn
 
 from svd_optim import SubspaceAwareOptimizer
-from svd_optim.factors.weight_decay import decay_of, not_understood
+from svd_optim.factors.weight_decay import decay_of, unsupported_reason
 
 
 class Own(torch.optim.Optimizer):
@@ -72,7 +72,7 @@ def test_a_stand_in_shows_the_decay_and_nothing_is_touched(way: str, seen: str) 
     before = frozen_copy(base.state_dict())
     for _ in range(2):
         assert decay_of(base, base.param_groups[0]) == seen
-    assert bool(not_understood(base, base.param_groups[0])) == (seen in ("other", "unknown"))
+    assert bool(unsupported_reason(base, base.param_groups[0])) == (seen in ("other", "unknown"))
     same_bits(frozen_copy(base.state_dict()), before)
     assert not base.state and base.steps == [0] and torch.equal(torch.get_rng_state(), random)
     assert torch.equal(p, torch.ones(3, 4)) and torch.equal(p.grad, torch.ones(3, 4))
@@ -81,7 +81,7 @@ def test_a_stand_in_shows_the_decay_and_nothing_is_touched(way: str, seen: str) 
 def test_without_decay_only_steps_that_depend_on_the_weight_are_not_understood() -> None:
     for way, reason in (("coupled", ""), ("decoupled", ""), ("raises", ""), ("lamb", "by more than")):
         base = one(way, 0.0)
-        assert reason in not_understood(base, base.param_groups[0]) and bool(reason) == (way == "lamb")
+        assert reason in unsupported_reason(base, base.param_groups[0]) and bool(reason) == (way == "lamb")
 
 
 def test_parameters_that_the_optimizer_holds_elsewhere_do_not_move() -> None:
@@ -96,7 +96,7 @@ def test_groups_may_say_how_they_decay_and_torchs_are_known() -> None:
     base = one("raises")
     for said, decay in ((True, "decoupled"), (False, "coupled")):
         base.param_groups[0]["decoupled_weight_decay"] = said
-        assert decay_of(base, base.param_groups[0]) == decay and not not_understood(base, base.param_groups[0])
+        assert decay_of(base, base.param_groups[0]) == decay and not unsupported_reason(base, base.param_groups[0])
     kinds = {"Adam": "coupled", "AdamW": "decoupled", "SGD": "coupled", "NAdam": "coupled", "Muon": "decoupled"}
     for kind, decay in kinds.items():
         base = getattr(torch.optim, kind)([nn.Parameter(torch.ones(3, 4))], lr=0.1, weight_decay=0.1)

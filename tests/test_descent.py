@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svd_optim import LayerMetrics, SubspaceConfig
-from svd_optim.tracking.descent import duration, ending, too_late
+from svd_optim import SubspaceConfig
+from svd_optim.decisions.descent_schedule import duration, ending, too_late
+from svd_optim.records import LayerMetrics
 
 EXCESS = st.floats(0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""The tangent step: enter_, any base optimizer's step, finish_, against the same step taken densely."""
+"""The tangent step: enter_factors_, any base optimizer's step, leave_factors_, against the same step taken densely."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import factorize_
+from svd_optim.factors import factorize_
 from svd_optim.factors import tangent_step as factor_step
 from svd_optim.factors.tangent_step import (
-    Factored,
+    FactorState,
     all_lr_zero,
-    enter_,
-    finish_,
+    enter_factors_,
+    float32_factors,
+    leave_factors_,
     lr_is_zero,
-    masters,
     update_scales,
     write_,
 )
@@ -35,8 +35,8 @@ def random(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
 
 def factored(
     m: int = 9, n: int = 7, k: int = 3, dtype: torch.dtype = F64, seed: int = 0, spectrum: Tensor | None = None
-) -> Factored:
-    """A layer with well separated singular values (3, ..., 1 unless given), and its masters."""
+) -> FactorState:
+    """A layer with well separated singular values (3, ..., 1 unless given), and its float32_factors."""
     U = torch.linalg.qr(random(seed, m, k))[0]
     V = torch.linalg.qr(random(seed + 1, n, k))[0]
     S = torch.linspace(3, 1, k, dtype=F64) if spectrum is None else spectrum.double()
@@ -44,23 +44,23 @@ def factored(
     basis = Basis(*(t.to(math_dtype) for t in (U, S, V)))
     module = factorize_(nn.Linear(n, m, bias=False, dtype=dtype), k, basis)
     module.track_tangent(random(seed + 2, n, 8, dtype=dtype))
-    layer = Factored(f"layer{seed}", module)
+    layer = FactorState(f"layer{seed}", module)
     with torch.no_grad():
         write_(layer, basis)
     return layer
 
 
-def product(layer: Factored) -> Tensor:
-    """W in float64, from the masters."""
-    U, S, V = (t.double() for t in masters(layer.module, layer.kept))
+def product(layer: FactorState) -> Tensor:
+    """W in float64, from the float32_factors."""
+    U, S, V = (t.double() for t in float32_factors(layer.module, layer.masters))
     return (U * S) @ V.mT
 
 
-def optimizer_of(kind: type, layers: list[Factored], **options) -> torch.optim.Optimizer:
+def optimizer_of(kind: type, layers: list[FactorState], **options) -> torch.optim.Optimizer:
     return kind([p for layer in layers for p in (layer.module.U, layer.module.V)], **options)
 
 
-def set_gradient(layer: Factored, G: Tensor) -> None:
+def set_gradient(layer: FactorState, G: Tensor) -> None:
     """As the layer's backward pass does it: of <W, G>."""
     x, dy = torch.eye(G.shape[1], dtype=G.dtype), G.mT
     module = layer.module
@@ -70,12 +70,12 @@ def set_gradient(layer: Factored, G: Tensor) -> None:
 
 
 @torch.no_grad()
-def tangent_step(optimizer: torch.optim.Optimizer, layers: list[Factored]) -> list:
+def tangent_step(optimizer: torch.optim.Optimizer, layers: list[FactorState]) -> list:
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    entered = enter_(layers, optimizer, groups)
+    entered = enter_factors_(layers, optimizer, groups)
     optimizer.step()
     for batch in entered:
-        finish_(batch, optimizer.state)
+        leave_factors_(batch, optimizer.state)
     return entered
 
 
@@ -93,8 +93,8 @@ def norm(X: Tensor) -> float:
     return float(torch.linalg.vector_norm(X.double()))
 
 
-def assert_valid(layer: Factored, tolerance: float = 1e-5) -> None:
-    U, S, V = masters(layer.module, layer.kept)
+def assert_valid(layer: FactorState, tolerance: float = 1e-5) -> None:
+    U, S, V = float32_factors(layer.module, layer.masters)
     eye = torch.eye(S.shape[0], dtype=F64)
     for Q in (U.double(), V.double()):
         assert (Q.mT @ Q - eye).abs().max() < tolerance
@@ -210,7 +210,7 @@ def test_parameters_hold_k_and_zero_while_the_base_steps_and_come_back():
     optimizer = optimizer_of(torch.optim.SGD, [layer], lr=0.1)
     groups = dict.fromkeys(optimizer.param_groups[0]["params"], optimizer.param_groups[0])
     parameters = list(layer.module.parameters())
-    (batch,) = enter_([layer], optimizer, groups)
+    (batch,) = enter_factors_([layer], optimizer, groups)
     torch.testing.assert_close(layer.module.U.detach(), U * S)
     assert layer.module.V.abs().max() == 0
     optimizer.step()
@@ -230,7 +230,7 @@ def test_restoring_in_low_precision_leaves_the_bits_alone():
         set_gradient(layer, random(5, 9, 7))
     optimizer = optimizer_of(torch.optim.SGD, [layer], lr=0.1)
     groups = dict.fromkeys(optimizer.param_groups[0]["params"], optimizer.param_groups[0])
-    (batch,) = enter_([layer], optimizer, groups)
+    (batch,) = enter_factors_([layer], optimizer, groups)
     batch.restore_()
     assert all(torch.equal(p, b) for p, b in zip(layer.module.parameters(), before, strict=True))
 
@@ -327,7 +327,7 @@ def test_moments_take_a_bad_gradient_for_a_zero_one(kind, dtype, factor):
     momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     bases = [optimizer_of(kind, [layer], lr=0.01, weight_decay=0.1, **momentum) for layer in (sick, twin)]
 
-    def go(layer: Factored, base: torch.optim.Optimizer, G: Tensor, poison: bool = False) -> None:
+    def go(layer: FactorState, base: torch.optim.Optimizer, G: Tensor, poison: bool = False) -> None:
         set_gradient(layer, G)
         if poison:
             getattr(layer.module, factor).grad[1, 2] = math.nan
@@ -472,13 +472,13 @@ def test_a_thousand_retractions_do_not_move_a_bfloat16_layer(kind):
     for _ in range(1000):
         tangent_step(optimizer, [layer])
     assert norm(product(layer) - W) < 1e-4 * norm(W)
-    assert layer.kept is not None and all(t.dtype == F32 for t in layer.kept)
+    assert layer.masters is not None and all(t.dtype == F32 for t in layer.masters)
     assert layer.module.U.dtype == BF16 == layer.module.S.dtype
     assert norm(layer.module.weight.detach() - W) < 0.01 * norm(W)
     assert_valid(layer)
-    for p, master in zip((layer.module.U, layer.module.S, layer.module.V), layer.kept, strict=True):
+    for p, master in zip((layer.module.U, layer.module.S, layer.module.V), layer.masters, strict=True):
         assert torch.equal(p, master.bfloat16())
-    layer.kept = None
+    layer.masters = None
     tangent_step(optimizer, [layer])
     assert norm(product(layer) - W) > 1e-3 * norm(W)
 
@@ -503,7 +503,7 @@ def test_fine_steps_are_as_long_in_bfloat16_as_in_float32(kind, lr):
     moved = []
     for dtype in (BF16, F32):
         layer = factored(12, 10, 4, dtype)
-        V, W = masters(layer.module, layer.kept).V.double().clone(), product(layer)
+        V, W = float32_factors(layer.module, layer.masters).V.double().clone(), product(layer)
         optimizer = optimizer_of(kind, [layer], lr=lr, weight_decay=0.1)
         for _ in range(10):
             set_gradient(layer, random(5, 12, 10))
@@ -539,7 +539,7 @@ def test_leaving_without_a_step_gives_the_gradients_back():
     gradient = layer.module.U.grad
     optimizer = optimizer_of(torch.optim.SGD, [layer], lr=0.1, weight_decay=0.5)
     groups = dict.fromkeys(optimizer.param_groups[0]["params"], optimizer.param_groups[0])
-    (batch,) = enter_([layer], optimizer, groups)
+    (batch,) = enter_factors_([layer], optimizer, groups)
     assert layer.module.U.grad is not gradient and layer.module.U.abs().max() == 0
     batch.restore_()
     assert layer.module.U.grad is gradient
@@ -547,13 +547,13 @@ def test_leaving_without_a_step_gives_the_gradients_back():
 
 def test_masters_follow_a_parameter_that_was_edited():
     layer = factored(dtype=BF16)
-    kept = layer.kept
-    current = masters(layer.module, kept)
+    kept = layer.masters
+    current = float32_factors(layer.module, kept)
     assert all(torch.equal(a, b) for a, b in zip(current, kept, strict=True))
     with torch.no_grad():
         layer.module.S[0] = 7.0
         layer.module.U[2, 1] = 0.5
-    U, S, V = masters(layer.module, kept)
+    U, S, V = float32_factors(layer.module, kept)
     assert S[0] == 7.0 and U[2, 1] == 0.5
     assert torch.equal(S[1:], kept.S[1:]) and torch.equal(V, kept.V)
     untouched = torch.ones_like(U, dtype=torch.bool)
@@ -564,13 +564,13 @@ def test_masters_follow_a_parameter_that_was_edited():
 @pytest.mark.parametrize(("dtype", "expected"), [(BF16, F32), (torch.float16, F32), (F32, F32), (F64, F64)])
 def test_masters_are_at_least_float32(dtype, expected):
     layer = factored(dtype=dtype)
-    assert {t.dtype for t in masters(layer.module, None)} == {expected}
-    assert (layer.kept is None) == (dtype in (F32, F64))
+    assert {t.dtype for t in float32_factors(layer.module, None)} == {expected}
+    assert (layer.masters is None) == (dtype in (F32, F64))
 
 
 def test_masters_of_another_rank_do_not_count():
     layer, other = factored(k=3, dtype=BF16), factored(k=2, dtype=BF16)
-    assert torch.equal(masters(layer.module, other.kept).U, layer.module.U.float())
+    assert torch.equal(float32_factors(layer.module, other.masters).U, layer.module.U.float())
 
 
 # ---- training ------------------------------------------------------------------------------------------

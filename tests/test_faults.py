@@ -21,7 +21,8 @@ from torch import nn
 from faults import Run, failing_decompositions, interrupts, nonfinite
 from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig, linalg
 from svd_optim.linalg import Basis
-from svd_optim.linalg.fallback import attempt
+from svd_optim.linalg.fallback import with_float64_fallback
+from svd_optim.tracking import switching
 from svd_optim.tracking.transactions import undone_on_error, uninterrupted
 
 LinAlgError = torch.linalg.LinAlgError
@@ -47,11 +48,11 @@ def test_attempts() -> None:
     one, every = {torch.float32}, {torch.float32, torch.float64}
     for how in (None, math.nan, math.inf):
         tried.clear()
-        basis = attempt(lambda dtype, how=how: decompose(dtype, one, how), torch.float32)
+        basis = with_float64_fallback(lambda dtype, how=how: decompose(dtype, one, how), torch.float32)
         assert tried == [torch.float32, torch.float64] and basis is not None and basis.U.dtype == torch.float32
-        assert attempt(lambda dtype, how=how: decompose(dtype, every, how), torch.float32) is None
+        assert with_float64_fallback(lambda dtype, how=how: decompose(dtype, every, how), torch.float32) is None
     with pytest.raises(ZeroDivisionError):
-        attempt(lambda dtype: 1 // 0, torch.float32)  # type: ignore[arg-type, return-value]
+        with_float64_fallback(lambda dtype: 1 // 0, torch.float32)  # type: ignore[arg-type, return-value]
 
 
 def test_a_decomposition_that_fails_keeps_the_old_basis_and_warns_after_three(
@@ -194,9 +195,7 @@ def test_an_error_in_the_middle_of_a_switch_undoes_all_of_it(monkeypatch: pytest
     train(model, optimizer, 7)
     before = everything(model, optimizer)
     groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    from svd_optim.tracking import controller as lifecycle
-
-    whole = lifecycle.to_factors_
+    whole = switching.to_factors_
 
     def second_fails(layer: Any, *args: Any) -> None:
         whole(layer, *args)
@@ -204,7 +203,7 @@ def test_an_error_in_the_middle_of_a_switch_undoes_all_of_it(monkeypatch: pytest
             raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr(lifecycle, "to_factors_", second_fails)
+        patch.setattr(switching, "to_factors_", second_fails)
         optimizer.factorize_("all")
     assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == groups
     assert not factorized(model)
@@ -317,7 +316,7 @@ def test_ctrl_c_inside_the_base_step_comes_when_the_step_is_whole(kind: type[tor
 
 
 def test_what_is_kept_does_not_grow() -> None:
-    run = Run.new("adamw", interval=1, cohort=1, measure_every=1, warmup=5)
+    run = Run.new("adamw", analyze_every=1, cohort_steps=1, measure_every=1, warmup_steps=5)
     sizes = []
     for stop in (400, 800):
         run.train(stop)
@@ -405,7 +404,7 @@ def test_a_layer_of_any_kind_goes_there_and_back(
     kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "muon": torch.optim.Muon, "sgd": torch.optim.SGD}
     optimizer = SubspaceAwareOptimizer(
         kinds[base](model.parameters(), lr=1e-3), model,
-        SubspaceConfig(mode="manual", rank=max(1, min(m, n) // 3), interval=2, measure_every=1, min_size=1),
+        SubspaceConfig(mode="manual", rank=max(1, min(m, n) // 3), analyze_every=2, measure_every=1, min_size=1),
     )  # fmt: skip
     x = torch.randn(8, n).to(dtype)
 
@@ -437,7 +436,7 @@ def test_very_long_matrices(shape: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Linear(n, m, bias=False))
     optimizer = SubspaceAwareOptimizer(
         torch.optim.SGD(model.parameters(), lr=1e-3), model,
-        SubspaceConfig(mode="manual", rank=1, interval=2, measure_every=1, min_size=1),
+        SubspaceConfig(mode="manual", rank=1, analyze_every=2, measure_every=1, min_size=1),
     )  # fmt: skip
     x = torch.randn(3, n)
     for step in range(6):

@@ -21,7 +21,7 @@ from svd_optim.tracking.loss_guard import (
     REFERENCE,
     SIGMAS,
     LossGuard,
-    Window,
+    LossWindow,
     pooled_mean,
     standard_error,
 )
@@ -375,9 +375,9 @@ def test_the_saved_state_is_a_copy():
 
 @given(st.lists(FLOATS, min_size=2, max_size=9), st.lists(FLOATS, min_size=1, max_size=9))
 def test_windows_together_are_the_window_of_all(a, b):
-    def window(values: list[float]) -> Window:
+    def window(values: list[float]) -> LossWindow:
         x = torch.tensor(values, dtype=torch.float64)
-        return Window(len(x), float(x.mean()), float(x.var(correction=1 if len(x) > 1 else 0)))
+        return LossWindow(len(x), float(x.mean()), float(x.var(correction=1 if len(x) > 1 else 0)))
 
     both, whole = window(a).with_more(window(b)), window(a + b)
     assert both.losses == whole.losses
@@ -401,7 +401,7 @@ def test_the_standard_error_is_that_of_a_difference_of_means():
     for _ in range(400):
         before = [[rng.gauss(0, 1) for _ in range(20)] for _ in range(5)]
         after = [rng.gauss(0, 1) for _ in range(20)]
-        windows = [Window(20, sum(x) / 20, sum((v - sum(x) / 20) ** 2 for v in x) / 19) for x in (*before, after)]
+        windows = [LossWindow(20, sum(x) / 20, sum((v - sum(x) / 20) ** 2 for v in x) / 19) for x in (*before, after)]
         differences.append(windows[-1].mean - pooled_mean(windows[:-1]))
         errors.append(standard_error(windows[:-1], windows[-1]))
     spread = math.sqrt(sum(d * d for d in differences) / len(differences))
@@ -411,6 +411,6 @@ def test_the_standard_error_is_that_of_a_difference_of_means():
 
 
 def test_losses_that_wander_make_the_guard_slower():
-    quiet = [Window(20, 1.0, 0.01)] * 5
+    quiet = [LossWindow(20, 1.0, 0.01)] * 5
     wandering = [window._replace(mean=1.0 + 0.5 * (-1) ** i) for i, window in enumerate(quiet)]
     assert standard_error(wandering, quiet[0]) > 10 * standard_error(quiet, quiet[0])

@@ -15,11 +15,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svd_optim import export_safetensors, factorize_, save_checkpoint
+from svd_optim import save_checkpoint
 from svd_optim.console import spectra as inspection
 from svd_optim.console.spectra import Inspection, MatrixReport, inspect_file, inspection_table, singular_values
 from svd_optim.decisions.planner import uniform_rank
-from svd_optim.tracking.tracker import octaves
+from svd_optim.factors import factorize_
+from svd_optim.storage import export_safetensors
+from svd_optim.tracking.refreshing import octaves
 
 
 def with_spectrum(m: int, n: int, S: Tensor, seed: int = 0) -> Tensor:

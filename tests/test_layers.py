@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import FactorizedLinear, factorize_, merge_, restore_structure_
+from svd_optim.factors import FactorizedLinear, factorize_, merge_, restore_structure_
 from svd_optim.linalg import exact_basis, factored_gradient_energies, gradient_energies
 
 F64 = torch.float64

@@ -30,19 +30,9 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from svd_optim import (
-    Action,
-    Decision,
-    Event,
-    FactorizedLinear,
-    LayerInfo,
-    LayerMetrics,
-    LayerOverride,
-    LayerState,
-    Listener,
-    SubspaceAwareOptimizer,
-    Thresholds,
-)
+from svd_optim import LayerOverride, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim.factors import FactorizedLinear
+from svd_optim.records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerState
 
 WARMUP, DENSE, DESCENDING, FACTORIZED = LayerState
 
@@ -109,7 +99,7 @@ def test_layers_go_through_their_whole_life(base: str) -> None:
         m, n = optimizer.layers[name].shape
         assert (descend.before, descend.after) == (DENSE, DESCENDING)
         assert "stable: " in descend.reason and "capture_safe: " in descend.reason and "patience: " in descend.reason
-        assert descend.step % QUICK["cohort"] == 0 and descend.step >= QUICK["warmup"]
+        assert descend.step % QUICK["cohort_steps"] == 0 and descend.step >= QUICK["warmup_steps"]
         length = descend.numbers["until_step"] - descend.step
         assert descend.numbers.keys() == {"rank", "until_step"} and descend.numbers["rank"] == rank
         assert 1 <= length <= QUICK["descent_steps"]
@@ -127,7 +117,7 @@ def test_layers_go_through_their_whole_life(base: str) -> None:
     assert len(recorder.switches) == len({step for step, _ in recorder.switches})
     assert recorder.analyses == list(range(10, 171, 10))
 
-    # In factors the layer is analysed as before.
+    # In factors the layer is analyzed as before.
     for row in optimizer.why():
         assert row.metrics is not None and row.metrics.step == 170 and row.metrics.measured == 2
         assert row.metrics.capture_excess is not None and row.metrics.reconstruction_error == 0
@@ -141,7 +131,7 @@ def test_all_due_layers_of_a_cohort_switch_in_one_event() -> None:
         def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
             return Decision(action=Action.DESCEND, reason="now")
 
-    config = quick(policy=Now(), warmup=0, interval=5, cohort=20, descent_steps=15)
+    config = quick(policy=Now(), warmup_steps=0, analyze_every=5, cohort_steps=20, descent_steps=15)
     calls: list[tuple[str, int, tuple[str, ...]]] = []
 
     class Calls(Listener):
@@ -217,7 +207,7 @@ def test_exact_layers_switch_without_a_descent() -> None:
 
 
 def test_descent_that_does_not_arrive_is_extended_and_then_given_up() -> None:
-    config = quick(thresholds=Thresholds(angle_stable=0.5, capture_safe=0.1, reconstruction_safe=0.0))
+    config = quick(thresholds=Thresholds(drift_stable=0.5, capture_safe=0.1, reconstruction_safe=0.0))
     model, optimizer = make("adamw", config)
     train(model, optimizer, 110)
     events = [event for event in optimizer.events if event.layer == "up" and event.kind.startswith("desc")]
@@ -229,7 +219,7 @@ def test_descent_that_does_not_arrive_is_extended_and_then_given_up() -> None:
 
 
 def test_a_stalled_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    config = quick(thresholds=Thresholds(angle_stable=0.5, capture_safe=1.0), stall_after=5)
+    config = quick(thresholds=Thresholds(drift_stable=0.5, capture_safe=1.0), stall_analyses=5)
     model, optimizer = make("adamw", config)
     with caplog.at_level(logging.WARNING, "svd_optim"):
         train(model, optimizer, 49)
@@ -247,23 +237,23 @@ def test_a_stalled_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("mode", ["manual", "observe"])
 def test_modes_that_do_not_act_do_not_call_themselves_stalled(mode: str) -> None:
-    model, optimizer = make("adamw", quick(mode=mode, stall_after=3))
+    model, optimizer = make("adamw", quick(mode=mode, stall_analyses=3))
     train(model, optimizer, 100)
     assert factorized(model) == [] and "stalled" not in {event.kind for event in optimizer.events}
     assert {row.decision.action for row in optimizer.why()} == {Action.DESCEND}  # what auto would have done
 
 
 def test_alignment_rule_asks_for_minor_safe_and_stable() -> None:
-    thresholds = Thresholds(principal_danger=0.05, angle_stable=0.5)
+    thresholds = Thresholds(principal_danger=0.05, drift_stable=0.5)
     model, optimizer = make("adamw", quick(rule="alignment", thresholds=thresholds))
     train(model, optimizer, 60)
     for row in optimizer.why():
         conditions = {c.name: c for c in row.decision.conditions}
-        assert {"minor_safe", "stable"} <= set(conditions) and "capture_safe" not in conditions
+        assert {"minor_safe", "drift_stable"} <= set(conditions) and "capture_safe" not in conditions
         assert row.condition == "minor_safe" and row.threshold == 0.95 and row.value < 0.95
         assert conditions["minor_safe"].value == pytest.approx(1 - row.metrics.principal_excess)
     model, optimizer = make(
-        "adamw", quick(rule="alignment", thresholds=Thresholds(principal_danger=1.0, angle_stable=0.5))
+        "adamw", quick(rule="alignment", thresholds=Thresholds(principal_danger=1.0, drift_stable=0.5))
     )
     train(model, optimizer, 120)
     assert set(factorized(model)) == {"up", "mid"}
@@ -281,7 +271,7 @@ def test_alignment_rule_asks_for_minor_safe_and_stable() -> None:
         ({"overrides": {"*": LayerOverride(budget=0.2)}}, (5, 4)),
         ({"rank": 7, "overrides": {"mid": LayerOverride(rank=3)}}, (7, 3)),
         ({"rank": 7, "overrides": {"m*": LayerOverride(budget=0.5), "*": LayerOverride(rank=0.5)}}, (24, 12)),
-        ({"overrides": {"up": LayerOverride(thresholds=Thresholds(angle_stable=0.9, capture_safe=1.0))}}, (12, 12)),
+        ({"overrides": {"up": LayerOverride(thresholds=Thresholds(drift_stable=0.9, capture_safe=1.0))}}, (12, 12)),
     ],
 )
 def test_target_ranks(config: dict[str, Any], ranks: tuple[int, int]) -> None:
@@ -303,7 +293,7 @@ def test_rank_by_energy() -> None:
     low_rank_(model.mid, 9)
     spectrum = torch.linspace(2.0, 0.5, 9).square()
     share = float(spectrum[:4].sum() / spectrum.sum())
-    config = quick(energy=0.9999, overrides={"mid": LayerOverride(energy=share - 1e-3)}, cohort=10)
+    config = quick(energy=0.9999, overrides={"mid": LayerOverride(energy=share - 1e-3)}, cohort_steps=10)
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-5), model, config)
     train(model, optimizer, 12)
     assert [row.rank for row in optimizer.why()] == [6, 4]
@@ -339,21 +329,21 @@ def test_break_even_guard() -> None:
 
 
 def test_selection_by_name_group_and_size() -> None:
-    def followed(**config: Any) -> list[str]:
+    def tracked(**config: Any) -> list[str]:
         model = net()
         groups = [{"params": model.up.parameters()}, {"params": model.mid.parameters()},
                   {"params": model.head.parameters()}]  # fmt: skip
         optimizer = SubspaceAwareOptimizer(torch.optim.SGD(groups, lr=0.1), model, quick(**config))
-        left = {entry.name.removesuffix(".weight"): entry.reason for entry in optimizer.summary().left_alone}
+        left = {entry.name.removesuffix(".weight"): entry.reason for entry in optimizer.summary().skipped}
         assert set(left) | set(optimizer.layers) == {"up", "mid", "head"} and not set(left) & set(optimizer.layers)
         return list(optimizer.layers)
 
-    assert followed() == ["up", "mid"]
-    assert followed(include=("m*",)) == ["mid"]
-    assert followed(exclude=("m*",), min_size=5) == ["up", "head"]
-    assert followed(param_groups=(0,)) == ["up"]
-    assert followed(param_groups=(1, 2), min_size=1, exclude=()) == ["mid", "head"]
-    assert followed(min_size=41) == ["up"]
+    assert tracked() == ["up", "mid"]
+    assert tracked(include=("m*",)) == ["mid"]
+    assert tracked(exclude=("m*",), min_size=5) == ["up", "head"]
+    assert tracked(param_groups=(0,)) == ["up"]
+    assert tracked(param_groups=(1, 2), min_size=1, exclude=()) == ["mid", "head"]
+    assert tracked(min_size=41) == ["up"]
 
 
 def test_custom_policy_decides() -> None:
@@ -379,7 +369,7 @@ def test_custom_policy_decides() -> None:
     assert [(e.kind, e.step) for e in optimizer.events if e.after is not None] == [("factorize", 40), ("merge", 80)]
     assert len(seen) == 16
     infos = {layer.name: layer for layer, *_ in seen}
-    assert infos["up"].shape == (64, 48) and infos["mid"].rank == 12 and infos["up"].base_understood
+    assert infos["up"].shape == (64, 48) and infos["mid"].rank == 12 and infos["up"].base_supported
     for layer, _, history, thresholds in seen:
         assert thresholds == QUICK["thresholds"] and history[-1].rank == layer.rank
     assert [row.reason for row in optimizer.why()] == ["nothing decided since its last change", "never"]
@@ -422,7 +412,7 @@ def test_factorize_and_merge_keep_weights_outputs_and_moments(base: str) -> None
     loss = loss_of(model, 10_000, 512).item()
     train(model, optimizer, range(20, 40))
     assert loss_of(model, 10_000, 512).item() < 1.05 * loss
-    assert [(e.kind, e.reason) for e in optimizer.events if e.after] == [("factorize", "by hand"), ("merge", "by hand")]
+    assert [(e.kind, e.reason) for e in optimizer.events if e.after] == [("factorize", "manual"), ("merge", "manual")]
 
 
 def test_first_moment_survives_there_and_back() -> None:
@@ -551,13 +541,13 @@ def test_sgd_step_in_factors_is_the_dense_step_in_the_tangent_space() -> None:
 
 
 def resident_bytes(optimizer: SubspaceAwareOptimizer, layer: nn.Linear, name: str) -> int:
-    """Weight, gradient and optimizer state of a layer, and its float32 masters, from the tensors themselves."""
+    """Weight, gradient and optimizer state of a layer, and its float32 float32_factors, from the tensors themselves."""
     tensors: list[Tensor] = []
     for key, p in layer.named_parameters():
         if key != "bias":
             tensors += [p, *([p.grad] if p.grad is not None else [])]
             tensors += [v for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
-    tensors += optimizer.state_dict()["svd_optim"]["layers"][name]["kept"] or []
+    tensors += optimizer.state_dict()["svd_optim"]["layers"][name]["masters"] or []
     return sum(t.untyped_storage().nbytes() for t in tensors)  # storages: a view of something large would show
 
 
@@ -607,7 +597,7 @@ def test_unknown_state_is_measured_never_factorized_and_says_why(base: str) -> N
     assert isinstance(optimizer, SubspaceAwareOptimizer)
     for row in optimizer.why():
         assert row.metrics.measured == 2 and row.metrics.capture_excess is not None
-        assert row.state == DENSE and row.condition == "base_understood"
+        assert row.state == DENSE and row.condition == "base_supported"
         assert (row.value, row.threshold, row.distance) == (0, 1, -1)
         assert word in row.reason
     before = everything(model, optimizer)
@@ -634,7 +624,7 @@ def test_a_distributed_run_is_measured_never_factorized(monkeypatch: pytest.Monk
     model, optimizer = make("sgd", quick())
     train(model, optimizer, 120)
     assert factorized(model) == []
-    assert all(row.condition == "base_understood" and "distributed" in row.reason for row in optimizer.why())
+    assert all(row.condition == "base_supported" and "distributed" in row.reason for row in optimizer.why())
     with pytest.raises(RuntimeError, match="distributed"):
         optimizer.factorize_("all")
 
@@ -669,7 +659,7 @@ def test_summary_counts_parameters_and_bytes() -> None:
     real = sum(p.numel() for name in ("up", "mid") for n, p in getattr(model, name).named_parameters() if n != "bias")
     assert summary.parameters() == (64 * 48 + 40 * 64, real)
     assert summary.count(FACTORIZED) == 2 and 0 < summary.analysis_share < 1
-    assert [entry.name for entry in summary.left_alone] == ["head.weight"]
+    assert [entry.name for entry in summary.skipped] == ["head.weight"]
 
 
 def test_factorized_model_is_an_ordinary_module() -> None:

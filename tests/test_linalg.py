@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svd_optim.linalg import (
-    EXACT_BELOW,
     OVERSAMPLING,
     Basis,
     GradientEnergies,
@@ -33,7 +32,8 @@ from svd_optim.linalg import (
     retract,
     subspace_change,
 )
-from svd_optim.tracking.tracker import FAR
+from svd_optim.linalg.bases import EXACT_BELOW
+from svd_optim.tracking.refreshing import FAR
 
 SCALES = st.sampled_from([1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e20, 1e30])
 SEEDS = st.integers(0, 10_000)

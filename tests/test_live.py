@@ -21,9 +21,10 @@ from test_report import PARTS
 from test_report import summary as full_summary
 from tqdm import tqdm
 
-from svd_optim import Event, LayerState, LiveView, Summary
+from svd_optim import LiveView
 from svd_optim.console.live import LiveState, urgency
 from svd_optim.decisions.alerts import Alert, Level
+from svd_optim.records import Event, LayerState, Summary
 
 HERE = Path(__file__).parent
 
@@ -55,7 +56,7 @@ def show(state: LiveState, width: int, height: int) -> list[str]:
 @pytest.mark.parametrize("size", [(80, 23), (140, 49), (50, 19), (200, 100)], ids=str)
 def test_it_fits_and_shows_every_kind_or_every_layer(size: tuple[int, int], layers: list[str]):
     state = states(layers)
-    state.tell(events=[Event(step=i, layer=layers[0], kind="danger", reason="r" * 200) for i in range(20)])
+    state.add_news(events=[Event(step=i, layer=layers[0], kind="danger", reason="r" * 200) for i in range(20)])
     lines = show(state, *size)
     assert len(lines) <= size[1]
     assert max(map(cell_len, lines)) <= size[0]

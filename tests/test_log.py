@@ -13,24 +13,14 @@ import pytest
 import torch
 from helpers import PARALLEL, Parallel, batch, matrices, net, train
 
-from svd_optim import (
-    Action,
-    Condition,
-    Decision,
-    Listener,
-    Run,
-    RunLog,
-    SubspaceAwareOptimizer,
-    SubspaceConfig,
-    Summary,
-    Thresholds,
-    read_log,
-)
+from svd_optim import Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim.console import Run, read_log
 from svd_optim.console.replay import differences, replay
-from svd_optim.records import significant
+from svd_optim.records import Action, Condition, Decision, Summary, significant
 
 FAST: dict[str, Any] = {
-    "warmup": 20, "interval": 5, "descent_steps": 40, "cohort": 20, "patience": 2, "cooldown": 40, "stall_after": 6,
+    "warmup_steps": 20, "analyze_every": 5, "descent_steps": 40, "cohort_steps": 20, "patience": 2,
+    "cooldown_steps": 40, "stall_analyses": 6,
 }  # fmt: skip
 
 
@@ -79,9 +69,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "alignment": {"rule": "alignment", "thresholds": Thresholds(principal_danger=0.6)},
     "exact only": {"descent_steps": 0, "thresholds": Thresholds(reconstruction_safe=0.3)},
     "held back": {"thresholds": Thresholds(capture_safe=0.6, capture_held=0.6, capture_lost=0.3), "budget": 0.7},
-    "stalls": {"thresholds": Thresholds(angle_stable=0.0)},
+    "stalls": {"thresholds": Thresholds(drift_stable=0.0)},
     "rarely exact": {"thresholds": Thresholds(reconstruction_safe=1e-4)},
-    "too late": {"total_steps": 70, "cohort": 15},
+    "too late": {"total_steps": 70, "cohort_steps": 15},
     "never exact": {"thresholds": Thresholds(reconstruction_safe=0.0)},
     "observe": {"mode": "observe"},
 }
@@ -96,7 +86,7 @@ def test_a_log_gives_back_every_summary_and_its_replay_every_event(tmp_path: Pat
     run = read_log(tmp_path / "log.jsonl")
     assert list(map(timeless, run.summaries())) == list(map(timeless, keep.summaries))
     assert run.events == optimizer.events
-    assert run.skipped == 0
+    assert run.damaged_lines == 0
     again = replay(run)
     assert again.diverged == {}
     assert differences(run.events, again.events) == ([], [])
@@ -117,7 +107,7 @@ def test_what_is_done_by_hand_is_repeated(tmp_path: Path):
     optimizer.release_("mid")
     train(model, optimizer, range(130, 220))
     run = read_log(tmp_path / "log")
-    assert {event.kind for event in run.events if event.reason == "by hand"} >= {"factorize", "merge", "protect"}
+    assert {event.kind for event in run.events if event.reason == "manual"} >= {"factorize", "merge", "protect"}
     assert replay(run).events == tuple(run.events)
 
 
@@ -125,7 +115,7 @@ def test_other_thresholds_switch_later_or_never_and_the_rest_is_as_it_was(tmp_pa
     recorded(tmp_path / "log")
     run = read_log(tmp_path / "log")
     first = min(event.step for event in run.events if event.kind == "descend")
-    never = replay(run, replace(run.config, thresholds=Thresholds(angle_stable=0.0)))
+    never = replay(run, replace(run.config, thresholds=Thresholds(drift_stable=0.0)))
     assert not [event for event in never.events if event.kind in ("descend", "factorize")]
     assert "stalled" in {event.kind for event in never.events}
     assert set(never.diverged.values()) <= {s["step"] for s in run.analyses} and min(never.diverged.values()) >= first
@@ -167,7 +157,7 @@ def test_a_line_is_json_and_a_layer_takes_few_bytes(tmp_path: Path):
     sizes = [len(line) for line, r in zip(lines, records, strict=True) if r["record"] == "metrics"]
     assert sum(sizes) / len(sizes) < 350
     assert records[0]["record"] == "run"
-    assert records[0]["config"]["interval"] == 5
+    assert records[0]["config"]["analyze_every"] == 5
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -178,17 +168,17 @@ def test_a_killed_run_loses_one_line_at_most_and_a_resumed_one_goes_on(tmp_path:
     cut = random.Random(seed).randrange(whole.index(b"\n") + 1, len(whole))
     path.write_bytes(whole[:cut])
     before = read_log(path)
-    assert before.skipped <= 1
+    assert before.damaged_lines <= 1
     model = Parallel(0, low=3, middle=8, high=40)
     optimizer = SubspaceAwareOptimizer(PARALLEL["muon"](model), model, SubspaceConfig(**FAST), listeners=[RunLog(path)])
     resumed = before.analyses[-1]["step"] if before.analyses else 0
-    optimizer._life.steps = resumed  # as after loading a checkpoint of that step
+    optimizer._controller.steps = resumed  # as after loading a checkpoint of that step
     model.train_on(optimizer, range(resumed, resumed + 30))
     after = read_log(path)
     steps = [analysis["step"] for analysis in after.analyses]
     assert steps == sorted(set(steps)) and steps[: len(before.analyses)] == [a["step"] for a in before.analyses]
     assert steps[-1] == resumed + 30
-    assert after.skipped == before.skipped
+    assert after.damaged_lines == before.damaged_lines
 
 
 def test_a_run_started_again_replaces_what_the_first_one_said(tmp_path: Path):
@@ -207,13 +197,13 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path: Path):
         lines.insert(i, rubbish)
     path.write_bytes(b"".join(lines) + b'{"record":"event","step":')
     run = read_log(path)
-    assert run.skipped == 5
+    assert run.damaged_lines == 5
     assert len(run) == 12
 
 
 def test_a_log_of_a_newer_version_and_a_file_that_is_none(tmp_path: Path):
-    (tmp_path / "new").write_text('{"record":"run","schema":2,"svd_optim":"9.0"}\n')
-    with pytest.raises(ValueError, match=r"schema 2, written by svd_optim 9\.0"):
+    (tmp_path / "new").write_text('{"record":"run","schema":3,"svd_optim":"9.0"}\n')
+    with pytest.raises(ValueError, match=r"schema 3, written by svd_optim 9\.0"):
         read_log(tmp_path / "new")
     (tmp_path / "none").write_text("hello\n")
     with pytest.raises(ValueError, match="not a log"):

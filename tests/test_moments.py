@@ -65,9 +65,9 @@ def test_turning_is_splitting_the_joined(shape, seed):
     (U, V), (U1, V1) = bases(seed, m, n, k), bases(seed + 10, m, n, k)
     M_K, M_L = moments.split_first(random(seed + 20, m, n), U, V)
     expected = moments.split_first(M_K @ V.mT + U @ M_L.mT, U1, V1)
-    for found, want in zip(moments.turn_first(M_K, M_L, U, V, U1, V1), expected, strict=True):
+    for found, want in zip(moments.transport_first(M_K, M_L, U, V, U1, V1), expected, strict=True):
         same(found, want)
-    for found, want in zip(moments.turn_first(M_K, M_L, U, V, U, V), (M_K, M_L), strict=True):
+    for found, want in zip(moments.transport_first(M_K, M_L, U, V, U, V), (M_K, M_L), strict=True):
         same(found, want)
 
 
@@ -83,7 +83,7 @@ def test_moments_belong_to_the_matrix_and_not_to_the_signs_of_its_bases(shape, s
     )
     for a, b in zip(moments.split_second(v, U * signs, V * signs), moments.split_second(v, U, V), strict=True):
         same(a, b)
-    turned = moments.turn_second(*moments.split_second(v, U, V), U, V, U * signs, V * signs)
+    turned = moments.transport_second(*moments.split_second(v, U, V), U, V, U * signs, V * signs)
     for a, b in zip(turned, moments.split_second(v, U, V), strict=True):
         same(a, b)
 
@@ -152,7 +152,7 @@ def test_the_first_step_after_a_move_is_no_longer_than_the_learning_rate(shape, 
     state_K, state_L = moments.split(dense, U, V)
     assert_safe(state_K)
     assert_safe(state_L)
-    moments.turn_([state_K], [state_L], (U[None], V[None]), (U1[None], V1[None]))
+    moments.transport_([state_K], [state_L], (U[None], V[None]), (U1[None], V1[None]))
     assert_safe(state_K)
     assert_safe(state_L)
     assert_safe(moments.join(state_K, state_L, U1, V1))
@@ -168,7 +168,7 @@ def test_the_guard_leaves_a_young_adam_alone():
         optimizer.step()
     states = [optimizer.state[p] for p in (K, L)]
     before = [s["exp_avg_sq"].clone() for s in states]
-    moments.turn_([states[0]], [states[1]], (U[None], V[None]), (U[None], V[None]))
+    moments.transport_([states[0]], [states[1]], (U[None], V[None]), (U[None], V[None]))
     for state, v in zip(states, before, strict=True):
         assert (state["exp_avg_sq"] <= 1.001 * v + 1e-12).all()
 
@@ -237,10 +237,10 @@ def test_turning_a_batch_is_turning_each_in_place():
     single = [moments.split(adam_state(i, m, n), *old[i]) for i in range(3)]
     tensors = [(s[0]["exp_avg"], s[1]["exp_avg_sq"]) for s in batch]
     stacked = [tuple(torch.stack(part) for part in zip(*pairs, strict=True)) for pairs in (old, new)]
-    moments.turn_([s[0] for s in batch], [s[1] for s in batch], *stacked)
+    moments.transport_([s[0] for s in batch], [s[1] for s in batch], *stacked)
     for i, (K, L) in enumerate(single):
         one = [tuple(b[None] for b in pairs[i]) for pairs in (old, new)]
-        moments.turn_([K], [L], *one)
+        moments.transport_([K], [L], *one)
         for found, want in zip(batch[i], (K, L), strict=True):
             for key in want:
                 torch.testing.assert_close(found[key], want[key], rtol=1e-4, atol=1e-5)
@@ -390,7 +390,7 @@ def test_a_moment_that_only_one_of_the_two_has_stays_with_it():
 
 # ---- what real optimizers keep -------------------------------------------------------------------
 
-UNDERSTOOD = {
+SUPPORTED = {
     "AdamW": (torch.optim.AdamW, {}),
     "AdamW amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
     "Adam capturable-like foreach": (torch.optim.Adam, {"foreach": True}),
@@ -421,13 +421,13 @@ def stepped(kind: type, options: dict) -> tuple[torch.optim.Optimizer, nn.Parame
     return optimizer, p
 
 
-@pytest.mark.parametrize("name", UNDERSTOOD)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_states_that_move(name):
     """And the optimizer can go on from what they were moved into."""
-    kind, options = UNDERSTOOD[name]
+    kind, options = SUPPORTED[name]
     optimizer, p = stepped(kind, options)
     state = optimizer.state[p]
-    assert moments.not_understood(state, p) == ""
+    assert moments.unsupported_reason(state, p) == ""
     U, V = (b.float() for b in bases(3, 6, 5, 2))
     state_K, state_L = moments.split(state, U, V)
     assert set(state_K) == set(state_L) == set(state)
@@ -448,10 +448,10 @@ def test_states_that_move(name):
     assert all(v.shape == p.shape for v in back.values() if isinstance(v, Tensor) and v.ndim == 2)
 
 
-@pytest.mark.parametrize("name", UNDERSTOOD)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_states_that_change_rank(name):
     """Growing keeps the first moment, cutting the same columns the state, and the optimizer can go on from both."""
-    kind, options = UNDERSTOOD[name]
+    kind, options = SUPPORTED[name]
     m, n, k0, k1 = 6, 5, 2, 4
     small, large = nested(3, m, n, k0, k1, torch.float32)
     K, L = nn.Parameter(random(1, m, k0, dtype=torch.float32)), nn.Parameter(torch.zeros(n, k0))
@@ -501,7 +501,7 @@ def test_buffers_that_are_none_stay_none():
     """What SGD without momentum keeps in a state that was loaded from a file."""
     p = nn.Parameter(torch.zeros(6, 5))
     state = {"momentum_buffer": None}
-    assert moments.not_understood(state, p) == ""
+    assert moments.unsupported_reason(state, p) == ""
     U, V = bases(0, 6, 5, 2)
     assert moments.split(state, U, V) == (state, state)
     assert moments.join(state, dict(state), U, V) == state
@@ -513,12 +513,12 @@ def test_buffers_that_are_none_stay_none():
 def test_states_that_do_not_move_are_named(name):
     kind, key = NOT_UNDERSTOOD[name]
     optimizer, p = stepped(kind, {})
-    assert repr(key) in moments.not_understood(optimizer.state[p], p)
+    assert repr(key) in moments.unsupported_reason(optimizer.state[p], p)
 
 
 def test_unknown_objects_and_shapes_are_named():
     p = nn.Parameter(torch.zeros(6, 5))
-    assert "'projector', a object" in moments.not_understood({"projector": object()}, p)
-    assert "'exp_avg' of shape (3, 5)" in moments.not_understood({"exp_avg": torch.zeros(3, 5)}, p)
-    assert "'my_buffer' of shape (6, 5)" in moments.not_understood({"my_buffer": torch.zeros(6, 5)}, p)
-    assert moments.not_understood({"step": torch.tensor(1.0), "note": "x", "mu": 0.9, "flag": True}, p) == ""
+    assert "'projector', a object" in moments.unsupported_reason({"projector": object()}, p)
+    assert "'exp_avg' of shape (3, 5)" in moments.unsupported_reason({"exp_avg": torch.zeros(3, 5)}, p)
+    assert "'my_buffer' of shape (6, 5)" in moments.unsupported_reason({"my_buffer": torch.zeros(6, 5)}, p)
+    assert moments.unsupported_reason({"step": torch.tensor(1.0), "note": "x", "mu": 0.9, "flag": True}, p) == ""

@@ -7,7 +7,8 @@ import torch
 from helpers import BASES, MEASURED_ONLY, everything, factorized, frozen_copy, make, net, quick, same_bits, train
 from torch import nn
 
-from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer
+from svd_optim import SubspaceAwareOptimizer
+from svd_optim.records import Action, Decision, LayerState
 
 STEPS = 200
 

@@ -64,8 +64,8 @@ def share_of(layers: Sequence[Candidate], budget: float) -> float:
     return even_share([c.shape for c in layers], budget * whole(layers))
 
 
-def spread(layers: Sequence[Candidate], numbers: float, budget: float) -> dict[str, int | None]:
-    return planner.spread(layers, numbers, share_of(layers, budget))
+def allocate(layers: Sequence[Candidate], numbers: float, budget: float) -> dict[str, int | None]:
+    return planner.allocate(layers, numbers, share_of(layers, budget))
 
 
 def options(layers: Sequence[Candidate], budget: float) -> dict[str, list[Choice]]:
@@ -106,7 +106,7 @@ def longest_step(layers: Sequence[Candidate], budget: float) -> float:
 @given(candidates(), BUDGETS, st.floats(0, 1.2))
 def test_a_plan_costs_at_most_what_there_is_or_the_least_there_can_be(layers, budget, share):
     numbers = share * whole(layers)
-    ranks = spread(layers, numbers, budget)
+    ranks = allocate(layers, numbers, budget)
     assert list(ranks) == [c.name for c in layers]
     least = cheapest(layers, budget)
     if cost(layers, least) <= numbers:
@@ -118,7 +118,7 @@ def test_a_plan_costs_at_most_what_there_is_or_the_least_there_can_be(layers, bu
 @given(candidates(sizes=(1, 60)), BUDGETS)
 def test_a_rank_makes_its_layer_smaller_or_the_layer_stays_dense(layers, budget):
     for c in layers:
-        rank = spread(layers, budget * whole(layers), budget)[c.name]
+        rank = allocate(layers, budget * whole(layers), budget)[c.name]
         if rank is not None:
             assert 1 <= rank < break_even_rank(*c.shape)
             step = quantum(*c.shape)
@@ -144,7 +144,7 @@ def test_ranks_are_multiples_of_the_quantum(shape, share):
 
 @given(st.integers(2, 600), st.integers(2, 3000), BUDGETS)
 def test_rounding_costs_one_layer_a_third_of_its_budget_at_most(m, n, budget):
-    rank = planner.spread([Candidate(name="a", shape=(m, n))], budget * m * n, budget)["a"]
+    rank = planner.allocate([Candidate(name="a", shape=(m, n))], budget * m * n, budget)["a"]
     even = math.floor(budget * break_even_rank(m, n))
     if rank is not None:  # not even rank 1 saves anything
         assert max(1, math.ceil(2 * even / 3)) <= rank <= max(1, even)
@@ -164,27 +164,27 @@ def test_a_plan_does_not_depend_on_the_order_of_layers(layers, budget, rng):
     twins = [Candidate(name=f"twin of {c.name}", shape=c.shape, capture=c.capture) for c in layers]
     layers = [*layers, *twins]
     numbers = budget * whole(layers)
-    ranks = spread(layers, numbers, budget)
-    assert spread(layers, numbers, budget) == ranks
+    ranks = allocate(layers, numbers, budget)
+    assert allocate(layers, numbers, budget) == ranks
     shuffled = list(layers)
     rng.shuffle(shuffled)
-    assert spread(shuffled, numbers, budget) == ranks
-    assert spread([*reversed(layers)], numbers, budget) == ranks
+    assert allocate(shuffled, numbers, budget) == ranks
+    assert allocate([*reversed(layers)], numbers, budget) == ranks
 
 
 def test_no_layers_and_tiny_layers():
-    assert spread([], 100.0, 0.5) == {}
+    assert allocate([], 100.0, 0.5) == {}
     tiny = [Candidate(name=f"{m}x{n}", shape=(m, n)) for m, n in ((1, 1), (1, 9), (9, 1), (2, 2), (3, 2))]
-    assert set(spread(tiny, 0.0, 0.5).values()) == {None}  # factors would be larger
-    assert spread([Candidate(name="a", shape=(4, 3))], 9.0, 0.5) == {"a": 1}  # 8 numbers in place of 12
-    assert spread([Candidate(name="a", shape=(4, 3))], 12.0, 0.5) == {"a": None}
+    assert set(allocate(tiny, 0.0, 0.5).values()) == {None}  # factors would be larger
+    assert allocate([Candidate(name="a", shape=(4, 3))], 9.0, 0.5) == {"a": 1}  # 8 numbers in place of 12
+    assert allocate([Candidate(name="a", shape=(4, 3))], 12.0, 0.5) == {"a": None}
 
 
 @pytest.mark.parametrize("numbers", [-1e9, -1.0, 0.0, 100.0])
 def test_a_budget_that_is_too_small_gives_the_least(numbers):
     """What other layers hold may leave nothing; no layer is cut below a share of its even rank for that."""
     layers = model(0)
-    ranks = spread(layers, numbers, 0.5)
+    ranks = allocate(layers, numbers, 0.5)
     assert ranks == cheapest(layers, 0.5)
     for c in layers:
         step = quantum(*c.shape)
@@ -193,8 +193,8 @@ def test_a_budget_that_is_too_small_gives_the_least(numbers):
 
 def test_where_there_is_room_for_all_all_stay_dense():
     layers = model(1)
-    assert set(spread(layers, whole(layers), 0.5).values()) == {None}
-    assert set(spread(layers, math.inf, 0.5).values()) == {None}
+    assert set(allocate(layers, whole(layers), 0.5).values()) == {None}
+    assert set(allocate(layers, math.inf, 0.5).values()) == {None}
 
 
 # ---- how good a plan is ------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_plan_is_the_best_one_but_for_one_step_at_most(layers, budget, share):
     numbers = share * whole(layers)
     best = least_damage(layers, numbers, budget)
     if best < math.inf:
-        found = damage(layers, spread(layers, numbers, budget), budget)
+        found = damage(layers, allocate(layers, numbers, budget), budget)
         assert best - 1e-9 <= found <= best + longest_step(layers, budget) + 1e-9
 
 
@@ -214,7 +214,7 @@ def test_a_single_layer_gets_the_best_there_is(layers, budget, share):
     numbers = share * whole(layers)
     best = least_damage(layers, numbers, budget)
     if best < math.inf:
-        assert damage(layers, spread(layers, numbers, budget), budget) == pytest.approx(best, abs=1e-9)
+        assert damage(layers, allocate(layers, numbers, budget), budget) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize(("layers", "mean", "worst"), [(3, 0.03, 0.3), (6, 0.02, 0.15), (12, 0.005, 0.03)])
@@ -226,7 +226,7 @@ def test_on_average_plans_are_near_the_optimum(layers, mean, worst):
         some = rng.sample(model(seed), layers)
         budget = rng.uniform(0.2, 0.8)
         numbers = budget * whole(some)
-        gap = damage(some, spread(some, numbers, budget), budget) - least_damage(some, numbers, budget)
+        gap = damage(some, allocate(some, numbers, budget), budget) - least_damage(some, numbers, budget)
         gaps.append(gap / damage(some, cheapest(some, budget), budget))
     assert min(gaps) > -1e-9
     assert sum(gaps) / len(gaps) < mean and max(gaps) < worst
@@ -246,7 +246,7 @@ def even_plan(layers: Sequence[Candidate], budget: float) -> dict[str, int | Non
 def test_a_plan_is_never_worse_than_the_even_one_at_the_same_cost(layers, budget):
     even = even_plan(layers, budget)
     numbers = cost(layers, even)
-    ranks = planner.spread(layers, numbers, share_of(layers, budget))
+    ranks = planner.allocate(layers, numbers, share_of(layers, budget))
     assert cost(layers, ranks) <= numbers
     assert damage(layers, ranks, budget) <= damage(layers, even, budget) + 1e-9
 
@@ -255,7 +255,7 @@ def test_a_plan_is_never_worse_than_the_even_one_at_the_same_cost(layers, budget
 def test_a_plan_for_a_network_beats_the_uniform_one_and_stays_near_it(seed):
     layers = model(seed)
     uniform = {c.name: uniform_rank(*c.shape, 0.5) // 8 * 8 for c in layers}
-    best = planner.spread(layers, cost(layers, uniform), share_of(layers, 0.5))
+    best = planner.allocate(layers, cost(layers, uniform), share_of(layers, 0.5))
 
     def harm(ranks: Ranks) -> float:
         return sum(planner._damage(c, ranks[c.name]) for c in layers if ranks[c.name] is not None)
@@ -275,7 +275,7 @@ def test_an_even_share_spends_all_there_is(shapes, part):
 @pytest.mark.parametrize("seed", range(10))
 def test_more_to_spend_never_does_more_damage_to_a_network(seed):
     layers = model(seed)
-    damages = [damage(layers, spread(layers, i / 60 * whole(layers), 0.5), 0.5) for i in range(10, 61)]
+    damages = [damage(layers, allocate(layers, i / 60 * whole(layers), 0.5), 0.5) for i in range(10, 61)]
     assert all(a >= b for a, b in pairwise(damages))
     assert damages[-1] == 0.0 < damages[0]
 
@@ -283,7 +283,7 @@ def test_more_to_spend_never_does_more_damage_to_a_network(seed):
 @given(candidates(), BUDGETS, st.floats(0.1, 1.0), st.floats(0.1, 1.0))
 def test_more_to_spend_never_does_more_damage_but_for_one_step(layers, budget, a, b):
     less, more = sorted((a * whole(layers), b * whole(layers)))
-    poor, rich = (damage(layers, spread(layers, numbers, budget), budget) for numbers in (less, more))
+    poor, rich = (damage(layers, allocate(layers, numbers, budget), budget) for numbers in (less, more))
     assert rich <= poor + longest_step(layers, budget) + 1e-9
 
 
@@ -297,7 +297,7 @@ def test_a_layer_that_is_captured_at_a_low_rank_gets_less_or_as_much():
         easy = Candidate(name="easy", shape=shape, capture=saturating(1.0, 1.0, ranks))
         hard = Candidate(name="hard", shape=shape, capture=saturating(0.5, 0.02, ranks))
         for budget in (0.2, 0.5, 0.8):
-            plan = spread([easy, hard], budget * whole([easy, hard]), budget)
+            plan = allocate([easy, hard], budget * whole([easy, hard]), budget)
             assert plan["easy"] is not None
             assert plan["hard"] is None or plan["hard"] >= plan["easy"]
             less += plan["hard"] is None or plan["hard"] > plan["easy"]
@@ -308,7 +308,7 @@ def test_a_layer_that_is_captured_at_a_low_rank_gets_less_or_as_much():
 def test_equal_layers_get_equal_ranks_but_for_one_step(budget):
     for capture in ((), saturating(0.9, 0.05, 100)):
         layers = [Candidate(name=f"l{i}", shape=(256, 192), capture=capture) for i in range(7)]
-        ranks = spread(layers, budget * whole(layers), budget).values()
+        ranks = allocate(layers, budget * whole(layers), budget).values()
         assert max(ranks) - min(ranks) <= quantum(256, 192)
         assert abs(min(ranks) - uniform_rank(256, 192, budget)) <= 2 * quantum(256, 192)
 
@@ -320,7 +320,7 @@ def test_a_layer_without_hope_stays_dense_where_the_others_leave_room(monkeypatc
     good = [Candidate(name=f"good{i}", shape=shape, capture=saturating(0.98, 0.5, 60)) for i in range(3)]
     hopeless = Candidate(name="hopeless", shape=shape, capture=[0.0] * 60)
     layers = [*good, hopeless]
-    ranks = spread(layers, 0.5 * whole(layers), 0.5)
+    ranks = allocate(layers, 0.5 * whole(layers), 0.5)
     assert ranks.pop("hopeless") is None
     assert None not in ranks.values()
 
@@ -331,7 +331,7 @@ def test_large_layers_pay_for_small_ones_by_what_they_lose_not_by_their_size():
         Candidate(name=f"{size} {i}", shape=(size, size), capture=saturating(0.95, 6.4 / size, size // 2))
         for i, size in enumerate([128] * 16 + [512])
     ]
-    ranks = spread(layers, 0.4 * whole(layers), 0.4)
+    ranks = allocate(layers, 0.4 * whole(layers), 0.4)
     shares = [ranks[c.name] / c.shape[0] for c in layers]
     assert max(shares) - min(shares) <= 8 / 128
 

@@ -22,16 +22,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from svd_optim import LayerState, Run, RunLog, SubspaceAwareOptimizer, SubspaceConfig, read_log
-from svd_optim.console.plots import GAP_COLOR, MARKS, STATE_COLORS, plot_run, run_figure
+from svd_optim import RunLog, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.console import Run, read_log
+from svd_optim.console.panels import GAP_COLOR, STATE_COLORS
+from svd_optim.console.plots import plot_run, run_figure
 from svd_optim.console.run_log import COLUMNS
-from svd_optim.records import Event
-from svd_optim.tracking.tracker import octaves
+from svd_optim.console.story import MARKS
+from svd_optim.records import Event, LayerState
+from svd_optim.tracking.refreshing import octaves
 
 HEAD = {
     "record": "run", "schema": 1, "svd_optim": "0", "torch": "0", "python": "3", "time": "", "step": 0,
-    "optimizer": "Muon", "mode": "auto", "left_alone": [], "columns": COLUMNS,
-    "config": {"interval": 20, "warmup": 20, "thresholds": {}, "overrides": {}},
+    "optimizer": "Muon", "mode": "auto", "skipped": [], "columns": COLUMNS,
+    "config": {"analyze_every": 20, "warmup_steps": 20, "thresholds": {}, "overrides": {}},
 }  # fmt: skip
 PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 GPT = [f"blocks.{block}.{part}" for block in range(40) for part in PARTS]
@@ -57,7 +60,7 @@ def drawn_run(names: list[str], analyses: int = 40, late: int = 0, seed: int = 0
                      "seconds_total": 1.0})  # fmt: skip
     for record in feed:
         run.feed(json.dumps(record))
-    assert run.skipped == 0
+    assert run.damaged_lines == 0
     return run
 
 
@@ -201,7 +204,7 @@ def test_spectra_are_those_of_each_layers_first_and_last_analysis_at_their_ranks
 def test_a_run_of_real_training_is_drawn(tmp_path: Path):
     model = net()
     log = RunLog(tmp_path / "log.jsonl")
-    config = SubspaceConfig(warmup=20, interval=5, descent_steps=20, cohort=20, patience=2)
+    config = SubspaceConfig(warmup_steps=20, analyze_every=5, descent_steps=20, cohort_steps=20, patience=2)
     optimizer = SubspaceAwareOptimizer(torch.optim.Muon(matrices(model), lr=0.02), model, config, listeners=[log])
     train(model, optimizer, 60)
     run = read_log(tmp_path / "log.jsonl")

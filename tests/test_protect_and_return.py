@@ -7,7 +7,8 @@ import torch
 from helpers import batch, everything, make, manual, matrices, net, quick, same_bits, train
 from torch import Tensor, nn
 
-from svd_optim import LayerState, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
+from svd_optim.records import LayerState
 
 M, N = 48, 56
 DECAYING = {
@@ -67,7 +68,7 @@ def test_danger_is_answered_with_protection_until_it_is_over():
     with torch.no_grad():
         layer.weight.copy_((U * torch.linspace(3, 0.01, 40)) @ Vh)
     config = SubspaceConfig(
-        interval=5, measure_every=1, warmup=5, patience=2, rank=10, on_danger="protect", cohort=10_000,
+        analyze_every=5, measure_every=1, warmup_steps=5, patience=2, rank=10, on_danger="protect", cohort_steps=10_000,
     )  # fmt: skip
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(layer.parameters(), lr=1e-4), layer, config)
     attack, spare = U[:, :5] @ Vh[:5], U[:, -5:] @ Vh[-5:]
@@ -117,7 +118,7 @@ def test_when_low_rank_no_longer_serves_the_layer_goes_back_and_keeps_pace_with_
         model = Linear()
         optimizer = bases[kind](model)
         if wrapped:
-            thresholds = Thresholds(angle_stable=0.9, capture_safe=0.1)
+            thresholds = Thresholds(drift_stable=0.9, capture_safe=0.1)
             optimizer = SubspaceAwareOptimizer(optimizer, model, quick(thresholds=thresholds))
         regress(model, optimizer, range(200), low)
         if wrapped:
@@ -131,7 +132,7 @@ def test_when_low_rank_no_longer_serves_the_layer_goes_back_and_keeps_pace_with_
 
 @pytest.mark.parametrize("told", ["closure", "observe_loss"])
 def test_a_loss_that_rises_after_a_switch_sends_the_switched_layers_back(told):
-    model, optimizer = make("adamw", manual(mode="auto", cohort=10_000, warmup=10_000))
+    model, optimizer = make("adamw", manual(mode="auto", cohort_steps=10_000, warmup_steps=10_000))
     jump = 0.0
 
     def step(t: int) -> None:

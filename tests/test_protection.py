@@ -30,8 +30,10 @@ from helpers import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from svd_optim import Action, Decision, LayerState, SubspaceAwareOptimizer, load_checkpoint, save_checkpoint
-from svd_optim.factors.tangent_step import masters
+from svd_optim import SubspaceAwareOptimizer, load_checkpoint, save_checkpoint
+from svd_optim.decisions import Protection
+from svd_optim.factors.tangent_step import float32_factors
+from svd_optim.records import Action, Decision, LayerState
 
 optim = torch.optim
 DECAYING: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -43,11 +45,11 @@ LAYERS = ("up", "mid")
 
 
 def weight_of(optimizer: SubspaceAwareOptimizer, name: str) -> Tensor:
-    """W in float64, from the masters where there are any."""
+    """W in float64, from the float32_factors where there are any."""
     layer = optimizer.layers[name]
-    if layer.factored is None:
+    if layer.factors is None:
         return layer.module.weight.detach().double()
-    U, S, V = (t.double() for t in masters(layer.factored.module, layer.factored.kept))
+    U, S, V = (t.double() for t in float32_factors(layer.factors.module, layer.factors.masters))
     return (U * S) @ V.mT
 
 
@@ -156,7 +158,7 @@ def test_any_number_of_directions_can_be_protected(rank: int) -> None:
     train(model, optimizer, range(5, 45))
     assert blocks[0].off() < 1e-5 and blocks[1].off() > 1e-3
     [event] = [event for event in optimizer.events if event.kind == "protect"]
-    assert (event.layer, event.reason, event.numbers["rank"]) == ("mid", "by hand", rank)
+    assert (event.layer, event.reason, event.numbers["rank"]) == ("mid", "manual", rank)
     assert {name: layer.rank for name, layer in optimizer.layers.items()} == before  # of the layer, not of the block
     optimizer.release_("mid")
     assert {name: layer.rank for name, layer in optimizer.layers.items()} == before
@@ -251,7 +253,7 @@ def test_in_factors_directions_of_which_a_weight_has_nothing_train(nonzero: int,
 
 
 # bfloat16 keeps 8 bits: a dense weight can be put back only to its own rounding, 2^-9 of each entry;
-# that does not add up over steps. Factors have float32 masters, so there it is as exact as in float32.
+# that does not add up over steps. Factors have float32 float32_factors, so there it is as exact as in float32.
 @pytest.mark.parametrize(("where", "tolerance"), [("dense", 2e-3), ("factors", 1e-5)])
 def test_bfloat16_weights(where: str, tolerance: float) -> None:
     model, optimizer = wrapped("adamw", dtype=torch.bfloat16)
@@ -280,7 +282,7 @@ def test_protection_begins_and_ends_with_danger(base: str) -> None:
     for step in range(270 if base == "adamw" else 170):
         train(model, optimizer, [step])
         for name, layer in optimizer.layers.items():
-            assert (layer.anchor is not None) == layer.danger
+            assert (layer.anchor is not None) == layer.status.in_danger
             if layer.anchor is None:
                 ends += blocks.pop(name, None) is not None
             elif name not in blocks:
@@ -315,7 +317,7 @@ def test_danger_stops_a_descent() -> None:
     train(model, optimizer, 30)
     kinds = [event.kind for event in optimizer.events if event.layer == "up"]
     assert kinds == ["descend", "danger", "descent_stopped", "protect"]
-    assert optimizer.layers["up"].state == LayerState.DENSE and optimizer.layers["up"].descent_end is None
+    assert optimizer.layers["up"].state == LayerState.DENSE and optimizer.layers["up"].status.descent_end is None
 
 
 def test_what_was_protected_by_hand_is_not_released_when_the_danger_is_over() -> None:
@@ -330,7 +332,7 @@ def test_what_was_protected_by_hand_is_not_released_when_the_danger_is_over() ->
     assert block.off() < 1e-5 and optimizer.why()[0].protected and ("up", "release") not in told(optimizer)
     assert optimizer.release_("up") == ["up"]
     [event] = [event for event in optimizer.events if (event.layer, event.kind) == ("up", "release")]
-    assert event.reason == "by hand"
+    assert event.reason == "manual"
 
 
 def test_what_began_by_itself_can_be_ended_by_hand_and_stays_ended() -> None:
@@ -410,7 +412,7 @@ def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
             return Decision(action=action if wanted else Action.HOLD, reason="at once", rank=layer.rank)
 
     model = net()
-    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(policy=Eager(), cohort=10))
+    optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, quick(policy=Eager(), cohort_steps=10))
     optimizer.protect_("up")
     block = Block(optimizer, "up", optimizer.layers["up"].rank)
     train(model, optimizer, 110)
@@ -430,7 +432,7 @@ def test_a_protected_core_keeps_its_rank() -> None:
             return Decision(action=action, reason="a change", rank=rank)
 
     model = net()
-    config = quick(policy=Shrinker(), budget=0.9, cooldown=0, cohort=10)
+    config = quick(policy=Shrinker(), budget=0.9, cooldown_steps=0, cohort_steps=10)
     optimizer = SubspaceAwareOptimizer(BASES["adamw"](model), model, config)
     optimizer.factorize_("all", rank=8)
     optimizer.protect_("all")
@@ -460,7 +462,7 @@ def test_bad_arguments_change_nothing() -> None:
     optimizer.factorize_("mid", rank=7)
     before = everything(model, optimizer)
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-        (("nope",), ValueError, "protect_: no followed layer matches 'nope'"),
+        (("nope",), ValueError, "protect_: no tracked layer matches 'nope'"),
         ((["up", "n*pe"],), ValueError, r"n\*pe"),
         (("head",), ValueError, "'head'"),
         (("up", 0), ValueError, r"'up' .*rank 0: give 1 to 48"),
@@ -477,7 +479,7 @@ def test_bad_arguments_change_nothing() -> None:
         with pytest.raises(error, match=message):
             optimizer.protect_(*arguments)
         same_bits(before, everything(model, optimizer), str(arguments))
-    with pytest.raises(ValueError, match="release_: no followed layer matches 'nope'"):
+    with pytest.raises(ValueError, match="release_: no tracked layer matches 'nope'"):
         optimizer.release_("nope")
     saved = model.up.weight.detach().clone()
     with torch.no_grad():
@@ -585,7 +587,7 @@ def test_a_model_of_another_structure_loaded_alone_ends_it(at: str) -> None:
     model.load_state_dict(twin.state_dict())
     assert factorized(model) == factorized(twin)
     assert [row.protected for row in optimizer.why()] == [False, True]
-    assert not optimizer.layers["up"].protected_by_hand
+    assert optimizer.layers["up"].status.protection != Protection.MANUAL
     assert told(optimizer, "release") == [("up", "release")]
     train(model, optimizer, 6)
 
@@ -611,7 +613,7 @@ def test_another_model_of_the_same_structure_loaded_alone_ends_it(at: str) -> No
     assert [row.protected for row in optimizer.why()] == [False, True]
     [event] = [event for event in optimizer.events if event.kind == "release"]
     assert (event.layer, event.reason) == ("up", "other weights were loaded")
-    assert not optimizer.layers["up"].protected_by_hand
+    assert optimizer.layers["up"].status.protection != Protection.MANUAL
     before = weight_of(optimizer, "up")
     train(model, optimizer, [5])
     assert (weight_of(optimizer, "up") - before).norm() < 0.1 * before.norm()

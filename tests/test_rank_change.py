@@ -31,27 +31,29 @@ from helpers import (
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from svd_optim import Action, Decision, LayerOverride, LayerState, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim import LayerOverride, Listener, SubspaceAwareOptimizer, Thresholds
 from svd_optim.factors.moments import SECOND, join
-from svd_optim.factors.tangent_step import masters
+from svd_optim.factors.tangent_step import float32_factors
 from svd_optim.linalg import Basis
-from svd_optim.tracking.layer import FollowedLayer
-from svd_optim.tracking.switching import resize_
+from svd_optim.records import Action, Decision, LayerState
+from svd_optim.tracking.layer import TrackedLayer
+from svd_optim.tracking.replacement import resize_
+from svd_optim.tracking.sketches import grown
 
 MOMENTS = ("muon", "adamw", "adam", "sgd_nesterov", "rmsprop", "adagrad")
 # No layer goes back to dense here, and each may change its rank every 40 steps.
-CHANGING = Thresholds(angle_stable=0.9, capture_safe=0.1, capture_held=0.1, capture_lost=0.0)
-CHANGES: dict[str, Any] = {"thresholds": CHANGING, "cooldown": 40, "budget": 0.5}
+CHANGING = Thresholds(drift_stable=0.9, capture_safe=0.1, capture_held=0.1, capture_lost=0.0)
+CHANGES: dict[str, Any] = {"thresholds": CHANGING, "cooldown_steps": 40, "budget": 0.5}
 
 
-def product(layer: FollowedLayer) -> Tensor:
+def product(layer: TrackedLayer) -> Tensor:
     """W from the masters, in float64."""
-    assert layer.factored is not None
-    U, S, V = (t.double() for t in masters(layer.factored.module, layer.factored.kept))
+    assert layer.factors is not None
+    U, S, V = (t.double() for t in float32_factors(layer.factors.module, layer.factors.masters))
     return (U * S) @ V.mT
 
 
-def states(optimizer: SubspaceAwareOptimizer, layer: FollowedLayer) -> list[dict[str, Any]]:
+def states(optimizer: SubspaceAwareOptimizer, layer: TrackedLayer) -> list[dict[str, Any]]:
     return [frozen_copy(optimizer.state.get(p, {})) for p in (layer.module.U, layer.module.V)]
 
 
@@ -70,8 +72,9 @@ def in_factors(base: str, rank: int = 6, dtype: torch.dtype = torch.float32) -> 
 @torch.no_grad()
 def grow(optimizer: SubspaceAwareOptimizer, name: str, rank: int) -> Basis:
     layer = optimizer.layers[name]
-    new = optimizer._life.tracker.grown(layer, rank, optimizer.steps)
+    new = grown(layer, rank, optimizer.steps, optimizer.config)
     resize_(layer, optimizer.base_optimizer, new)
+    layer.status.rank = len(new.S)
     return new
 
 
@@ -80,6 +83,7 @@ def cut(optimizer: SubspaceAwareOptimizer, name: str, rank: int) -> None:
     layer = optimizer.layers[name]
     assert layer.basis is not None
     resize_(layer, optimizer.base_optimizer, Basis(*(t.clone() for t in layer.basis.leading(rank))))
+    layer.status.rank = rank
 
 
 # ---- there and back --------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def test_growing_and_cutting_back_is_the_identity(base: str, more: int) -> None:
 
     new = grow(optimizer, "up", 6 + more)
     check_factors(model)
-    assert model.up.rank == layer.rank == layer.info().rank == 6 + more
+    assert model.up.rank == layer.rank == layer.info(optimizer.steps).rank == 6 + more
     torch.testing.assert_close(product(layer), W, rtol=0, atol=1e-7)
     same_bits(factors, [t[..., :6] for t in new])
     assert (new.S[6:] == 0).all()
@@ -302,7 +306,7 @@ def test_what_one_layer_lets_go_another_takes() -> None:
 @pytest.mark.parametrize("room", [True, False])
 def test_beyond_break_even_a_layer_becomes_dense(room: bool) -> None:
     model = Parallel(1, noise=0.0, big=48, small=1)
-    optimizer = changing("sgd", model, budget=0.7 if room else 0.5, cooldown=500)
+    optimizer = changing("sgd", model, budget=0.7 if room else 0.5, cooldown_steps=500)
     optimizer.factorize_("big", rank=24)  # break-even is 25.6
     optimizer.factorize_("small", rank=1)
     model.train_on(optimizer, range(200))
@@ -310,7 +314,7 @@ def test_beyond_break_even_a_layer_becomes_dense(room: bool) -> None:
     merges = [event for event in optimizer.events if event.kind == "merge"]
     if room:
         assert merges[0].layer == "big" and "held back" in merges[0].reason
-        assert optimizer.layers["big"].cooldown_until == merges[0].step + 500
+        assert optimizer.layers["big"].status.cooldown_until == merges[0].step + 500
         model.train_on(optimizer, range(200, 400))
         assert model.distance() < 0.02
     else:
@@ -337,7 +341,7 @@ def test_a_return_to_dense_takes_its_room_from_those_that_want_to_grow() -> None
 
 def test_a_rank_that_the_user_gave_does_not_grow() -> None:
     model = Parallel(0, noise=0.0, a=12)
-    config = quick(thresholds=CHANGING, cooldown=40, budget=0.9, overrides={"a": LayerOverride(rank=3)})
+    config = quick(thresholds=CHANGING, cooldown_steps=40, budget=0.9, overrides={"a": LayerOverride(rank=3)})
     optimizer = SubspaceAwareOptimizer(PARALLEL["sgd"](model), model, config)
     optimizer.factorize_("a")
     model.train_on(optimizer, range(150))
@@ -363,14 +367,14 @@ def test_ranks_do_not_flutter(base: str, seed: int) -> None:
     negligible."""
     model = Parallel(seed, noise=0.3, a=2, b=5)
     limits = {
-        "angle_stable": 0.9,
+        "drift_stable": 0.9,
         "capture_safe": 0.15,
         "capture_held": 0.15,
         "capture_lost": 0.0,
         "reconstruction_safe": 0.2,
     }
-    thresholds = Thresholds(**limits, persistent=0.0)
-    optimizer = changing(base, model, thresholds=thresholds, cooldown=60, patience=1, budget=0.4)
+    thresholds = Thresholds(**limits, persistence_signal=0.0)
+    optimizer = changing(base, model, thresholds=thresholds, cooldown_steps=60, patience=1, budget=0.4)
     optimizer.factorize_("all", rank=8)
     model.train_on(optimizer, range(360))
     changes = {name: [e.step for e in optimizer.events if e.layer == name and e.kind in ("grow", "shrink")]
@@ -425,7 +429,7 @@ def resumable(base: str, seed: int) -> tuple[Parallel, SubspaceAwareOptimizer]:
     model.seed = 0
     model.teachers = Parallel(0, a=14, b=2).teachers
     thresholds = Thresholds(
-        angle_stable=0.9, capture_safe=0.2, capture_held=0.2, capture_lost=0.0, reconstruction_safe=0.03
+        drift_stable=0.9, capture_safe=0.2, capture_held=0.2, capture_lost=0.0, reconstruction_safe=0.03
     )
     return model, changing(base, model, thresholds=thresholds)
 

@@ -13,8 +13,10 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from svd_optim import SubspaceAwareOptimizer
-from svd_optim.console.tables import ConsoleReport, event_line, layer_table, plan_table, renderable, summary_renderable
-from svd_optim.decisions.transitions import LOUD
+from svd_optim.console import ConsoleReport
+from svd_optim.console.report import event_line, renderable, summary_renderable
+from svd_optim.console.tables import layer_table, plan_table
+from svd_optim.decisions.lifecycle import WARNINGS
 from svd_optim.records import (
     Action,
     Condition,
@@ -23,9 +25,9 @@ from svd_optim.records import (
     LayerMetrics,
     LayerReport,
     LayerState,
-    LeftAlone,
     Plan,
     PlannedLayer,
+    Skipped,
     Summary,
 )
 
@@ -61,7 +63,7 @@ def show(what: RenderableType, width: int) -> list[str]:
 def layer(name: str = "a", state: LayerState = LayerState.DENSE, **metrics: float | None) -> LayerReport:
     m = LayerMetrics(step=1, rank=42, measured=4, **(METRICS | metrics))
     conditions = (
-        Condition(name="stable", value=m.subspace_drift, threshold=0.1, above=False, margin=0.05),
+        Condition(name="drift_stable", value=m.subspace_drift, threshold=0.1, above=False, margin=0.05),
         Condition(name="capture_safe", value=m.capture_excess, threshold=0.4, above=True, margin=0.05),
     )
     failing = [c for c in conditions if not c.holds]
@@ -72,7 +74,7 @@ def layer(name: str = "a", state: LayerState = LayerState.DENSE, **metrics: floa
     dense = {f"{kind}_bytes_dense": 4 * 10**6 for kind in ("weight", "grad", "state")}
     return LayerReport(
         name=name, shape=(128, 512), state=state, rank=42, protected=False, metrics=m, decision=decision,
-        watching_bytes=10**6, **sizes, **dense,
+        monitoring_bytes=10**6, **sizes, **dense,
     )  # fmt: skip
 
 
@@ -80,11 +82,11 @@ def summary(*layers: LayerReport, analyses: int = 60, **kwargs: object) -> Summa
     seconds = {"measure": 2.0, "refresh": 1.0, "decide": 0.5, "base": 40.0}
     values = {
         "mode": "auto",
-        "left_alone": (),
+        "skipped": (),
         "events": (),
         "seconds": seconds,
         "seconds_total": 100.0,
-        "stall_after": 50,
+        "stall_analyses": 50,
     }
     return Summary(step=1200, analyses=analyses, layers=layers, **(values | kwargs))
 
@@ -123,7 +125,7 @@ def test_rows_are_single_lines_and_long_names_stay_apart(width):
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_are_text(name, width):
-    one = summary(layer(name), left_alone=(LeftAlone(name=name, shape=(1,), reason=name),))
+    one = summary(layer(name), skipped=(Skipped(name=name, shape=(1,), reason=name),))
     event = Event(step=1, layer=name, kind="descend", reason=name, numbers={name: 1.0})
     for what in (layer_table(one, width), summary_renderable(one, width), event_line(event)):
         file = io.StringIO()
@@ -136,7 +138,7 @@ def test_hostile_names_are_text(name, width):
 
 def test_undefined_values():
     lines = show(layer_table(summary(layer("a", **dict.fromkeys(METRICS))), 140), 140)
-    assert row(lines, "a ")[4:] == ["–"] * 8 + ["stable", "–"]
+    assert row(lines, "a ")[4:] == ["–"] * 8 + ["drift", "–"]
     never = replace(layer("b"), metrics=None, decision=None)
     assert row(show(layer_table(summary(never), 80), 80), "b ")[-3:] == ["waits", "for", "gradients"]
 
@@ -147,7 +149,7 @@ def test_absurd_values_are_printed(width):
     absurd = replace(absurd, rank=10**9)
     values = row(show(layer_table(summary(absurd), width), width), "a ")
     assert {"nan", "inf", "-1e300", str(10**9)} <= set(values)
-    assert values[-2:] == ["stable", "inf>.10"]
+    assert values[-2:] == ["drift", "inf>.10"]
     lines = show(summary_renderable(summary(absurd, seconds_total=math.nan), width), width)
     assert row(lines, "analysis")[4] == "nan"
     show(layer_table(summary(), width), width)  # no layers at all
@@ -163,7 +165,7 @@ def test_near_values_are_marked_without_colour():
 @pytest.mark.parametrize(
     ("name", "value", "threshold", "above", "text"),
     [
-        ("stable", 0.21, 0.1, False, "stable .21>.10"),
+        ("drift_stable", 0.21, 0.1, False, "drift .21>.10"),
         ("reconstruction_safe", 0.0104, 0.01, False, "recon .0104>.0100"),  # decimals that tell them apart
         ("capture_safe", -0.03, 0.4, True, "capture -.03<.40"),
         ("patience", 1, 3, True, "patience 1<3"),
@@ -190,10 +192,10 @@ def test_decision_column_of_other_states():
 @pytest.mark.parametrize(("width", "name"), [(140, "dense"), (80, "dense"), (140, "factorized"), (80, "factorized")])
 def test_protected_layers_are_marked_without_colour(width, name):
     state = LayerState(name)
-    layers = [layer("free", state), replace(layer("kept", state), protected=True)]
+    layers = [layer("free", state), replace(layer("masters", state), protected=True)]
     lines = show(layer_table(summary(*layers), width), width)
     shown = name if width == 140 else {"dense": "dense", "factorized": "fact"}[name]
-    assert row(lines, "free")[1] == shown and row(lines, "kept")[1] == shown + "*"
+    assert row(lines, "free")[1] == shown and row(lines, "masters")[1] == shown + "*"
     assert "* principal block protected: kept from moving" in lines
     assert "*" not in " ".join(show(layer_table(summary(layers[0]), width), width))  # a sign nobody needs
 
@@ -253,7 +255,7 @@ def test_the_plan_table_holds_every_name_and_value(width):
     layers[1] = planned(GPT[1], None, missed=0.0)
     layers[2] = planned(GPT[2], 40, state=state, fixed="descending", missed=math.nan)
     lines = show(plan_table(plan(*layers), width), width)
-    assert lines[0] == "step 1200 · plan for a budget of 50.0%"
+    assert lines[0] == "step 1200 · plan: budget 50.0%"
     assert row(lines, "layer") == ["layer", "shape", "state", "rank", "share", "missed", "fixed"]
     rows = [line.split() for line in lines if line.startswith("blocks.")]
     assert [r[0] for r in rows] == GPT  # whole, and in model order
@@ -354,7 +356,7 @@ def test_every_kind_of_event_has_its_line(kind):
 
 
 def test_what_the_log_says_loudly_the_terminal_says_in_red():
-    for kind in LOUD:
+    for kind in WARNINGS:
         line = event_line(Event(step=7, layer="a", kind=kind, reason="r"))
         assert any("red" in str(span.style) for span in line.spans), kind
 
@@ -377,23 +379,23 @@ def test_event_lines():
 
 
 def test_summary_counts_sizes_and_time():
-    alone = tuple(LeftAlone(name=f"norm{i}", shape=(8,), reason="not a matrix") for i in range(9))
-    whole = summary(layer("a"), layer("b", LayerState.FACTORIZED), left_alone=alone)
+    alone = tuple(Skipped(name=f"norm{i}", shape=(8,), reason="not a matrix") for i in range(9))
+    whole = summary(layer("a"), layer("b", LayerState.FACTORIZED), skipped=alone)
     lines = show(summary_renderable(whole, 140), 140)
     text = "\n".join(lines)
     assert "0 warmup · 1 dense · 0 descending · 1 factorized" in text
     now = 128 * 512 + 42 * (128 + 512 + 1)
     assert row(lines, "parameters") == ["parameters", "131,072", f"{now:,}", f"{now / 131072:.1%}"]
     assert row(lines, "  gradients") == ["gradients", "8.0", "MB", "6.0", "MB", "75.0%"]
-    assert row(lines, "  watching") == ["watching", "0", "bytes", "2.0", "MB", "–"]  # the bare optimizer has none
+    assert row(lines, "  monitoring") == ["monitoring", "0", "bytes", "2.0", "MB", "–"]  # the bare optimizer has none
     assert row(lines, "bytes") == ["bytes", "24.0", "MB", "20.0", "MB", "83.3%"]
     assert "analysis took 3.5% of 100.0 s: base 40.0 s (40.0%) · measure 2.00 s (2.0%)" in text
     assert "not a matrix (9): norm0, norm1, norm2, norm3 and 5 more" in text
 
 
 def test_summary_says_why_not():
-    unknown = Condition(name="base_understood", value=0.0, threshold=1, above=True, or_equal=True)
-    odd = Decision(action=Action.HOLD, reason="base_understood: LBFGS has no moments", conditions=(unknown,))
+    unknown = Condition(name="base_supported", value=0.0, threshold=1, above=True, or_equal=True)
+    odd = Decision(action=Action.HOLD, reason="base_supported: LBFGS has no moments", conditions=(unknown,))
     layers = [
         layer("a"),
         layer("b", capture_excess=0.37),
@@ -419,12 +421,12 @@ def test_summary_says_when_nothing_acted():
     layers = [layer("far", capture_excess=0.1), layer("close", capture_excess=0.39)]
     layers.append(layer("x", subspace_drift=0.9))
     late = said(*layers)
-    assert "!! NOTHING ACTED in 60 analyses of 3 layers. Blocked by capture_safe (2), stable (1)." in late
+    assert "!! NOTHING ACTED in 60 analyses of 3 layers. Blocked by capture_safe (2), drift_stable (1)." in late
     assert "Nearest: close: capture_safe: 0.39, needs > 0.4 (off by 0.01)." in late
     early = said(*layers, analyses=5)
     assert "!!" not in early and "nothing acted in 5 analyses" in early
     stalled = Event(step=5, layer="*", kind="stalled", reason="")
-    assert "!! NOTHING ACTED in 5" in said(*layers, analyses=5, stall_after=50, events=(stalled,))
+    assert "!! NOTHING ACTED in 5" in said(*layers, analyses=5, stall_analyses=50, events=(stalled,))
     assert "acted" not in said(*layers, layer("f", LayerState.FACTORIZED)).lower()
     assert "acted" not in said(*layers, mode="observe").lower()  # it never does
 
@@ -504,7 +506,7 @@ def test_history_is_each_metric_over_the_analyses():
         for value, record in zip(values.tolist(), records, strict=True):
             known = getattr(record, name)
             assert math.isnan(value) if known is None else value == known
-    with pytest.raises(KeyError, match="no followed layer is called 'down'; followed: up, mid"):
+    with pytest.raises(KeyError, match="no tracked layer is called 'down'; tracked: up, mid"):
         optimizer.history("down")
 
 

@@ -15,10 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig, Summary
+from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.records import Summary
 from trackers import TensorBoard, WeightsAndBiases
 
-CONFIG = {"warmup": 20, "interval": 10, "descent_steps": 40, "cohort": 20, "patience": 2}
+CONFIG = {"warmup_steps": 20, "analyze_every": 10, "descent_steps": 40, "cohort_steps": 20, "patience": 2}
 
 
 class Keep(Listener):

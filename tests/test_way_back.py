@@ -25,9 +25,10 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from svd_optim import Action, Decision, LayerState, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim import Listener, SubspaceAwareOptimizer, Thresholds
 from svd_optim.factors.moments import join
 from svd_optim.linalg import energy, project_off
+from svd_optim.records import Action, Decision, LayerState
 
 
 class Never:
@@ -59,7 +60,7 @@ def test_layers_go_back_when_the_data_changes_and_then_lose_nothing(base: str, s
         if run != "bare":
             lost = 0.02 if run == "wrapped" else 0.0
             thresholds = Thresholds(
-                angle_stable=0.5, capture_safe=0.1, capture_held=0.1, capture_lost=lost, reconstruction_safe=0.02
+                drift_stable=0.5, capture_safe=0.1, capture_held=0.1, capture_lost=lost, reconstruction_safe=0.02
             )
             optimizer = SubspaceAwareOptimizer(optimizer, model, quick(budget=0.5, thresholds=thresholds))
         model.train_on(optimizer, range(110))
@@ -84,8 +85,8 @@ def test_layers_go_back_when_the_data_changes_and_then_lose_nothing(base: str, s
 @pytest.mark.parametrize("base", PARALLEL)
 def test_only_the_layer_whose_data_changed_goes_back(base: str) -> None:
     model = Parallel(3, noise=0.02, changes=4, stays=4)
-    thresholds = Thresholds(angle_stable=0.9, capture_safe=0.05, capture_held=0.05, capture_lost=0.02)
-    optimizer = wrapped(base, model, thresholds=thresholds, cooldown=10**6)
+    thresholds = Thresholds(drift_stable=0.9, capture_safe=0.05, capture_held=0.05, capture_lost=0.02)
+    optimizer = wrapped(base, model, thresholds=thresholds, cooldown_steps=10**6)
     with torch.no_grad():
         for name, teacher in model.teachers.items():
             model.get_submodule(name).weight.copy_(teacher)
@@ -113,7 +114,7 @@ def persistence_of(gradients: list[Tensor], seed: int) -> tuple[float, float]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(n, m, bias=False))
     base = torch.optim.SGD(model.parameters(), lr=1e-30)
-    config = manual(interval=count, seed=seed, min_size=1)
+    config = manual(analyze_every=count, seed=seed, min_size=1)
     optimizer = SubspaceAwareOptimizer(base, model, config)
     optimizer.factorize_("all", rank=3)
     module = model[0]
@@ -224,14 +225,14 @@ def test_a_rise_right_after_a_switch_sends_back_the_layers_of_that_switch(base: 
             assert event.numbers["standard_errors"] > event.numbers["noise"] > 0
         if event.kind == "merge":
             assert (event.before, event.after) == (LayerState.FACTORIZED, LayerState.DENSE)
-            assert optimizer.layers[event.layer].cooldown_until == event.step + optimizer.config.cooldown
+            assert optimizer.layers[event.layer].status.cooldown_until == event.step + optimizer.config.cooldown_steps
     assert optimizer.state[model.b.weight] and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("muon", 1), ("sgd", 2)])
 def test_without_a_rise_nobody_comes_back(base: str, seed: int) -> None:
     model = Parallel(seed, a=2, b=2)
-    thresholds = Thresholds(angle_stable=0.5, capture_safe=0.1, capture_lost=0.0)
+    thresholds = Thresholds(drift_stable=0.5, capture_safe=0.1, capture_lost=0.0)
     optimizer = wrapped(base, model, guard_steps=200, thresholds=thresholds)
     run(by_closure, model, optimizer, range(180))
     assert factorized(model) and not happened(optimizer, "loss_rose", "merge")
@@ -245,7 +246,7 @@ def test_a_descent_that_raises_the_loss_is_called_off_and_rests_twice_as_long_ea
             return Decision(action=Action.DESCEND if ready else Action.HOLD, reason="eager")
 
     model = Parallel(1, a=2, b=2)
-    optimizer = wrapped(base, model, cooldown=200, descent_steps=100, policy=Eager())
+    optimizer = wrapped(base, model, cooldown_steps=200, descent_steps=100, policy=Eager())
     rests: list[int] = []
     for step in range(360):
         extra = 1.0 if any(layer.state == LayerState.DESCENDING for layer in optimizer.layers.values()) else 0.0
@@ -253,9 +254,12 @@ def test_a_descent_that_raises_the_loss_is_called_off_and_rests_twice_as_long_ea
         by_closure(optimizer, model, step, extra)
         for name, _, at in happened(optimizer, "descent_stopped")[before:]:
             layer = optimizer.layers[name]
-            assert (layer.state, layer.descent_end) == (LayerState.DENSE, None) and layer.cooldown_until > at
+            assert (layer.state, layer.status.descent_end) == (
+                LayerState.DENSE,
+                None,
+            ) and layer.status.cooldown_until > at
             if name == "a":
-                rests.append(layer.cooldown_until - at)
+                rests.append(layer.status.cooldown_until - at)
     assert len(rests) == 2 and rests == [200 * 2**i for i in range(len(rests))]
     assert factorized(model) == [] and not happened(optimizer, "factorize", "merge")
     rises = [e for e in optimizer.events if e.kind == "loss_rose"]
@@ -283,7 +287,7 @@ def test_what_a_descent_does_to_the_loss_is_not_forgotten_when_it_lands() -> Non
     model = Parallel(1, a=2)
     optimizer = wrapped("sgd", model, guard_steps=100)
     for step in range(200):
-        left = (optimizer.layers["a"].descent_end or step + 99) - step
+        left = (optimizer.layers["a"].status.descent_end or step + 99) - step
         by_closure(optimizer, model, step, 1.0 if left < 8 else 0.0)  # too late for a verdict before the switch
         if factorized(model):
             break
@@ -459,7 +463,7 @@ class Joined(Listener):
 
 @pytest.mark.parametrize(
     ("base", "why"),
-    [("adamw", "a guard"), ("adamw", "capture"), ("adamw", "by hand"), ("muon", "capture"), ("sgd", "a guard")],
+    [("adamw", "a guard"), ("adamw", "capture"), ("adamw", "manual"), ("muon", "capture"), ("sgd", "a guard")],
 )
 def test_moments_of_a_layer_that_comes_back_are_the_joined_ones(base: str, why: str) -> None:
     class Merge(Never):
@@ -475,7 +479,7 @@ def test_moments_of_a_layer_that_comes_back_are_the_joined_ones(base: str, why: 
     optimizer.factorize_("all", rank=6)
     optimizer.add_listener(joined)
     run(by_closure, model, optimizer, range(50, 75), extra=float(why == "a guard"))
-    if why == "by hand":
+    if why == "manual":
         optimizer.merge_("all")
     run(by_closure, model, optimizer, range(75, 85))
     assert joined.checked == 3 and factorized(model) == []
@@ -489,8 +493,8 @@ def test_moments_of_a_layer_that_comes_back_are_the_joined_ones(base: str, why: 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 def test_a_layer_that_came_back_waits_and_may_then_switch_again(base: str) -> None:
     model = Parallel(0, noise=0.02, a=3)
-    thresholds = Thresholds(angle_stable=0.9, capture_held=0.0, capture_lost=0.0)
-    optimizer = wrapped(base, model, cooldown=70, thresholds=thresholds, guard_steps=30)
+    thresholds = Thresholds(drift_stable=0.9, capture_held=0.0, capture_lost=0.0)
+    optimizer = wrapped(base, model, cooldown_steps=70, thresholds=thresholds, guard_steps=30)
     step = 0
     while factorized(model) != ["a"]:
         by_closure(optimizer, model, step, 0.0)
@@ -501,12 +505,12 @@ def test_a_layer_that_came_back_waits_and_may_then_switch_again(base: str) -> No
         step += 1
         assert step < 300
     [(_, _, at)] = happened(optimizer, "merge")
-    assert optimizer.layers["a"].cooldown_until == at + 70
+    assert optimizer.layers["a"].status.cooldown_until == at + 70
     for step in range(at, at + 70):
         by_closure(optimizer, model, step, 0.0)
         assert optimizer.why()[0].state == LayerState.DENSE or optimizer.steps >= at + 70
         [planned] = optimizer.plan().layers
-        assert step + 1 >= at + 70 or (planned.rank, planned.fixed) == (None, "came back")
+        assert step + 1 >= at + 70 or (planned.rank, planned.fixed) == (None, "reverted")
         row = optimizer.why()[0]
         if optimizer.steps % 10 == 0 and optimizer.steps < at + 70:
             assert row.condition == "cooldown" and row.value == at + 70 - optimizer.steps
@@ -526,7 +530,7 @@ def test_a_layer_merged_by_hand_waits_too_and_factorizing_by_hand_does_not() -> 
     optimizer.factorize_("a", rank=6)
     model.train_on(optimizer, range(6))
     optimizer.merge_("a")
-    assert optimizer.layers["a"].cooldown_until == 6 + 500
+    assert optimizer.layers["a"].status.cooldown_until == 6 + 500
     assert optimizer.factorize_("a", rank=5) == ["a"] and model.a.rank == 5
     model.train_on(optimizer, range(6, 12))
     check_factors(model)

@@ -1,1 +1,9 @@
-"""TODO"""
+"""What a person sees: tables, the live view, the run log and its reader, the replay, the command line. All of rich."""
+
+from .live import LiveView
+from .log_reader import Run, read_log
+from .replay import Replay, replay
+from .report import ConsoleReport
+from .run_log import RunLog
+
+__all__ = ["ConsoleReport", "LiveView", "Replay", "Run", "RunLog", "read_log", "replay"]

@@ -17,13 +17,15 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ..config import SubspaceConfig, Thresholds
+from ..config import DEFAULT_BUDGET, SubspaceConfig, Thresholds
 from ..decisions.alerts import AlertWatch
 from ..records import Event, LayerReport, Summary
 from .live import LiveView
+from .log_reader import Run, feed, read_log
 from .replay import Replay, differences, replay
-from .run_log import Run, feed, plain, read_log
-from .tables import Strip, event_line, layer_table, name_table, summary_renderable, why_table
+from .report import event_line, summary_renderable, why_table
+from .run_log import plain
+from .tables import Strip, layer_table, name_table
 
 EXAMPLES = """examples:
   python -m svd_optim report runs/log.jsonl                   the tables and the summary at its end
@@ -36,8 +38,8 @@ EXAMPLES = """examples:
 
 A log is what RunLog writes: optimizer.add_listener(RunLog("runs/log.jsonl"))."""
 WATCH_SECONDS = 0.5  # between two looks at a log that is being written
-DECIDES = ("mode", "rule", "warmup", "patience", "descent_steps", "total_steps", "cohort", "cooldown", "on_danger",
-           "stall_after")  # fmt: skip
+DECIDES = ("mode", "rule", "warmup_steps", "patience", "descent_steps", "total_steps", "cohort_steps",
+           "cooldown_steps", "on_danger", "stall_analyses")  # fmt: skip
 
 
 class Problem(Exception):
@@ -53,7 +55,7 @@ def open_log(path: Path) -> Run:
     except ValueError as error:
         raise Problem(str(error)) from error
     if not len(run):
-        raise Problem(f"{path} holds no complete analysis yet: the first comes after {run.config.interval} steps")
+        raise Problem(f"{path} holds no complete analysis yet: the first comes after {run.config.analyze_every} steps")
     return run
 
 
@@ -86,14 +88,14 @@ def report(args: argparse.Namespace, console: Console) -> None:
     summary = run.summary()
     if args.json:
         as_json(console, {**asdict(summary), "layers": [shown(layer) for layer in summary.layers],
-                          "parameters": summary.parameters(), "skipped_lines": run.skipped})  # fmt: skip
+                          "parameters": summary.parameters(), "damaged_lines": run.damaged_lines})  # fmt: skip
         return
     head = run.head
     console.print(Text(f"{head['optimizer']}, svd_optim {head['svd_optim']}, torch {head['torch']}, {head['time']}"))
     console.print(layer_table(summary, console.width))
     console.print(summary_renderable(summary, console.width))
-    if run.skipped:
-        console.print(Text(f"{run.skipped} lines of the log could not be read and were skipped"))
+    if run.damaged_lines:
+        console.print(Text(f"{run.damaged_lines} lines of the log could not be read and were skipped"))
 
 
 def events(args: argparse.Namespace, console: Console) -> None:
@@ -237,9 +239,9 @@ def appended(path: Path) -> Iterator[list[str]]:
 def changed(config: SubspaceConfig, thresholds: Iterable[str], settings: Iterable[str]) -> SubspaceConfig:
     """A run's configuration with some of what decides replaced, given as ``name=value``.
 
-    Thresholds are those of all layers; ``conservative`` and ``lenient`` are whole sets.
+    Thresholds are those of all layers; ``phase1`` and ``phase1_proposed`` are whole sets.
     """
-    presets = {"conservative": Thresholds.conservative, "lenient": Thresholds.lenient}
+    presets = {"phase1": Thresholds.phase1, "phase1_proposed": Thresholds.phase1_proposed}
     values: dict[str, Any] = {}
     given = list(thresholds)
     if given:
@@ -332,16 +334,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("layer", nargs="?", metavar="LAYER", help="a name or a glob; default: all")
     sub = command("plot", plot, "plot runs/log.jsonl -o run.svg", machine=False)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="png, svg or pdf")
-    sub = command("replay", replayed, "replay runs/log.jsonl --thresholds lenient capture_safe=0.1 --set patience=5")
-    sub.add_argument("--thresholds", nargs="+", metavar="NAME=VALUE", help="or conservative, lenient; of all layers")
+    sub = command(
+        "replay", replayed, "replay runs/log.jsonl --thresholds phase1_proposed capture_safe=0.1 --set patience=5"
+    )
+    sub.add_argument("--thresholds", nargs="+", metavar="NAME=VALUE", help="or phase1, phase1_proposed; of all layers")
     sub.add_argument("--set", nargs="+", metavar="NAME=VALUE", help=f"one of {', '.join(DECIDES)}")
     sub = command("inspect", inspect, "inspect model.safetensors --budget 0.25", log=False)
     sub.add_argument(
         "file", type=Path, metavar="FILE", help="a model file, or a folder of them: safetensors, .pt, a checkpoint"
     )
-    sub.add_argument(
-        "--budget", type=float, default=SubspaceConfig.budget, help="share of each matrix's numbers to keep"
-    )
+    sub.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="share of each matrix's numbers to keep")
     return made
 
 

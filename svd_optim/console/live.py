@@ -17,19 +17,11 @@ from rich.live import Live
 from rich.text import Text
 
 from ..decisions.alerts import WINDOW, Alert, Level, about_to_act, trend
+from ..distributed import is_main_process
 from ..records import Event, LayerReport, LayerState, Summary, clean
-from ..tracking.listeners import Listener, is_main_process
-from .tables import (
-    COLUMNS,
-    ConsoleReport,
-    Strip,
-    alert_lines,
-    event_line,
-    layer_rows,
-    name_table,
-    near_thresholds,
-    number,
-)
+from ..tracking.listeners import Listener
+from .report import ConsoleReport, alert_lines, event_line
+from .tables import COLUMNS, Strip, layer_rows, name_table, near_thresholds, number
 
 TRENDS = ("principal_excess", "subspace_drift", "reconstruction_error", "tangent_capture", "capture_excess")
 FRAME = 4  # lines of a table besides its rows: title, head, rule, legend
@@ -54,7 +46,7 @@ class LiveState:
                 values = self._values.setdefault((layer.name, metric), deque(maxlen=WINDOW))
                 values.append((summary.step, getattr(layer.metrics, metric)))
 
-    def tell(self, alerts: Sequence[Alert] = (), events: Sequence[Event] = ()) -> None:
+    def add_news(self, alerts: Sequence[Alert] = (), events: Sequence[Event] = ()) -> None:
         """What is to stand below the table."""
         self.news.extend(event_line(event) for event in events)
         told = (Level.CRITICAL, Level.WARNING)
@@ -197,13 +189,13 @@ class LiveView(Listener):
 
     def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
         """Below the table, or as lines."""
-        self.state.tell(alerts)
+        self.state.add_news(alerts)
         if not self._drawing():
             self._plain.on_alerts(alerts)
 
     def on_event(self, event: Event) -> None:
         """Below the table, with the next analysis; or as a line."""
-        self.state.tell(events=[event])
+        self.state.add_news(events=[event])
         if not self._drawing():
             self._plain.on_event(event)
 

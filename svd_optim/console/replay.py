@@ -14,19 +14,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ..config import SubspaceConfig, Thresholds
-from ..decisions import transitions
-from ..decisions.policy import policy_of
-from ..decisions.transitions import BY_HAND, GUARD, LOADED
-from ..records import Action, Decision, Event, LayerInfo, LayerMetrics, LayerReport, LayerState, break_even_rank
-from ..tracking.descent import ending, too_late
-from ..tracking.selection import first_match
-from .run_log import Run
+from ..config import SubspaceConfig
+from ..decisions.descent_schedule import too_late
+from ..decisions.lifecycle import GUARD, LOADED, MANUAL, Lifecycle
+from ..decisions.machine import LayerLife, Trigger
+from ..records import Action, Event, LayerInfo, LayerMetrics, LayerReport, LayerState
+from .log_reader import Run
 
-FROM_OUTSIDE = frozenset({BY_HAND, LOADED})  # reasons of what somebody did
+FROM_OUTSIDE = frozenset({MANUAL, LOADED})  # reasons of what somebody did
 # Kinds of events that follow from metrics and thresholds, unless their reason is one of those or GUARD.
 DECIDED = frozenset({"danger", "danger_over", "protect", "release", "descend", "descent_stopped", "descent_extended",
                      "descent_failed", "factorize", "merge", "grow", "shrink", "stalled"})  # fmt: skip
+TRIPS = {"loss_rose": Trigger.LOSS_ROSE, "skewed": Trigger.SKEWED}  # why a guard tripped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,9 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
     """Go through a recorded run again.
 
     Args:
-        config: another one than the run's; what counts is mode, rule, thresholds, warmup, patience,
-            descent_steps, total_steps, cohort, cooldown, stall_after and on_danger. Ranks, budget and the moments of
-            the analyses stay those of the record.
+        config: another one than the run's; what counts is mode, rule, thresholds, warmup_steps, patience,
+            descent_steps, total_steps, cohort_steps, cooldown_steps, stall_analyses and on_danger. Ranks, budget
+            and the steps of the analyses stay those of the record.
 
     Raises:
         ValueError: the run had a policy of its own, which a log can't ask.
@@ -62,48 +61,31 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
     return Replay(events=tuple(sorted(replayer.events, key=place)), diverged=diverged)
 
 
-@dataclass
-class _Layer:
+@dataclass(kw_only=True)
+class _Layer(LayerLife):
     """A layer in its replayed life."""
 
-    name: str
-    shape: tuple[int, int]
-    thresholds: Thresholds
-    reports: Mapping[int, LayerReport]  # the recorded ones, by step
-    state: LayerState = LayerState.WARMUP
-    rank: int = 0
-    history: list[LayerMetrics] = field(default_factory=list)
-    line_start: int = -1
-    danger: bool = False
-    protected: bool = False
-    by_hand: bool = False  # and so protected by hand
-    descent_end: int = 0
-    extensions: int = 0
-    cooldown_until: int = 0
-    returns: int = 0
+    reports: Mapping[int, LayerReport] = field(default_factory=dict)
+    """The recorded ones, by step."""
     diverged: int | None = None
+    recorded_window: int = 0
+    """How many analyses its window held in the run, at the present one."""
 
-    def line(self, recorded: int) -> list[LayerMetrics]:
-        """The analyses that a decision rests on: since the last change, at the rank of the last one.
+    @property
+    def window(self) -> tuple[LayerMetrics, ...]:
+        """The analyses that a decision rests on: since the last change, at the rank of the last one."""
+        window = super().window
+        other = [i for i, metrics in enumerate(window) if metrics.rank != window[-1].rank]
+        window = window[other[-1] + 1 :] if other else window
+        bounded = self.diverged is None and self.recorded_window  # in a run, histories are of bounded length
+        return window[-self.recorded_window :] if bounded else window
 
-        Args:
-            recorded: how many they were in the run.
-        """
-        line = [metrics for metrics in self.history if metrics.step > self.line_start]
-        other = [i for i, metrics in enumerate(line) if metrics.rank != line[-1].rank]
-        line = line[other[-1] + 1 :] if other else line
-        return line[-recorded:] if self.diverged is None and recorded else line  # histories are of bounded length
-
-    def info(self, asked: LayerInfo, step: int) -> LayerInfo:
+    def input(self, recorded: LayerInfo, step: int) -> LayerInfo:
         """What a policy may know of it."""
-        if self.diverged is None and self.protected == asked.protected:
-            return asked
-        return replace(asked, protected=self.protected, cooldown=max(0, self.cooldown_until - step))
-
-    def enter(self, state: LayerState) -> None:
-        """Another state, and a new line."""
-        self.state, self.extensions = state, 0
-        self.line_start = self.history[-1].step if self.history else -1
+        if self.diverged is None and self.protected == recorded.protected:
+            return recorded
+        mine = self.info(step)
+        return replace(recorded, protected=mine.protected, cooldown=mine.cooldown)
 
     def recorded(self, step: int) -> LayerReport | None:
         """Its report of a step, while its life is the recorded one."""
@@ -111,31 +93,25 @@ class _Layer:
 
 
 class _Replayer:
-    """The lifecycle once more, on recorded metrics; the methods' names are those of :mod:`.lifecycle`."""
+    """Recorded metrics in place of measured ones, recorded outcomes in place of tensors."""
 
     def __init__(self, run: Run, config: SubspaceConfig) -> None:
-        self.run, self.config, self.policy = run, config, policy_of(config)
-        self.layers = {
-            name: _Layer(
-                name,
-                reports[0].shape,
-                first_match(name, config.overrides).thresholds or config.thresholds,
-                dict(zip(run.steps[name], reports, strict=True)),
-            )
-            for name, reports in run.reports.items()
-            if reports
-        }
+        self.run, self.config = run, config
+        self.events: list[Event] = []
+        self.lifecycle: Lifecycle[_Layer] = Lifecycle(config, self.events.append)
+        self.layers = self.lifecycle.layers
+        for name, reports in run.reports.items():
+            if reports:
+                by_step = dict(zip(run.steps[name], reports, strict=True))
+                shape, thresholds = reports[0].shape, config.thresholds_of(name)
+                self.layers[name] = _Layer(name=name, shape=shape, thresholds=thresholds, reports=by_step)
         self.analyses = {record["step"]: record["analyses"] for record in run.analyses}
         self.recorded: dict[int, list[Event]] = {}
         for event in run.events:
             self.recorded.setdefault(event.step, []).append(event)
-        self.events: list[Event] = []
-        self.decisions: dict[str, Decision] = {}
         self.agenda = [*self.analyses, *self.recorded]  # a heap of the steps at which something may happen
         heapq.heapify(self.agenda)
         self.last = max(self.agenda, default=0)
-        self.last_analysis = 0
-        self.acted = False
 
     def run_through(self) -> None:
         """From the first step to the last that is known of."""
@@ -147,108 +123,105 @@ class _Replayer:
             step = now
             self.land(step)
             if step in self.analyses:
-                self.analyse(step)
+                self.analyze(step)
             for event in self.recorded.get(step, []):
-                if event.kind not in DECIDED or event.reason in FROM_OUTSIDE:
+                outside = event.kind not in DECIDED and event.kind not in TRIPS
+                if outside or event.reason in FROM_OUTSIDE:
                     self.happen(event)
 
-    def emit(self, event: Event) -> None:
-        """Something that would have happened."""
-        self.events.append(event)
-        self.acted |= event.kind in ("descend", "factorize", "merge", "grow", "shrink")
+    def recorded_event(self, layer: _Layer, step: int, *kinds: str) -> Event | None:
+        """What the run says of a layer at a step, unless somebody did it; ``None`` once its life is another one."""
+        events = self.recorded.get(step, []) if layer.diverged is None else []
+        return next((e for e in events
+                     if e.layer == layer.name and e.kind in kinds and e.reason not in FROM_OUTSIDE), None)  # fmt: skip
 
-    def recorded_event(self, step: int, layer: str, *kinds: str) -> Event | None:
-        """What the run says of a layer at a step, unless it was done by hand."""
-        return next((e for e in self.recorded.get(step, [])
-                     if e.layer == layer and e.kind in kinds and e.reason not in FROM_OUTSIDE), None)  # fmt: skip
-
-    def wait(self, layer: _Layer, until: int) -> None:
+    def wait(self, layer: _Layer) -> None:
         """A descent is to end at a step, if the record goes so far."""
-        layer.descent_end = until
-        if until <= self.last:
+        until = layer.status.descent_end
+        if until is not None and until <= self.last:
             heapq.heappush(self.agenda, until)
 
     # ---- facts -----------------------------------------------------------------------------------------
 
     def happen(self, event: Event) -> None:
-        """Something that the configuration had no part in: by hand, by a guard, or to the weights."""
+        """Something that the configuration had no part in: done by somebody, by a guard, or to the weights."""
         layer = self.layers.get(event.layer)
-        possible = {
-            "factorize": lambda x: x.state != LayerState.FACTORIZED,
-            "merge": lambda x: x.state == LayerState.FACTORIZED,
-            "loss_rose": lambda x: x.state in (LayerState.DESCENDING, LayerState.FACTORIZED),
-            "skewed": lambda x: x.state == LayerState.FACTORIZED,
-            "descent_stopped": lambda x: x.state == LayerState.DESCENDING,
-            "protect": lambda x: not x.protected,
-            "release": lambda x: x.protected,
-        }.get(event.kind, lambda x: True)
-        if layer is not None and not possible(layer):
-            return
-        self.emit(event)
         if layer is None:
+            self.lifecycle.emit(event)
             return
-        if event.kind == "unsupported":
-            del self.layers[layer.name]
-        elif event.kind in ("protect", "release"):
-            layer.protected = layer.by_hand = event.kind == "protect"
-        elif event.after is not None:
-            layer.enter(event.after)
-            if event.kind == "merge" or event.reason == GUARD:
-                transitions.rest_(layer, event.step, self.config.cooldown, counts=event.reason != BY_HAND)
+        self._happen_to(layer, event)
         if event.reason in FROM_OUTSIDE | {GUARD}:
-            self.decisions.pop(layer.name, None)
+            layer.decision = None
+
+    def _happen_to(self, layer: _Layer, event: Event) -> None:
+        """Where the state of the layer allows it."""
+        step, reason, numbers = event.step, event.reason, event.numbers
+        back = Trigger.MERGE_MANUALLY if reason == MANUAL else Trigger.LOSS_ROSE
+        match event.kind:
+            case "factorize":
+                if not layer.factorized:
+                    layer.status.rank = int(numbers["rank"])
+                    error = numbers["reconstruction_error"]
+                    self.lifecycle.factorize(layer, step, Trigger.FACTORIZE_MANUALLY, reason, error)
+            case "merge":
+                if layer.factorized:
+                    self.lifecycle.merge(layer, step, back, reason)
+            case "descent_stopped":
+                if layer.state == LayerState.DESCENDING:
+                    self.lifecycle.stop_descent(layer, step, back, reason)
+            case "protect":
+                if not layer.protected:
+                    self.lifecycle.protect(layer, step, reason, int(numbers["rank"]), manual=True)
+            case "release":
+                if layer.protected:
+                    self.lifecycle.release(layer, step, reason, int(numbers["rank"]))
+            case _:
+                if event.kind not in TRIPS or layer.can(TRIPS[event.kind]):
+                    self.lifecycle.emit(event)
+                if event.kind == "unsupported":
+                    del self.layers[layer.name]
 
     # ---- every step ------------------------------------------------------------------------------------
 
     def land(self, step: int) -> None:
         """The ends of descents."""
         for layer in self.layers.values():
-            if layer.state != LayerState.DESCENDING or layer.descent_end > step:
+            status = layer.status
+            if layer.state != LayerState.DESCENDING or status.descent_end is None or status.descent_end > step:
                 continue
             if layer.history and not layer.history[-1].measured:
-                self.wait(layer, step + self.config.interval)
+                layer.fire(Trigger.IDLE)
+                status.descent_end = step + self.config.analyze_every
+                self.wait(layer)
                 continue
-            event = self.recorded_event(step, layer.name, "factorize", "descent_extended", "descent_failed")
-            error, safe = 0.0, layer.thresholds.reconstruction_safe
-            if event is not None and layer.diverged is None:
-                error = event.numbers["reconstruction_error"]
-            if error < safe:
-                self.install(layer, step, "descent done", math.nan if event is None else error)
-                continue
-            gives_up = layer.extensions >= transitions.MAX_EXTENSIONS
-            self.emit(transitions.not_landed(step, layer.name, error, safe, gives_up))
-            if gives_up:
-                layer.enter(LayerState.DENSE)
-                transitions.rest_(layer, step, self.config.cooldown)
+            event = self.recorded_event(layer, step, "factorize", "descent_extended", "descent_failed")
+            error = 0.0 if event is None else event.numbers["reconstruction_error"]
+            landing = self.lifecycle.landing(layer, error)
+            if landing == Trigger.DESCENT_EXACT:
+                error = math.nan if event is None else error
+                self.lifecycle.factorize(layer, step, landing, "descent done", error)
+            elif landing == Trigger.DESCENT_EXTENDED:
+                self.lifecycle.put_off(layer, step, step + self.config.analyze_every, error)
+                self.wait(layer)
             else:
-                layer.extensions += 1
-                self.wait(layer, step + self.config.interval)
-
-    def install(self, layer: _Layer, step: int, reason: str, error: float) -> None:
-        """Into factors."""
-        info = LayerInfo(name=layer.name, shape=layer.shape, rank=layer.rank)
-        self.emit(transitions.factorize(step, info, reason, layer.state, error))
-        layer.enter(LayerState.FACTORIZED)
+                self.lifecycle.give_up(layer, step, error)
 
     # ---- every interval --------------------------------------------------------------------------------
 
-    def analyse(self, step: int) -> None:
+    def analyze(self, step: int) -> None:
         """Decide, and act where descents may start."""
-        cohort = self.config.cohort
-        boundary = step // cohort > self.last_analysis // cohort
-        self.last_analysis = step
+        boundary = self.lifecycle.begin_analysis(step)
+        self.lifecycle.analyses = self.analyses[step]
         for layer in self.layers.values():
             report = layer.reports.get(step)
             if report is not None and report.metrics is not None and report.metrics.step == step:
                 self.decide(layer, report, step)
         for event in self.recorded.get(step, []):
-            if event.reason == GUARD and event.kind in DECIDED:
+            if event.kind in TRIPS or (event.reason == GUARD and event.kind in DECIDED):
                 self.happen(event)
         if boundary and self.config.mode == "auto":
             self.act(step)
-        stall = not self.acted and self.layers and self.config.mode == "auto"
-        if stall and self.analyses[step] % self.config.stall_after == 0:
-            self.emit(transitions.stalled(step, self.analyses[step], self.decisions, len(self.layers)))
+        self.lifecycle.note_stall(step)
         for layer in self.layers.values():
             recorded = layer.recorded(step)
             if recorded is not None and (recorded.state, recorded.protected) != (layer.state, layer.protected):
@@ -256,106 +229,71 @@ class _Replayer:
 
     def decide(self, layer: _Layer, report: LayerReport, step: int) -> None:
         """Ask the rules about a layer, and see whether danger begins or ends."""
-        assert report.metrics is not None and report.question is not None
-        metrics = report.metrics
-        if layer.diverged is not None and layer.state != report.question.state:
+        assert report.metrics is not None and report.policy_input is not None
+        metrics, recorded = report.metrics, report.policy_input
+        if layer.diverged is not None and layer.state != recorded.state:
             metrics = replace(metrics, reconstruction_error=None, exact_rank=None)  # of a life that it does not lead
         layer.history.append(metrics)
-        layer.rank = report.question.info.rank
-        if layer.state == LayerState.WARMUP and step >= self.config.warmup:
-            layer.state = LayerState.DENSE
-        line = layer.line(report.question.analyses)
-        decision = self.ask(layer, report, line, step)
-        recent = [m for m in line[-self.config.patience :] if m.principal_excess is not None]
-        ready = layer.state != LayerState.WARMUP and len(recent) == self.config.patience
-        if not ready or decision.danger == layer.danger:
-            return
-        layer.danger = decision.danger
-        threshold = layer.thresholds.principal_danger
-        self.emit(transitions.danger(step, layer.name, layer.danger, report.metrics, threshold))
-        if self.config.on_danger == "protect" and self.config.mode == "auto":
-            self.protect(layer, layer.danger, step)
-            self.ask(layer, report, layer.line(report.question.analyses), step)
+        layer.status.rank, layer.recorded_window = recorded.info.rank, recorded.analyses
+        self.ask(layer, recorded.info, step)
+        if self.lifecycle.note_danger(layer, step) and self.lifecycle.protects:
+            begins = layer.status.in_danger
+            if self.lifecycle.may_protect(layer, begins, manual=False):
+                if begins:
+                    self.lifecycle.protect(layer, step, "in danger", layer.rank, manual=False)
+                else:
+                    self.lifecycle.release(layer, step, "the danger is over", layer.rank)
+            self.ask(layer, recorded.info, step)
 
-    def ask(self, layer: _Layer, report: LayerReport, line: list[LayerMetrics], step: int) -> Decision:
+    def ask(self, layer: _Layer, recorded: LayerInfo, step: int) -> None:
         """The policy's word."""
-        assert report.question is not None
         late = too_late(self.config, step, layer.history)
-        info = replace(layer.info(report.question.info, step), late=late)
-        decision = self.decisions[layer.name] = self.policy.decide(info, layer.state, line, layer.thresholds)
-        return decision
-
-    def protect(self, layer: _Layer, begin: bool, step: int) -> None:
-        """Begin or end a protection that was not begun by hand."""
-        if begin == layer.protected or layer.by_hand:
-            return
-        if begin and layer.state == LayerState.DESCENDING:
-            layer.enter(LayerState.DENSE)
-            self.emit(transitions.descent_stopped(step, layer.name, "its principal block is protected"))
-        layer.protected = begin
-        reason = "in danger" if begin else "the danger is over"
-        self.emit(transitions.protection(step, layer.name, begin, reason, layer.rank))
+        self.lifecycle.ask(layer, step, replace(layer.input(recorded, step), late=late))
 
     def act(self, step: int) -> None:
         """Carry out the decisions."""
-        wanted: dict[Action, list[_Layer]] = {action: [] for action in Action}
-        for name, decision in self.decisions.items():
-            layer = self.layers.get(name)
-            if layer is not None and (not layer.protected or decision.action == Action.MERGE):
-                wanted[decision.action].append(layer)
+        wanted = self.lifecycle.wanted()
         for layer in wanted[Action.DESCEND]:
-            if layer.state == LayerState.DENSE:
-                self.descend(layer, step)
+            event = self.recorded_event(layer, step, "descend")
+            if event is not None:  # the plan may have lowered the rank at that moment
+                layer.status.rank = int(event.numbers["rank"])
+            self.lifecycle.descend(layer, step)
+            self.wait(layer)
         for layer in wanted[Action.FACTORIZE]:
-            if layer.state != LayerState.FACTORIZED and layer.rank < break_even_rank(*layer.shape):
+            if not self.lifecycle.beyond_break_even(layer, layer.rank):
                 self.factorize(layer, step)
         for layer in wanted[Action.MERGE]:
-            if layer.state == LayerState.FACTORIZED:
-                self.merge(layer, step)
+            self.merge(layer, step)
         for layer in (*wanted[Action.SHRINK], *wanted[Action.GROW]):
-            if layer.state == LayerState.FACTORIZED:
-                self.resize(layer, step)
-
-    def descend(self, layer: _Layer, step: int) -> None:
-        """A descent starts; the plan may have lowered the rank at that moment."""
-        event = self.recorded_event(step, layer.name, "descend") if layer.diverged is None else None
-        if event is not None:
-            layer.rank = int(event.numbers["rank"])
-        until = ending(self.config, step, layer.history)
-        layer.state = LayerState.DESCENDING
-        self.emit(transitions.descend(step, layer.name, self.decisions[layer.name].reason, layer.rank, until))
-        self.wait(layer, until)
+            self.resize(layer, step)
 
     def factorize(self, layer: _Layer, step: int) -> None:
         """Into factors, as it is exact enough already; not where the weight could not be decomposed then."""
-        event = self.recorded_event(step, layer.name, "factorize") if layer.diverged is None else None
+        event = self.recorded_event(layer, step, "factorize")
         if event is not None:
-            layer.rank = int(event.numbers["rank"])
-            self.install(layer, step, "decided", event.numbers["reconstruction_error"])
+            layer.status.rank = int(event.numbers["rank"])
+            error = event.numbers["reconstruction_error"]
+            self.lifecycle.factorize(layer, step, Trigger.FACTORIZE, "decided", error)
         elif self.news(layer, step):
-            self.install(layer, step, "decided", layer.history[-1].reconstruction_error or 0.0)
+            error = layer.history[-1].reconstruction_error or 0.0
+            self.lifecycle.factorize(layer, step, Trigger.FACTORIZE, "decided", error)
 
     def merge(self, layer: _Layer, step: int) -> None:
         """Dense again."""
-        transitions.rest_(layer, step, self.config.cooldown)
-        self.emit(transitions.merge(step, layer.name, self.decisions[layer.name].reason, layer.rank,
-                                    layer.cooldown_until - step))  # fmt: skip
-        layer.enter(LayerState.DENSE)
+        assert layer.decision is not None
+        self.lifecycle.merge(layer, step, Trigger.MERGE, layer.decision.reason)
+        layer.decision = None
 
     def resize(self, layer: _Layer, step: int) -> None:
         """Another rank, or dense where that would be beyond break-even; not where the run had no room for it."""
-        decision = self.decisions[layer.name]
-        event = self.recorded_event(step, layer.name, "grow", "shrink", "merge") if layer.diverged is None else None
-        if event is None and not self.news(layer, step):
+        event = self.recorded_event(layer, step, "grow", "shrink", "merge")
+        if layer.decision is None or (event is None and not self.news(layer, step)):
             return
-        rank = decision.rank if event is None or event.kind == "merge" else int(event.numbers["rank"])
-        if rank is None or rank >= break_even_rank(*layer.shape):
+        rank = layer.decision.rank if event is None or event.kind == "merge" else int(event.numbers["rank"])
+        if rank is None or self.lifecycle.beyond_break_even(layer, rank):
             self.merge(layer, step)
-            return
-        self.emit(transitions.resize(step, layer.name, decision.reason, layer.rank, rank))
-        layer.rank = rank
-        layer.enter(LayerState.FACTORIZED)
-        layer.cooldown_until = step + self.config.cooldown
+        else:
+            self.lifecycle.resize(layer, step, rank, layer.decision.reason)
 
     def news(self, layer: _Layer, step: int) -> bool:
         """Whether the run itself did not ask for this: then what stood in its way then says nothing of it."""
@@ -363,7 +301,7 @@ class _Replayer:
         if report is None:
             return True
         decided = self.run.decide(layer.name, report, step)
-        return decided is None or decided.action != self.decisions[layer.name].action
+        return decided is None or layer.decision is None or decided.action != layer.decision.action
 
 
 def differences(recorded: Iterable[Event], replayed: Iterable[Event]) -> tuple[list[Event], list[Event]]:

@@ -23,7 +23,7 @@ from ..decisions.planner import uniform_rank
 from ..linalg.fallback import LinAlgError
 from ..records import clean, significant
 from ..storage.model_files import StoredTensor, open_tensors
-from ..tracking.tracker import octaves
+from ..tracking.refreshing import octaves
 from .tables import ALWAYS, Strip, name_table
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -270,7 +270,7 @@ def inspection_table(inspection: Inspection, width: int | None = None) -> Table:
     strips = [
         Strip("type", [_DTYPES.get(row.dtype, clean(row.dtype)) for row in rows], 0, left=True),
         Strip("shape", ["x".join(map(str, row.shape)) for row in rows], 3, left=True),
-        Strip("stable", _cells(rows, lambda row: row.stable_rank, "{:.1f}"), 5),
+        Strip("drift_stable", _cells(rows, lambda row: row.stable_rank, "{:.1f}"), 5),
         Strip("r95", _cells(rows, lambda row: row.effective_rank, "{}"), 8),
         Strip("r99", _cells(rows, lambda row: row.effective_rank_99, "{}"), 2),
         Strip("num", _cells(rows, lambda row: row.numerical_rank, "{}"), 4),

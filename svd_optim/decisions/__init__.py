@@ -1,1 +1,11 @@
-"""TODO"""
+"""Metrics in, decisions out: the rules, the plan over all layers, the state machine. No torch, no rich.
+
+For users: :class:`ThresholdPolicy`, to build a policy of their own on (:class:`svd_optim.config.Policy`), and
+:class:`Alert`, which listeners are told.
+"""
+
+from .alerts import Alert, Level
+from .machine import LayerStatus, Protection, Trigger
+from .policy import RULES, ThresholdPolicy
+
+__all__ = ["RULES", "Alert", "LayerStatus", "Level", "Protection", "ThresholdPolicy", "Trigger"]

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..records import Action, Condition, LayerReport, LayerState, Summary
 from .policy import STRUCTURAL
@@ -96,6 +96,22 @@ class AlertWatch:
         self._quiet: dict[tuple[str, str], int] = {}  # (layer, kind) said -> analyses outside its zone since
         self._values: dict[tuple[str, str], deque[tuple[int, float | None]]] = {}  # (layer, condition) -> the last
         self._lives: dict[str, tuple[LayerState, int]] = {}  # layer -> state and rank that the values are of
+
+    def state_dict(self) -> dict[str, list[list[Any]]]:
+        """Plain values: a resumed run does not repeat what the first one has said."""
+        return {
+            "said": [[layer, kind, outside] for (layer, kind), outside in sorted(self._quiet.items())],
+            "values": [[layer, name, step, x] for (layer, name), xs in sorted(self._values.items()) for step, x in xs],
+            "lives": [[layer, str(state), rank] for layer, (state, rank) in sorted(self._lives.items())],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._quiet = {(layer, kind): outside for layer, kind, outside in saved["said"]}
+        self._values = {}
+        for layer, name, step, value in saved["values"]:
+            self._values.setdefault((layer, name), deque(maxlen=WINDOW)).append((step, value))
+        self._lives = {layer: (LayerState(state), rank) for layer, state, rank in saved["lives"]}
 
     def update(self, summary: Summary) -> tuple[Alert, ...]:
         """What is new at this analysis, the critical first."""

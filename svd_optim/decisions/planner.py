@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from ..records import break_even_rank, largest_useful_rank
+from ..records import break_even_rank, largest_useful_rank, parameter_count
 
 QUANTUM = 8  # ranks are multiples of it where layers are large enough: kernels like that, and plans rest
 TRUST = 0.25  # in the measured capture
@@ -60,7 +60,7 @@ def quantum(m: int, n: int) -> int:
 
 def uniform_rank(m: int, n: int, budget: float) -> int:
     """The largest rank whose factors fit into a share of the dense (m, n) weight's numbers, at least 1."""
-    return max(1, min(largest_useful_rank(m, n), math.floor(budget * m * n / (m + n + 1))))
+    return max(1, min(largest_useful_rank(m, n), math.floor(budget * m * n / parameter_count(m, n, 1))))
 
 
 def even_share(shapes: Iterable[tuple[int, int]], numbers: float) -> float:
@@ -96,8 +96,8 @@ def _choices(candidate: Candidate, share: float) -> list[Choice]:
     step = min(quantum(m, n), max(1, math.floor(even / 2)))  # a small share is not to be lost in rounding
     least = max(1, math.floor(FLOOR * even / step) * step)
     ranks = [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0]
-    choices = [Choice(k, k * (m + n + 1), _damage(candidate, k)) for k in ranks]
-    return [*choices, Choice(None, m * n, 0.0)]
+    choices = [Choice(k, parameter_count(m, n, k), _damage(candidate, k)) for k in ranks]
+    return [*choices, Choice(None, parameter_count(m, n, None), 0.0)]
 
 
 def _lower_hull(choices: Sequence[Choice]) -> list[Choice]:
@@ -117,7 +117,7 @@ def _saving(cheap: Choice, dear: Choice) -> float:
     return (cheap.damage - dear.damage) / (dear.cost - cheap.cost)
 
 
-def spread(candidates: Sequence[Candidate], numbers: float, share: float) -> dict[str, int | None]:
+def allocate(candidates: Sequence[Candidate], numbers: float, share: float) -> dict[str, int | None]:
     """Ranks for all candidates (``None``: stays dense) that cost at most ``numbers`` in all, where that is possible.
 
     Args:
@@ -170,4 +170,4 @@ def _use_rest_(chosen: dict[str, Choice], choices: Mapping[str, Sequence[Choice]
 
 def planned_cost(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int | None]) -> int:
     """Numbers in all layers at these ranks (``None``: dense)."""
-    return sum(m * n if (k := ranks[name]) is None else k * (m + n + 1) for name, (m, n) in shapes.items())
+    return sum(parameter_count(m, n, ranks[name]) for name, (m, n) in shapes.items())

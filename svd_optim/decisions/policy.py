@@ -1,51 +1,21 @@
-"""Thresholds and history in, decisions out. Plain Python: this file does not import torch.
-
-A policy is any object with a pure ``decide``; put your own into ``SubspaceConfig(policy=...)``:
-
-    class Never:
-        def decide(self, layer, state, history, thresholds):
-            return Decision(action=Action.HOLD, reason="never")
-"""
+"""Thresholds and history in, decisions out: the library's rules. Plain Python: no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from ..config import SubspaceConfig, Thresholds
+from ..config import Policy, SubspaceConfig, Thresholds
 from ..records import Action, Condition, Decision, LayerInfo, LayerMetrics, LayerState
 from .planner import quantum
 
 
-class Policy(Protocol):
-    """Decides about one layer at one analysis. Pure: same arguments, same decision."""
-
-    def decide(
-        self,
-        layer: LayerInfo,
-        state: LayerState,
-        history: Sequence[LayerMetrics],
-        thresholds: Thresholds,
-    ) -> Decision:
-        """Decide what to do with a layer.
-
-        Args:
-            layer: name, shape and rank.
-            state: where it is in its life.
-            history: its analyses at this rank and in this state's line, oldest first, the present
-                one last; a new rank starts a new history.
-            thresholds: those that hold for this layer.
-        """
-        ...
-
-
 def _stable(metrics: LayerMetrics, t: Thresholds) -> Condition:
     return Condition(
-        name="stable",
+        name="drift_stable",
         value=metrics.subspace_drift,
-        threshold=t.angle_stable,
+        threshold=t.drift_stable,
         above=False,
         margin=t.warn_margin,
     )
@@ -93,7 +63,7 @@ def _attack(metrics: LayerMetrics, t: Thresholds) -> Condition:
     )
 
 
-STRUCTURAL = ("base_understood", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time")
+STRUCTURAL = ("base_supported", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time")
 _REASONS = {
     "in_plan": "in_plan: the plan keeps it dense, where a parameter does most",
     "unprotected": "unprotected: its principal block is being kept from moving",
@@ -102,8 +72,8 @@ _REASONS = {
 
 RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
     # Capture says how long to descend and when to come back; as a way in it is there for those who ask for it.
-    "capture": (_stable, _capture_safe),
-    # The ancestor's: danger first. minor_safe is danger's complement, so one test is both.
+    "stability": (_stable, _capture_safe),
+    # That of the Phase 1 experiment: danger first. minor_safe is danger's complement, so one test is both.
     "alignment": (_minor_safe, _stable),
 }
 
@@ -119,7 +89,7 @@ class ThresholdPolicy:
             ``reconstruction_safe`` is one of the conditions.
     """
 
-    rule: str = "capture"
+    rule: str = "stability"
     patience: int = 3
     descend: bool = True
 
@@ -147,8 +117,8 @@ class ThresholdPolicy:
         blocked = next((c for c in conditions if not c.holds), None)
         if blocked is not None:
             reason = _REASONS.get(blocked.name, "") or str(blocked)
-            if blocked.name == "base_understood":
-                reason = f"base_understood: {layer.base_reason}"
+            if blocked.name == "base_supported":
+                reason = f"base_supported: {layer.unsupported_reason}"
             return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
         action = Action.DESCEND if self._has_to_descend(history, thresholds) else Action.FACTORIZE
         reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)
@@ -166,11 +136,13 @@ class ThresholdPolicy:
         highest = max(captures)
         kept = Condition(name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True)
         known = [m.persistence for m in recent if m.persistence is not None]
-        persistent = Condition(name="persistent", value=min(known, default=None), threshold=t.persistent, above=True)
-        noise = bool(known) and not persistent.holds  # is what the factors can't follow
+        persistence_signal = Condition(
+            name="persistence_signal", value=min(known, default=None), threshold=t.persistence_signal, above=True
+        )
+        noise = bool(known) and not persistence_signal.holds  # is what the factors can't follow
 
         def because(why: str, missing: Condition, action: Action, rank: int | None = None) -> Decision:
-            told = (missing, persistent) if known else (missing,)
+            told = (missing, persistence_signal) if known else (missing,)
             reason = f"{why}: {'; '.join(map(str, told))}"
             return replace(hold, action=action, reason=reason, conditions=told, rank=rank)
 
@@ -220,8 +192,8 @@ class ThresholdPolicy:
             streak += 1
         return (
             Condition(
-                name="base_understood",
-                value=float(layer.base_understood),
+                name="base_supported",
+                value=float(layer.base_supported),
                 threshold=1,
                 above=True,
                 or_equal=True,

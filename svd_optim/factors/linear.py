@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linalg import working
+from ..linalg import to_compute_dtype
 
 SKETCH_SIZE = 8  # columns of the sketch that estimates the part of ||G|| outside the tangent space
 
@@ -108,7 +108,7 @@ class FactorizedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         dense = self._parameters.pop("weight")
         assert dense is not None
-        U, S, Vh = torch.linalg.svd(working(dense), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(to_compute_dtype(dense), full_matrices=False)
         self.install(U[:, :rank], S[:rank], Vh[:rank].mT, dense.dtype)
 
     def install(self, U: Tensor, S: Tensor, V: Tensor, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import project_off, working
+from ..linalg import project_off, to_compute_dtype
 
 # torch.optim's vocabulary, and that of most optimizers written after it.
 FIRST = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
@@ -25,7 +25,7 @@ SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_de
 FIRST_OF = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg", "square_avg": "grad_avg"}
 
 # Those whose state is known to be of these kinds before they have taken a step.
-UNDERSTOOD = (
+SUPPORTED = (
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -41,7 +41,7 @@ Moments = dict[str, Any]
 Pair = tuple[Tensor, Tensor]
 
 
-def not_understood(state: Mapping[str, Any], weight: Tensor) -> str:
+def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
     """Why a parameter's optimizer state can't be moved into factors; empty if it can."""
     cannot = "which svd_optim can't move into factors"
     for key, value in state.items():
@@ -74,9 +74,9 @@ def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, An
             continue
         allowed = torch.ones((), device=after[0][key].device)
         for moments in before:
-            v = working(moments[key])
+            v = to_compute_dtype(moments[key])
             safe = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0
-            ratio = working(moments[first]).square().div_(safe).amax((-2, -1), keepdim=True)
+            ratio = to_compute_dtype(moments[first]).square().div_(safe).amax((-2, -1), keepdim=True)
             allowed = torch.maximum(allowed, ratio)
         for moments in after:
             moments[key] = torch.maximum(moments[key], moments[first].square().div_(allowed))
@@ -111,13 +111,13 @@ def join_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
     return (v_K @ V.square().mT + U.square() @ v_L.mT) / seen
 
 
-def turn_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
+def transport_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
     """M_K, M_L in the bases U1, V1: the split of M_K V^T + U M_L^T, never formed."""
-    return _turn_first(M_K, M_L, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
+    return _transport_first(M_K, M_L, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
 
 
-def _turn_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, turns: Pair) -> Pair:
-    (U, V), (U1, V1), (of_U, of_V) = old, new, turns
+def _transport_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, rotations: Pair) -> Pair:
+    (U, V), (U1, V1), (of_U, of_V) = old, new, rotations
     to_K, to_L = M_L.mT @ V1, M_K.mT @ U1  # (k, k)
     M_K1, M_L1 = M_K @ of_V, M_L @ of_U
     M_K1 += U @ to_K
@@ -126,13 +126,13 @@ def _turn_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, turns: Pair) -> 
     return M_K1, M_L1
 
 
-def turn_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
+def transport_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
     """v_K, v_L in the bases U1, V1, whose columns are nearly combinations of those of U, V."""
-    return _turn_second(v_K, v_L, (U.mT @ U1, V.mT @ V1))
+    return _transport_second(v_K, v_L, (U.mT @ U1, V.mT @ V1))
 
 
-def _turn_second(v_K: Tensor, v_L: Tensor, turns: Pair) -> Pair:
-    of_U, of_V = turns
+def _transport_second(v_K: Tensor, v_L: Tensor, rotations: Pair) -> Pair:
+    of_U, of_V = rotations
     return v_K @ of_V.square(), v_L @ of_U.square()
 
 
@@ -157,7 +157,7 @@ def resize(
                 if key in state:
                     after[key] = _copied(state[key])
         elif key in FIRST:
-            turned = turn_first(working(value), working(state_L[key]), *old, *new)
+            turned = transport_first(to_compute_dtype(value), to_compute_dtype(state_L[key]), *old, *new)
             for after, M in zip(resized, turned, strict=True):
                 after[key] = M.to(value.dtype).contiguous()
         else:
@@ -174,7 +174,7 @@ def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Mome
     for key, value in state.items():
         if _is_moment(key, value):
             move = split_first if key in FIRST else split_second
-            state_K[key], state_L[key] = move(working(value), U, V)
+            state_K[key], state_L[key] = move(to_compute_dtype(value), U, V)
         else:
             state_K[key], state_L[key] = _copied(value), _copied(value)
     return _finished(state_K, state), _finished(state_L, state)
@@ -186,18 +186,20 @@ def join(state_K: Mapping[str, Any], state_L: Mapping[str, Any], U: Tensor, V: T
     for key, value in state_K.items():
         if _is_moment(key, value):
             combine = join_first if key in FIRST else join_second
-            state[key] = combine(working(value), working(state_L[key]), U, V)
+            state[key] = combine(to_compute_dtype(value), to_compute_dtype(state_L[key]), U, V)
         else:
             state[key] = _copied(value)
     return _finished(state, state_K, state_L)
 
 
-def turn_(states_K: list[Moments], states_L: list[Moments], old: Pair, new: Pair, turns: Pair | None = None) -> None:
+def transport_(
+    states_K: list[Moments], states_L: list[Moments], old: Pair, new: Pair, rotations: Pair | None = None
+) -> None:
     """Turn the states of b layers of equal shape and equal keys from the bases ``old`` to ``new``.
 
     Args:
         old, new: (U, V), each (b, m, k) and (b, n, k).
-        turns: (U^T U', V^T V'), each (b, k, k), if they are known.
+        rotations: (U^T U', V^T V'), each (b, k, k), if they are known.
     """
     K0: Moments = {}
     L0: Moments = {}
@@ -206,14 +208,14 @@ def turn_(states_K: list[Moments], states_L: list[Moments], old: Pair, new: Pair
     turned = [key for key, value in states_K[0].items() if _is_moment(key, value) and key in states_L[0]]
     if not turned:
         return
-    turns = turns or (old[0].mT @ new[0], old[1].mT @ new[1])
+    rotations = rotations or (old[0].mT @ new[0], old[1].mT @ new[1])
     for key in turned:
-        K0[key] = torch.stack([working(s[key]) for s in states_K])
-        L0[key] = torch.stack([working(s[key]) for s in states_L])
+        K0[key] = torch.stack([to_compute_dtype(s[key]) for s in states_K])
+        L0[key] = torch.stack([to_compute_dtype(s[key]) for s in states_L])
         if key in FIRST:
-            K1[key], L1[key] = _turn_first(K0[key], L0[key], old, new, turns)
+            K1[key], L1[key] = _transport_first(K0[key], L0[key], old, new, rotations)
         else:
-            K1[key], L1[key] = _turn_second(K0[key], L0[key], turns)
+            K1[key], L1[key] = _transport_second(K0[key], L0[key], rotations)
     _keep_steps_short((K1, L1), (K0, L0))
     for moments, states in ((K1, states_K), (L1, states_L)):
         for key, value in moments.items():

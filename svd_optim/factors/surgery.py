@@ -1,6 +1,6 @@
 """Dense to factorized and back: modules in place. Knows no optimizer.
 
-The module object stays the same (hooks, names, references to it keep working); its class and its
+The module object stays the same (hooks, names, references to it keep to_compute_dtype); its class and its
 parameters change.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Basis, exact_basis, working
+from ..linalg import Basis, exact_basis, to_compute_dtype
 from .linear import FactorizedLinear
 
 
@@ -36,7 +36,7 @@ def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> Fact
     if basis is None:
         if not torch.isfinite(W).all():
             raise ValueError(f"factorize_: the weight of shape {tuple(W.shape)} holds NaN or Inf; mend it first")
-        basis = exact_basis(working(W), rank)
+        basis = exact_basis(to_compute_dtype(W), rank)
     requires_grad = W.requires_grad
     module._parameters.pop("weight")
     module.__class__ = FactorizedLinear
@@ -56,7 +56,7 @@ def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
     if not isinstance(module, FactorizedLinear):
         raise TypeError(f"merge_ takes a FactorizedLinear, got {type(module).__name__}")
     if weight is None:
-        U, S, V = (working(p) for p in (module.U, module.S, module.V))
+        U, S, V = (to_compute_dtype(p) for p in (module.U, module.S, module.V))
         weight = (U * S) @ V.mT
     dtype, requires_grad = module.U.dtype, module.U.requires_grad
     module.track_tangent(None)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .. import linalg
 from ..linalg import Basis, project_off, quick_retract, retract
-from ..linalg.fallback import LinAlgError, attempt
+from ..linalg.fallback import LinAlgError, with_float64_fallback
 from ..linalg.protection import Anchor, restored_factors
 from .linear import FactorizedLinear
-from .moments import UNDERSTOOD, turn_
+from .moments import SUPPORTED, transport_
 from .weight_decay import decay_of, is_muon
 
 # What is left over of a derived scale: the best of a small grid (``benchmarks/quality.py``, "step x ...").
@@ -34,28 +34,28 @@ ENTRYWISE_SCALE = 1.0
 MAX_AMPLIFICATION = 30.0  # of rounding errors, 1e-7, in retractions without QR
 
 
-def masters(module: FactorizedLinear, kept: Basis | None) -> Basis:
+def float32_factors(module: FactorizedLinear, masters: Basis | None) -> Basis:
     """U, S, V in float32 (float64 for a float64 layer), without the rounding of low-precision parameters.
 
     Args:
-        kept: the float32 factors that the parameters were rounded from. Where a parameter is no
+        masters: the float32 factors that the parameters were rounded from. Where a parameter is no
             longer their rounding (somebody loaded or edited it), the parameter counts.
     """
     current = Basis(module.U.detach(), module.S.detach(), module.V.detach())
     if current.U.dtype in (torch.float32, torch.float64):
         return current
-    if kept is None or kept.U.shape != current.U.shape:
+    if masters is None or masters.U.shape != current.U.shape:
         return Basis(*(p.float() for p in current))
-    return Basis(*(torch.where(m.to(p.dtype) == p, m, p.float()) for m, p in zip(kept, current, strict=True)))
+    return Basis(*(torch.where(m.to(p.dtype) == p, m, p.float()) for m, p in zip(masters, current, strict=True)))
 
 
 @dataclass
-class Factored:
+class FactorState:
     """A factorized layer as the tangent step sees it."""
 
     name: str
     module: FactorizedLinear
-    kept: Basis | None = None  # float32 masters, only under lower-precision parameters
+    masters: Basis | None = None  # float32, only under lower-precision parameters
     nonfinite: Tensor | None = None  # steps that were not taken because of NaN or Inf; 0-d, on the device
     anchor: Anchor | None = None  # while the principal block is protected
 
@@ -78,7 +78,7 @@ def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
 def _is_entrywise(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> bool:
     """Whether the base optimizer brings each entry's update to the size of the learning rate (Adam and its kin)."""
     if not state:
-        return isinstance(base, UNDERSTOOD) and not isinstance(base, (torch.optim.SGD, torch.optim.Muon))
+        return isinstance(base, SUPPORTED) and not isinstance(base, (torch.optim.SGD, torch.optim.Muon))
     return not state.keys() <= {"momentum_buffer", "step"}
 
 
@@ -127,10 +127,10 @@ def update_scales(
     return Scales(1.0, 1.0, decay)
 
 
-class Entered(NamedTuple):
+class FactorBatch(NamedTuple):
     """Layers of one shape, type and state whose parameters hold K (in low precision 0) and 0 at the moment."""
 
-    layers: list[Factored]
+    layers: list[FactorState]
     scales: Scales
     U: Tensor  # (b, m, k)
     S: Tensor  # (b, k)
@@ -153,7 +153,7 @@ class Entered(NamedTuple):
             parameter.grad = gradient
 
 
-def _silence_(layers: Sequence[Factored]) -> Tensor:
+def _silence_(layers: Sequence[FactorState]) -> Tensor:
     """Make the gradients of a layer zero if one of them is not finite, so that no moment takes it in.
 
     Returns:
@@ -168,11 +168,11 @@ def _silence_(layers: Sequence[Factored]) -> Tensor:
     return sound
 
 
-def enter_(
-    layers: Iterable[Factored],
+def enter_factors_(
+    layers: Iterable[FactorState],
     base: torch.optim.Optimizer,
     groups: Mapping[Tensor, Mapping[str, Any]],
-) -> list[Entered]:
+) -> list[FactorBatch]:
     """Put K and 0 where U and V are, in all layers that will move; equal layers in one batch.
 
     In bfloat16 or float16 K would swallow steps smaller than its rounding. There the base optimizer steps
@@ -180,27 +180,29 @@ def enter_(
     afterwards, or added to the gradient now.
 
     A layer with a gradient that is not finite gets gradients of zero: its moments only fade, and
-    :func:`finish_` leaves its factors as they were.
+    :func:`leave_factors_` leaves its factors as they were.
 
     Layers without gradients or with a learning rate of zero are left as they are.
 
     Args:
         groups: the param group of each parameter.
     """
-    batches: dict[Any, list[Factored]] = {}
+    batches: dict[Any, list[FactorState]] = {}
     for layer in layers:
         U, V = layer.module.U, layer.module.V
         if U.grad is None or V.grad is None or lr_is_zero(groups[U]):
             continue
         keys = tuple(base.state[U]) if U in base.state else ()
         batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
-    entered: list[Entered] = []
+    entered: list[FactorBatch] = []
     decayed: dict[Tensor, Tensor] = {}  # gradients with decay
     for (U_shape, V_shape, *_), batch in batches.items():
         first = batch[0].module.U
         state = base.state.get(first, {})
         scales = update_scales(base, groups[first], state, (U_shape[0], V_shape[0], U_shape[1]))
-        factors = Basis(*(torch.stack(f) for f in zip(*(masters(x.module, x.kept) for x in batch), strict=True)))
+        factors = Basis(
+            *(torch.stack(f) for f in zip(*(float32_factors(x.module, x.masters) for x in batch), strict=True))
+        )
         sound = _silence_(batch)
         K = factors.U * factors.S.unsqueeze(-2)
         gradients: dict[Tensor, Tensor] = {}
@@ -209,7 +211,7 @@ def enter_(
                 gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
                 decayed |= {p: (G + rate * K_p).to(G.dtype) for (p, G), K_p in zip(gradients.items(), K, strict=True)}
             K = torch.zeros_like(K)
-        entered.append(Entered(batch, scales, *factors, K, sound, gradients))
+        entered.append(FactorBatch(batch, scales, *factors, K, sound, gradients))
     for ready in entered:  # only now, when nothing can fail any more
         for layer, K_layer in zip(ready.layers, ready.K, strict=True):
             layer.module.U.copy_(K_layer)
@@ -219,7 +221,7 @@ def enter_(
     return entered
 
 
-def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored, bool]]:
+def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tuple[FactorState, bool]]:
     """After the base optimizer's step: scale, decay, retract, turn the moments, write U, S, V back.
 
     A layer whose gradients, K or L are not finite keeps the factors it had, and counts it; so does one
@@ -230,7 +232,7 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     """
     batch.restore_gradients_()
     K, L = _stepped(batch)
-    new, turns, finite, failed = _retracted_quickly(K, L, batch) or _retracted(K, L, batch)
+    new, rotations, finite, failed = _retracted_quickly(K, L, batch) or _retracted(K, L, batch)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
             old = Basis(batch.U[i], batch.S[i], batch.V[i])
@@ -240,10 +242,10 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
                 one = old
             for factor, restored in zip(new, one, strict=True):
                 factor[i].copy_(restored)
-            turns = None
+            rotations = None
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
-    turn_(states_K, states_L, (batch.U, batch.V), (new.U, new.V), turns)
+    transport_(states_K, states_L, (batch.U, batch.V), (new.U, new.V), rotations)
     for i, layer in enumerate(batch.layers):
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
         bad = (~finite[i]).to(torch.int64)
@@ -251,7 +253,7 @@ def finish_(batch: Entered, state: Mapping[Tensor, Any]) -> list[tuple[Factored,
     return [(layer, i not in failed) for i, layer in enumerate(batch.layers)]
 
 
-def _stepped(batch: Entered) -> tuple[Tensor, Tensor]:
+def _stepped(batch: FactorBatch) -> tuple[Tensor, Tensor]:
     """K and L as the base optimizer's step leaves them, scaled; (b, m, k) and (b, n, k)."""
     K1 = torch.stack([layer.module.U.to(batch.U.dtype) for layer in batch.layers])
     L1 = torch.stack([layer.module.V.to(batch.U.dtype) for layer in batch.layers])
@@ -264,12 +266,12 @@ def _stepped(batch: Entered) -> tuple[Tensor, Tensor]:
 
 class _Retracted(NamedTuple):
     new: Basis  # (b, ...)
-    turns: tuple[Tensor, Tensor] | None  # (U^T U', V^T V'), if that is known
+    rotations: tuple[Tensor, Tensor] | None  # (U^T U', V^T V'), if that is known
     finite: Tensor  # (b,) bool: layers that moved
     failed: set[int]  # indices of those whose retraction was not possible
 
 
-def _retracted_quickly(K: Tensor, L: Tensor, batch: Entered) -> _Retracted | None:
+def _retracted_quickly(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted | None:
     """Without QR, if all of the batch is up to it: the host asks, which costs nothing on a CPU."""
     if K.device.type != "cpu" or K.dtype != torch.float32:
         return None
@@ -283,10 +285,10 @@ def _retracted_quickly(K: Tensor, L: Tensor, batch: Entered) -> _Retracted | Non
     return None
 
 
-def _retracted(K: Tensor, L: Tensor, batch: Entered) -> _Retracted:
+def _retracted(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted:
     """By QR. A layer whose K or L is not finite keeps its factors, and so does one whose retraction fails."""
     old = Basis(batch.U, batch.S, batch.V)
-    L = project_off(L, old.V)  # Adam turns the update of L back into span(V)
+    L = project_off(L, old.V)  # Adam rotations the update of L back into span(V)
     finite = batch.sound & linalg.finite(K) & linalg.finite(L)  # (b,)
     ok = finite[:, None, None]
     K, L = torch.where(ok, K, old.U * old.S.unsqueeze(-2)), torch.where(ok, L, 0.0)
@@ -306,7 +308,7 @@ def _attempted(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
     failed: set[int] = set()
     for i in range(len(K)):
         inputs = [t[i] for t in (K, L, old.U, old.V)]
-        one = attempt(partial(_retract_in, inputs), K.dtype)
+        one = with_float64_fallback(partial(_retract_in, inputs), K.dtype)
         if one is None:
             failed.add(i)
         done.append(one or Basis(*(t[i] for t in old)))
@@ -324,13 +326,13 @@ def _anchored(factors: Basis, anchor: Anchor, old: Basis) -> Basis | None:
     return None
 
 
-def write_(layer: Factored, factors: Basis) -> None:
+def write_(layer: FactorState, factors: Basis) -> None:
     """Write U, S, V into the parameters, and keep them as masters under lower precision."""
     module = layer.module
     for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
         parameter.copy_(factor)
     low_precision = module.U.dtype not in (torch.float32, torch.float64)
-    layer.kept = Basis(*(f.clone() for f in factors)) if low_precision else None
+    layer.masters = Basis(*(f.clone() for f in factors)) if low_precision else None
 
 
 def all_lr_zero(param_groups: Sequence[Mapping[str, Any]]) -> bool:

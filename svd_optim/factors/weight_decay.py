@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .moments import UNDERSTOOD
+from .moments import SUPPORTED
 
 # "other": the step depends on the weight in another way (LAMB, LARS). "unknown": the stand-in could not step.
 Decay = Literal["decoupled", "coupled", "other", "unknown"]
@@ -34,7 +34,7 @@ def decay_of(base: Optimizer, group: Mapping[str, Any]) -> Decay:
     decoupled = group.get("decoupled_weight_decay")
     if decoupled is None and is_muon(base, group):
         decoupled = True
-    if decoupled is None and isinstance(base, UNDERSTOOD):
+    if decoupled is None and isinstance(base, SUPPORTED):
         decoupled = False
     if decoupled is not None:
         return "decoupled" if decoupled else "coupled"
@@ -48,7 +48,7 @@ def decay_of(base: Optimizer, group: Mapping[str, Any]) -> Decay:
     return known[flags]
 
 
-def not_understood(base: Optimizer, group: Mapping[str, Any]) -> str:
+def unsupported_reason(base: Optimizer, group: Mapping[str, Any]) -> str:
     """Why a layer can't go into factors for the way its weight decays; empty if it can."""
     decay = decay_of(base, group)
     if decay == "other":

@@ -29,14 +29,14 @@ from .energies import (
     projection_energies,
     projections,
 )
-from .matrices import complement, energy, finite, project_off, working
-from .retraction import Turned, quick_retract, retract
+from .matrices import complement, energy, finite, project_off, to_compute_dtype
+from .retraction import Retraction, quick_retract, retract
 
 __all__ = [
     "OVERSAMPLING",
     "Basis",
     "GradientEnergies",
-    "Turned",
+    "Retraction",
     "alignments",
     "chance_corrected",
     "complement",
@@ -57,5 +57,5 @@ __all__ = [
     "retract",
     "ritz_basis",
     "subspace_change",
-    "working",
+    "to_compute_dtype",
 ]

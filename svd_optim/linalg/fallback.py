@@ -12,7 +12,7 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 IN_A_ROW = 3  # failures before a layer is named in a warning
 
 
-def attempt(decompose: Callable[[torch.dtype], Basis], dtype: torch.dtype) -> Basis | None:
+def with_float64_fallback(decompose: Callable[[torch.dtype], Basis], dtype: torch.dtype) -> Basis | None:
     """``decompose(dtype)``; if that raises or gives NaN or Inf, ``decompose(torch.float64)``; else ``None``.
 
     Reads one flag from the device, so it belongs into analyses and switches, not into every step.

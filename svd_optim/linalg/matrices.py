@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def working(X: Tensor) -> Tensor:
+def to_compute_dtype(X: Tensor) -> Tensor:
     """X, detached, in the precision of the mathematics: float32, or float64 if it is that already."""
     X = X.detach()
     return X if X.dtype == torch.float64 else X.float()

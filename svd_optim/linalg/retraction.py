@@ -27,7 +27,7 @@ def retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Basis:
     return Basis(Q @ P, S, Z @ Oh.mT)
 
 
-class Turned(NamedTuple):
+class Retraction(NamedTuple):
     """A retraction, and what it knows besides."""
 
     basis: Basis
@@ -36,7 +36,7 @@ class Turned(NamedTuple):
     amplified: Tensor  # relative rounding errors are, so many times: 1 at best, infinite or NaN where it failed. (...,)
 
 
-def quick_retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor, core: torch.dtype = torch.float64) -> Turned:
+def quick_retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor, core: torch.dtype = torch.float64) -> Retraction:
     """The same by Cholesky-QR of K, and of what :func:`retract` calls Y by the eigenvectors of its Gram matrix.
 
     With K = Q R, X = U^T Q and P = V^T L, Y is V A + L X for A = R^T - P X; then Y^T Y = E diag(S^2) E^T, U' = Q E
@@ -70,4 +70,4 @@ def quick_retract(K: Tensor, L: Tensor, U: Tensor, V: Tensor, core: torch.dtype 
     in_core = torch.finfo(core).eps / single.eps * (S[..., 0] / S[..., -1]).square()
     amplified = torch.stack([*sums, in_core, underflow]).amax(0)
     E, by_K, by_Y = E.to(K.dtype), by_K.to(K.dtype), by_Y.to(K.dtype)
-    return Turned(Basis(K @ by_K, S.to(K.dtype), Y @ by_Y), X @ E, of_Y @ by_Y, amplified)
+    return Retraction(Basis(K @ by_K, S.to(K.dtype), Y @ by_Y), X @ E, of_Y @ by_Y, amplified)

@@ -33,8 +33,8 @@ from ..linalg import Basis
 from ..optimizer import SubspaceAwareOptimizer, wrappers_of
 from ..storage import files as storage
 from ..storage import validation as verification
-from ..tracking.switching import replace_parameters_
-from ..tracking.transactions import undone_on_error
+from ..tracking.replacement import replace_parameters_
+from ..tracking.transactions import transaction
 from .files import MODEL, STATE, CheckpointError, Part, encode, on_cpu
 from .validation import base_of, group_names, joined, linear_layers, prefix_in
 
@@ -151,7 +151,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
 def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
     """Load a checkpoint's model alone, for inference: layers become factorized or dense as they were.
 
-    Values are cast to the types of ``model``. Where a wrapper follows its layers, they stay followed.
+    Values are cast to the types of ``model``. Where a wrapper follows its layers, they stay tracked.
 
     Raises:
         CheckpointError: as for :func:`load_checkpoint`; the model is as before.
@@ -281,11 +281,11 @@ def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"the checkpoint in {os.fspath(folder)!r} does not fit: {reason}") from error
 
 
-def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part: Part, followed: set[str]) -> None:
+def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part: Part, tracked: set[str]) -> None:
     """The structure of layers that no wrapper follows; those of wrappers come with the model's values."""
     for name, layer in linear_layers(model).items():
         about = part.tree["factors"].get(name)
-        if name in followed or (layer.rank if isinstance(layer, FactorizedLinear) else None) == (
+        if name in tracked or (layer.rank if isinstance(layer, FactorizedLinear) else None) == (
             about and about["rank"]
         ):
             continue
@@ -306,18 +306,16 @@ def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part:
 
 def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
     """On an error model and optimizers are what they were, object for object."""
-    records: list[object] = []
-    for wrapper in optimizers:
-        if isinstance(wrapper, SubspaceAwareOptimizer):
-            layers = wrapper.layers.values()
-            records += [wrapper._life, wrapper._life.guard, *layers, *(x.factored for x in layers if x.factored)]
-    return undone_on_error(model.modules(), [base_of(o) for o in optimizers], records, values=True)
+    runs = [optimizer._controller for optimizer in optimizers if isinstance(optimizer, SubspaceAwareOptimizer)]
+    records = [record for run in runs for record in run.records()]
+    journals = [run.journal for run in runs]
+    return transaction(model.modules(), [base_of(o) for o in optimizers], records, journals, values=True)
 
 
 def _load_model(model: nn.Module, optimizers: Sequence[Optimizer], part: Part) -> None:
     wrappers = [o for o in optimizers if isinstance(o, SubspaceAwareOptimizer)]
-    followed = {joined(prefix_in(model, w), name) for w in wrappers for name in w.layers}
-    _restore_unfollowed(model, optimizers, part, followed)
+    tracked = {joined(prefix_in(model, w), name) for w in wrappers for name in w.layers}
+    _restore_unfollowed(model, optimizers, part, tracked)
     state: dict[str, Any] = part.named | part.tree["values"]
     if part.tree["metadata"] is not None:
         state = _WithMetadata(state)

@@ -265,7 +265,7 @@ def _locked(path: Path) -> Iterator[None]:
 def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Part]:
     """Read a checkpoint, or the latest in a folder of them, and verify every byte of it.
 
-    Nothing outside the checkpoint is read, links are not followed, and memory stays within a small
+    Nothing outside the checkpoint is read, links are not tracked, and memory stays within a small
     multiple of the files' sizes.
 
     Raises:

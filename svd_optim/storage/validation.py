@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..factors.linear import SKETCH_SIZE, FactorizedLinear
+from ..decisions.machine import DESCENDING, FACTORIZED, Protection
+from ..factors.linear import FactorizedLinear
 from ..factors.moments import FIRST, SECOND
 from ..optimizer import SubspaceAwareOptimizer
-from ..records import Event, LayerMetrics, LayerState
-from ..tracking.controller import STATE_VERSION
-from ..tracking.loss_guard import PENDING
-from ..tracking.tracker import SCALARS
+from ..tracking.loading import saved_ranks
+from ..tracking.saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, Field, Sizes
 from .files import CheckpointError, Part
 
 SKEW, SKEW_LOW = 1e-3, 2e-2  # largest entry of U^T U - I: in float32 it is 1e-5; rounding to bfloat16 makes 4e-3
@@ -144,9 +142,9 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Per param group, the names that its parameters have in the model."""
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     groups = [group["params"] for group in optimizer.param_groups]
-    strangers = [(i, tuple(p.shape)) for i, group in enumerate(groups) for p in group if id(p) not in names]
-    if strangers:
-        i, shape = strangers[0]
+    unknown = [(i, tuple(p.shape)) for i, group in enumerate(groups) for p in group if id(p) not in names]
+    if unknown:
+        i, shape = unknown[0]
         raise CheckpointError(f"a parameter of shape {shape} in the optimizer's group {i} is not in the model")
     return [[names[id(p)] for p in group] for group in groups]
 
@@ -170,16 +168,16 @@ def check_optimizers(
         _require(entry["class"] == kind, where, f"saved from {str(entry['class'])[:80]!r}, this one is {kind!r}")
         own, wrapped = entry["svd_optim"], isinstance(optimizer, SubspaceAwareOptimizer)
         _require((own is not None) == wrapped, where, f"was {'' if own else 'not '}wrapped when it was saved")
-        followed: set[str] = set()
+        tracked: set[str] = set()
         if isinstance(optimizer, SubspaceAwareOptimizer):
-            check_lifecycle(own, optimizer, where)
+            check_run(own, optimizer, where)
             prefix = prefix_in(model, optimizer)
-            for name, layer in own["layers"].items():
+            for name, rank in saved_ranks(own).items():
                 full = joined(prefix, name)
-                fits = factors.get(full, {}).get("rank") == (layer["rank"] if layer["factorized"] else None)
+                fits = factors.get(full, {}).get("rank") == rank
                 _require(fits, where, f"layer {name!r} is not factorized as in the saved model")
-                followed.add(full)
-        _check_groups(entry["groups"], optimizer, group_names(model, optimizer), factors, followed, where)
+                tracked.add(full)
+        _check_groups(entry["groups"], optimizer, group_names(model, optimizer), factors, tracked, where)
         _check_state(entry["state"], {n for g in entry["groups"] for n in g["params"]}, tensors, where)
 
 
@@ -188,7 +186,7 @@ def _check_groups(
     optimizer: Optimizer,
     names: list[list[str]],
     factors: Mapping[str, Any],
-    followed: set[str],
+    tracked: set[str],
     where: str,
 ) -> None:
     _require(isinstance(saved, list) and len(saved) == len(names), where, f"{len(names)} param groups are expected")
@@ -197,7 +195,7 @@ def _check_groups(
         _require(isinstance(group, dict) and group.keys() == {"params", "options"}, inside, "unknown structure")
         params, options = group["params"], group["options"]
         _require(isinstance(params, list) and all(isinstance(n, str) for n in params), inside, "names are expected")
-        wanted = set(saved_names(present, factors, followed))
+        wanted = set(saved_names(present, factors, tracked))
         differ = sorted(wanted ^ set(params))
         _require(not differ and len(params) == len(wanted), inside, f"its parameters differ: {differ[:3]}")
         now = {k: v for k, v in optimizer.param_groups[i].items() if k not in ("params", "param_names")}
@@ -209,13 +207,13 @@ def _check_groups(
             _require(_same_kind(value, now.get(key)), inside, f"{key!r} can't be {str(value)[:80]}")
 
 
-def saved_names(names: Iterable[str], factors: Mapping[str, Any], followed: set[str]) -> list[str]:
-    """The names that parameters have once their layers are as they were saved; S of followed ones is in no group."""
+def saved_names(names: Iterable[str], factors: Mapping[str, Any], tracked: set[str]) -> list[str]:
+    """The names that parameters have once their layers are as they were saved; S of tracked ones is in no group."""
     result: dict[str, None] = {}
     for name in names:
         layer, _, last = name.rpartition(".")
         if layer in factors and last in ("weight", *_FACTORS):
-            kept = ("U", "V") if layer in followed else _FACTORS
+            kept = ("U", "V") if layer in tracked else _FACTORS
             result.update(dict.fromkeys(joined(layer, f) for f in kept))
         else:
             result[joined(layer, "weight") if last in _FACTORS else name] = None
@@ -253,121 +251,47 @@ def _check_state(state: Any, names: set[str], tensors: Mapping[str, Tensor], whe
 
 # ---- what the wrapper knows --------------------------------------------------------------------------
 
-_Kind = Callable[[Any], bool]
 
-
-def _exactly(*types: type) -> _Kind:
-    return lambda value: type(value) in types  # True is no number here
-
-
-def _or_none(kind: _Kind) -> _Kind:
-    return lambda value: value is None or kind(value)
-
-
-def _list_of(kind: _Kind, most: int | None = None) -> _Kind:
-    return lambda value: (
-        isinstance(value, list) and (most is None or len(value) <= most) and all(kind(item) for item in value)
-    )
-
-
-def _tensor(*shape: int | None) -> _Kind:
-    """A finite floating-point tensor; ``None``: any size."""
-    return lambda value: (
-        isinstance(value, Tensor)
-        and value.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        and len(shape) == value.ndim
-        and all(b is None or a == b for a, b in zip(value.shape, shape, strict=True))
-        and bool(torch.isfinite(value).all())
-    )
-
-
-def _tensors(*shapes: tuple[int | None, ...]) -> _Kind:
-    kinds = [_tensor(*shape) for shape in shapes]
-    return lambda value: (
-        isinstance(value, list) and len(value) == len(kinds) and all(k(v) for k, v in zip(kinds, value, strict=True))
-    )
-
-
-_integer, _flag, _number, _text = _exactly(int), _exactly(bool), _exactly(int, float), _exactly(str)
-_state: _Kind = lambda value: type(value) is str and value in set(LayerState)  # noqa: E731
-_ANNOTATED: dict[str, _Kind] = {
-    "int": _integer, "int | None": _or_none(_integer), "float | None": _or_none(_number), "str": _text,
-    "LayerState | None": _or_none(_state),
-    "Mapping[str, float]": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
-}  # fmt: skip
-
-
-def _record(kind: Any) -> _Kind:
-    """A dict from which the dataclass can be made."""
-    kinds = {field.name: _ANNOTATED[str(field.type)] for field in fields(kind)}
-    return lambda value: (
-        isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](v) for key, v in value.items())
-    )
-
-
-def _check_table(value: Any, kinds: Mapping[str, _Kind], where: str) -> None:
+def _check_fields(value: Any, table: Mapping[str, Field], sizes: Sizes, where: str) -> None:
     _require(isinstance(value, dict), where, "unknown structure")
-    differ = sorted(value.keys() ^ kinds.keys(), key=str)
+    differ = sorted(value.keys() ^ table.keys(), key=str)
     _require(not differ, where, f"its fields differ: {differ[:3]}")
-    for key, kind in kinds.items():
-        _require(kind(value[key]), where, f"{key!r} doesn't fit")
+    for name, field in table.items():
+        _require(field.kind(sizes)(value[name]), where, f"{name!r} doesn't fit")
 
 
-def check_lifecycle(own: Any, optimizer: SubspaceAwareOptimizer, where: str) -> None:
-    """What the wrapper saved of itself is complete, and of the layers that it follows now."""
+def check_run(own: Any, optimizer: SubspaceAwareOptimizer, where: str) -> None:
+    """What the wrapper saved of itself is complete, and of the layers that it tracks now."""
     version = own.get("version") if isinstance(own, dict) else None
     _require(version == STATE_VERSION, where, f"state version {version!r}; this svd_optim reads {STATE_VERSION}")
-    windows = _list_of(_list_of(_number, 3))
-    kinds: dict[str, _Kind] = {
-        "version": _integer, "steps": _integer, "analyses": _integer, "acted": _flag, "last_analysis": _integer,
-        "stretch": lambda value: type(value) is int and value >= 1,
-        "guard": lambda value: isinstance(value, dict), "layers": lambda value: isinstance(value, dict),
-        "guarded": lambda value: isinstance(value, dict) and all(map(_integer, value.values())),
-        "events": _list_of(_record(Event)),
-    }  # fmt: skip
-    _check_table(own, kinds, where)
-    losses: _Kind = lambda t: isinstance(t, Tensor) and t.ndim == 1 and t.is_floating_point() and len(t) <= PENDING  # noqa: E731
-    _check_table(
-        own["guard"],
-        {"pending": _or_none(losses), "windows": windows, "since": _or_none(windows), "lost": _integer},
-        where,
-    )
-    _require(all(len(w) == 3 for w in (*own["guard"]["windows"], *(own["guard"]["since"] or ()))), where, "'guard'")
-    differ = sorted(own["layers"].keys() ^ optimizer.layers.keys())
-    _require(not differ, where, f"it follows other layers: {differ[:3]}")
-    _require(own["guarded"].keys() <= own["layers"].keys(), where, "it guards layers that it doesn't follow")
+    rest = {name: value for name, value in own.items() if name not in ("version", "layers")}
+    _check_fields(rest, RUN_FIELDS, Sizes(0, 0, 0), where)
+    layers = own.get("layers")
+    _require(isinstance(layers, dict), where, "unknown structure")
+    differ = sorted(layers.keys() ^ optimizer.layers.keys())
+    _require(not differ, where, f"it tracks other layers: {differ[:3]}")
     for name, layer in optimizer.layers.items():
-        _check_layer(own["layers"][name], layer.shape, f"{where}, layer {name!r}")
-        fixed = optimizer.config.mode == "observe" and own["layers"][name]["factorized"] != (layer.factored is not None)
-        _require(not fixed, f"{where}, layer {name!r}", "mode='observe' replaces nothing, and its structure differs")
+        inside = f"{where}, layer {name!r}"
+        _check_layer(layers[name], layer.shape, inside)
+        same = (layers[name]["status"]["state"] == FACTORIZED) == layer.factorized
+        fixed = optimizer.config.mode == "observe" and not same
+        _require(not fixed, inside, "mode='observe' replaces nothing, and its structure differs")
 
 
 def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
     m, n = shape
-    _require(isinstance(saved, dict), where, "unknown structure")
-    k = saved.get("rank")
+    status = saved.get("status") if isinstance(saved, dict) else None
+    k = status.get("rank") if isinstance(status, dict) else None
     if type(k) is not int or not 1 <= k <= min(m, n):
         raise CheckpointError(f"{where}: rank {k!r} is not in [1, {min(m, n)}]")
-    factorized = saved.get("factorized")
-    kinds: dict[str, _Kind] = {
-        "state": _state, "factorized": _flag, "shape": lambda value: value == [m, n], "rank": _integer,
-        "basis": _or_none(_tensors((m, None), (None,), (n, None))), "basis_step": _integer,
-        "images": _or_none(_tensors((m, SKETCH_SIZE), (n, SKETCH_SIZE))),
-        "pending": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == (SCALARS,)),
-        "sums": _or_none(_tensor(2 + 3 * k)), "outside": _or_none(_tensor(m, SKETCH_SIZE)),
-        "capture": _list_of(_number, min(m, n)), "line_start": _integer, "history": _list_of(_record(LayerMetrics)),
-        "descent_end": _or_none(_integer), "extensions": _integer, "danger": _flag, "keep_dense": _flag,
-        "cooldown_until": _integer, "returns": _integer, "protected_by_hand": _flag, "failures": _integer,
-        "was_nonfinite": _flag,
-        "anchor": _or_none(_tensors((m, None), (n, None), (None, None))),
-        "kept": _or_none(_tensors((m, k), (k,), (n, k))),
-        "nonfinite": _or_none(lambda x: isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim == 0),
-    }  # fmt: skip
-    _check_table(saved, kinds, where)
-    _require((saved["state"] == LayerState.FACTORIZED) == factorized, where, f"factorized, yet {saved['state']!r}")
-    descending = saved["state"] == LayerState.DESCENDING
-    _require(not descending or (saved["descent_end"] is not None and saved["basis"] is not None), where, "no descent")
-    for field in ("basis", "kept", "anchor"):
+    _check_fields(saved, LAYER_FIELDS, Sizes(m, n, k), where)
+    assert isinstance(status, dict)
+    descending = status["state"] == DESCENDING
+    _require(not descending or (status["descent_end"] is not None and saved["basis"] is not None), where, "no descent")
+    protected = status["protection"] != Protection.NONE
+    _require(protected == (saved["anchor"] is not None), where, "protected without a block, or the reverse")
+    factorized = status["state"] == FACTORIZED
+    for field in ("basis", "masters", "anchor"):
         if saved[field] is None:
             continue
         U, S, V = saved[field] if field != "anchor" else (saved[field][0], saved[field][2], saved[field][1])

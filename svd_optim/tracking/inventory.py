@@ -1,4 +1,4 @@
-"""What is there: the resident bytes of followed layers, and their rows in reports."""
+"""What is there: the resident bytes of tracked layers, and their rows in reports."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..records import Decision, LayerReport, Question
-from .layer import FollowedLayer
+from ..records import LayerReport, parameter_count
+from .layer import TrackedLayer
 
 
 def size(tensors: Iterable[Tensor | None]) -> int:
@@ -16,33 +16,33 @@ def size(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def watching_bytes(layer: FollowedLayer) -> int:
-    """What watching a layer keeps resident besides its weight, gradient and optimizer state."""
+def monitoring_bytes(layer: TrackedLayer) -> int:
+    """What monitoring a layer keeps resident besides its weight, gradient and optimizer state."""
     tensors: list[Tensor | None] = [*(layer.cached or ()), *(layer.images or ()), layer.sums, layer.outside]
-    if layer.factored is not None:
-        module = layer.factored.module
+    if layer.factors is not None:
+        module = layer.factors.module
         tensors += [module.Omega, module.sketch]
     return size([*tensors, *(layer.anchor or ())])
 
 
-def report(layer: FollowedLayer, base: Optimizer, decision: Decision | None, question: Question | None) -> LayerReport:
+def report(layer: TrackedLayer, base: Optimizer) -> LayerReport:
     """A layer as of now, as a plain record."""
-    m, n = layer.shape
     element = layer.weight.element_size()
-    dense = m * n * element
+    dense = parameter_count(*layer.shape, None) * element
     parameters = [layer.weight]
     weights = grads = dense
-    if layer.factored is not None:
-        module = layer.factored.module
+    if layer.factors is not None:
+        module = layer.factors.module
         parameters = [module.U, module.V]
         grads = size(parameters)
-        weights = size([module.U, module.S, module.V, *(layer.factored.kept or ())])
+        weights = size([module.U, module.S, module.V, *(layer.factors.masters or ())])
     states = [[v for v in base.state.get(p, {}).values() if isinstance(v, Tensor)] for p in parameters]
     state_dense = sum(dense // element * v.element_size() if v.ndim >= 2 else size([v]) for v in states[0])
     return LayerReport(
-        name=layer.name, shape=layer.shape, state=layer.state, rank=layer.rank, protected=layer.anchor is not None,
-        metrics=layer.history[-1] if layer.history else None, decision=decision, watching_bytes=watching_bytes(layer),
+        name=layer.name, shape=layer.shape, state=layer.state, rank=layer.rank, protected=layer.protected,
+        metrics=layer.history[-1] if layer.history else None, decision=layer.decision,
+        monitoring_bytes=monitoring_bytes(layer),
         weight_bytes=weights, grad_bytes=grads, state_bytes=sum(map(size, states)),
         weight_bytes_dense=dense, grad_bytes_dense=dense, state_bytes_dense=state_dense,
-        question=question, spectrum=layer.spectrum,
+        policy_input=layer.policy_input, spectrum=layer.spectrum,
     )  # fmt: skip

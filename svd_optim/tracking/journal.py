@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..decisions.transitions import LOUD
+from ..decisions.lifecycle import WARNINGS
 from ..records import Event
 from .listeners import Listener
 
@@ -23,6 +23,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self._held: list[Event] | None = None  # inside a transaction: not told yet
         self._forget_process()
 
     def _forget_process(self) -> None:
@@ -36,17 +37,43 @@ class Journal:
         return {"events": self.events}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.events = state["events"]
+        self.events, self._held = state["events"], None
         self._forget_process()
 
     def emit(self, event: Event) -> None:
-        """Record an event, log it and tell the listeners."""
+        """Record an event, log it and notify the listeners."""
+        if self._held is not None:
+            self._held.append(event)
+            return
         self.events.append(event)
         del self.events[:-MAX_EVENTS]
-        logger.log(logging.WARNING if event.kind in LOUD else logging.INFO, "%s", event)
-        self.tell("on_event", event)
+        logger.log(logging.WARNING if event.kind in WARNINGS else logging.INFO, "%s", event)
+        self.notify("on_event", event)
 
-    def tell(self, method: str, *arguments: Any) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Events inside the block are told when it is done; if it raises, they never happened."""
+        outer = self._held
+        held = self._held = [] if outer is None else outer
+        before = len(held)
+        try:
+            yield
+        except BaseException:
+            del held[before:]
+            raise
+        finally:
+            self._held = outer
+        if outer is None:
+            for event in held:
+                self.emit(event)
+
+    def replace(self, events: list[Event]) -> None:
+        """The events of another run, which is resumed here; what led here is no part of it."""
+        self.events = events
+        if self._held is not None:
+            self._held.clear()
+
+    def notify(self, method: str, *arguments: Any) -> None:
         """Call the listeners. What one raises waits until the step is whole."""
         for listener in self.listeners:
             try:

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from torch.optim import Optimizer
+
+from ..config import SubspaceConfig
 from ..decisions.alerts import Alert
-from ..records import Event, Summary
-
-if TYPE_CHECKING:
-    from ..optimizer import SubspaceAwareOptimizer
+from ..records import Event, LayerReport, Plan, Summary
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one of a distributed run that prints and logs: ``RANK`` is 0, or not set."""
-    return os.environ.get("RANK", "0") in ("", "0")
+class Monitored(Protocol):
+    """What a listener may ask of the optimizer that it is added to: a :class:`SubspaceAwareOptimizer`."""
+
+    base_optimizer: Optimizer
+    config: SubspaceConfig
+
+    def summary(self) -> Summary:
+        """The run as of now."""
+        ...
+
+    def why(self) -> list[LayerReport]:
+        """The layers as of now."""
+        ...
+
+    def plan(self) -> Plan:
+        """How the budget is spread as of now."""
+        ...
 
 
 class Listener:
     """Called by the optimizer, in the thread that trains. Every method does nothing here."""
 
-    def on_start(self, optimizer: SubspaceAwareOptimizer) -> None:
+    def on_start(self, optimizer: Monitored) -> None:
         """Once, when it is added to an optimizer."""
 
     def on_analysis(self, summary: Summary) -> None:
-        """After each analysis of the followed layers, with the run as of then."""
+        """After each analysis of the tracked layers, with the run as of then."""
 
     def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
         """At an analysis, before :meth:`on_analysis`: what somebody should look at now and was not told yet."""

@@ -1,6 +1,6 @@
-"""Guards: what sends a layer back. Plain numbers in, verdicts out.
+"""The loss guard: losses in, verdicts out.
 
-The loss guard asks whether the training loss since a switch, or since a descent began, is higher than its own noise
+It asks whether the training loss since a switch, or since a descent began, is higher than its own noise
 explains.
 """
 
@@ -24,19 +24,19 @@ LEAST = 20  # losses in a window: with fewer, chance looks like a rise
 ROUNDING = 1e-6  # of a loss in float32: what losses without any noise may still differ by
 
 
-class Window(NamedTuple):
+class LossWindow(NamedTuple):
     """Losses of one interval, or of several short ones."""
 
     losses: int
     mean: float
     variance: float  # of single losses within the interval
 
-    def with_more(self, new: Window) -> Window:
+    def with_more(self, new: LossWindow) -> LossWindow:
         """Both together."""
         count, apart = self.losses + new.losses, new.mean - self.mean
         squares = (self.losses - 1) * self.variance + (new.losses - 1) * new.variance
         squares += apart * apart * self.losses * new.losses / count
-        return Window(count, self.mean + apart * new.losses / count, squares / (count - 1))
+        return LossWindow(count, self.mean + apart * new.losses / count, squares / (count - 1))
 
 
 class LossGuard:
@@ -44,8 +44,8 @@ class LossGuard:
 
     def __init__(self) -> None:
         self._pending: deque[Tensor] = deque(maxlen=PENDING)
-        self.windows: deque[Window] = deque(maxlen=REFERENCE)  # before the last change
-        self.since: deque[Window] | None = None  # after it; None: nothing to guard
+        self.windows: deque[LossWindow] = deque(maxlen=REFERENCE)  # before the last change
+        self.since: deque[LossWindow] | None = None  # after it; None: nothing to guard
         self.lost = 0  # losses in a row of which none was finite; a few don't count
 
     def observe(self, loss: Any) -> bool:
@@ -101,9 +101,9 @@ class LossGuard:
         known, average, variance = torch.stack([count, mean, squares / (count - 1)]).tolist()
         self.lost = 0 if known else self.lost + len(values)
         if known:
-            self._add(Window(int(known), average, variance if known > 1 else 0.0))
+            self._add(LossWindow(int(known), average, variance if known > 1 else 0.0))
 
-    def _add(self, new: Window) -> None:
+    def _add(self, new: LossWindow) -> None:
         windows = self.windows if self.since is None else self.since
         if windows and windows[-1].losses < LEAST:
             windows[-1] = windows[-1].with_more(new)
@@ -123,13 +123,13 @@ class LossGuard:
         """The inverse of :meth:`state_dict`."""
         pending = saved["pending"]
         self._pending = deque(() if pending is None else pending.clone().unbind(), maxlen=PENDING)
-        self.windows = deque((Window(int(n), m, v) for n, m, v in saved["windows"]), maxlen=REFERENCE)
+        self.windows = deque((LossWindow(int(n), m, v) for n, m, v in saved["windows"]), maxlen=REFERENCE)
         self.lost = int(saved["lost"])
         since = saved["since"]
-        self.since = None if since is None else deque((Window(int(n), m, v) for n, m, v in since), maxlen=REFERENCE)
+        self.since = None if since is None else deque((LossWindow(int(n), m, v) for n, m, v in since), maxlen=REFERENCE)
 
 
-def settled(windows: Sequence[Window] | deque[Window]) -> Sequence[Window]:
+def settled(windows: Sequence[LossWindow] | deque[LossWindow]) -> Sequence[LossWindow]:
     """The later windows, without those from which the loss was still falling fast: half of them at least."""
     kept = list(windows)
     while len(kept) > REFERENCE // 2:
@@ -140,12 +140,12 @@ def settled(windows: Sequence[Window] | deque[Window]) -> Sequence[Window]:
     return kept
 
 
-def pooled_mean(windows: Sequence[Window] | deque[Window]) -> float:
+def pooled_mean(windows: Sequence[LossWindow] | deque[LossWindow]) -> float:
     """The mean of all losses in them."""
     return sum(w.losses * w.mean for w in windows) / sum(w.losses for w in windows)
 
 
-def standard_error(before: Sequence[Window], after: Window) -> float:
+def standard_error(before: Sequence[LossWindow], after: LossWindow) -> float:
     """Of the difference of the means: from the scatter of single losses, or of whole intervals if that is larger."""
     count = sum(w.losses for w in before)
     within = sum(w.losses * w.variance for w in before) / count

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..config import LayerOverride, SubspaceConfig
+from ..config import DEFAULT_BUDGET, LayerOverride, SubspaceConfig, first_match
+from ..decisions.machine import LayerStatus
+from ..decisions.planner import uniform_rank
 from ..factors.linear import FactorizedLinear
-from ..records import LeftAlone, largest_useful_rank
+from ..records import LayerState, Skipped, largest_useful_rank
+from .layer import TrackedLayer
 
 
 class Found(NamedTuple):
@@ -24,13 +27,8 @@ class Selection(NamedTuple):
     """What walking a model gives."""
 
     layers: list[Found]
-    left_alone: list[LeftAlone]
-    strangers: list[str]  # parameters of the optimizer that are not in the model, described
-
-
-def first_match(name: str, overrides: Mapping[str, LayerOverride]) -> LayerOverride:
-    """The override of the first glob that matches ``name``, or an empty one."""
-    return next((o for glob, o in overrides.items() if fnmatchcase(name, glob)), LayerOverride())
+    skipped: list[Skipped]
+    unknown: list[str]  # parameters of the optimizer that are not in the model, described
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
@@ -46,7 +44,7 @@ def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
 def _why_not(
     name: str, module: nn.Module, parameter: Tensor, tied: list[str], group: int, config: SubspaceConfig
 ) -> str:
-    """Why this matrix is left alone; empty if it is to be followed."""
+    """Why this matrix is left alone; empty if it is to be tracked."""
     factorized = type(module) is FactorizedLinear
     if not isinstance(module, nn.Linear):
         return f"belongs to {type(module).__name__}, not to nn.Linear"
@@ -78,17 +76,17 @@ def _why_not(
 
 
 def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], config: SubspaceConfig) -> Selection:
-    """Walk the optimizer's matrices in model order and say of each: followed, or left alone and why."""
+    """Walk the optimizer's matrices in model order and say of each: tracked, or left alone and why."""
     owners = _owners(model)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
-    strangers = [
+    unknown = [
         f"group {i}, parameter {j} of shape {tuple(p.shape)}"
         for i, group in enumerate(param_groups)
         for j, p in enumerate(group["params"])
         if p not in owners
     ]
     layers: list[Found] = []
-    left_alone: list[LeftAlone] = []
+    skipped: list[Skipped] = []
     for parameter, places in owners.items():
         name, module, attribute = places[0]
         full_name = ".".join(filter(None, (name, attribute)))
@@ -97,7 +95,7 @@ def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], c
         if parameter not in group_of:
             if not parameter.requires_grad and isinstance(module, nn.Linear):
                 reason = "frozen (requires_grad is False)"
-                left_alone.append(LeftAlone(name=full_name, shape=tuple(parameter.shape), reason=reason))
+                skipped.append(Skipped(name=full_name, shape=tuple(parameter.shape), reason=reason))
             continue  # another optimizer's
         tied = [".".join(filter(None, (n, a))) for n, _, a in places[1:]]
         if attribute not in ("weight", "U"):
@@ -105,8 +103,49 @@ def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], c
         else:
             reason = _why_not(name or "weight", module, parameter, tied, group_of[parameter], config)
         if reason:
-            left_alone.append(LeftAlone(name=full_name, shape=tuple(parameter.shape), reason=reason))
+            skipped.append(Skipped(name=full_name, shape=tuple(parameter.shape), reason=reason))
         else:
             assert isinstance(module, nn.Linear)
             layers.append(Found(name or "weight", module))
-    return Selection(layers, left_alone, strangers)
+    return Selection(layers, skipped, unknown)
+
+
+def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:
+    """The rank to bring a layer to: by number, by fraction of min(m, n), or by its share of its parameters.
+
+    Raises:
+        ValueError: an explicit rank above min(m, n).
+    """
+    m, n = shape
+    rank = override.rank if override.has_target else config.rank
+    if isinstance(rank, int):
+        if rank > min(m, n):
+            raise ValueError(
+                f"layer {name!r} of shape ({m}, {n}) can't have rank {rank}: min(m, n) = {min(m, n)}. "
+                f"Give a fraction (rank=0.25), a budget, or an override for this layer"
+            )
+        return rank
+    if rank is not None:
+        return max(1, round(rank * min(m, n)))
+    budget = config.parameter_budget if override.budget is None else override.budget
+    return uniform_rank(m, n, DEFAULT_BUDGET if budget is None else budget)
+
+
+def tracked_layer(found: Found, index: int, config: SubspaceConfig) -> TrackedLayer:
+    """A selected layer as it is when it begins to be tracked."""
+    name, module = found
+    override = first_match(name, config.overrides)
+    shape = (module.out_features, module.in_features)
+    factorized = isinstance(module, FactorizedLinear)
+    rank = module.rank if isinstance(module, FactorizedLinear) else target_rank(name, shape, config, override)
+    state = LayerState.FACTORIZED if factorized else LayerState.WARMUP
+    return TrackedLayer(
+        name=name,
+        shape=shape,
+        thresholds=override.thresholds or config.thresholds,
+        status=LayerStatus(state=state, rank=rank),
+        module=module,
+        index=index,
+        energy_target=override.energy if override.has_target else config.energy,
+        explicit=override.has_target or config.parameter_budget is None,
+    )

@@ -1,112 +1,84 @@
-"""A followed layer from dense to factorized and back: module, param group and optimizer state together.
-
-The param groups stay the same objects, and so do their lists: schedulers and everyone else who
-holds them see the new parameters in the place of the old one.
-"""
+"""The one event in which layers change form: factors go in, layers are merged, ranks change. All of it, or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
 
-from ..factors import moments
-from ..factors.linear import FactorizedLinear
-from ..factors.surgery import factorize_, merge_
-from ..factors.tangent_step import Factored, masters, write_
-from ..linalg import Basis, project_off, working
-from .layer import FollowedLayer
-
-
-def replace_parameters_(
-    optimizer: torch.optim.Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], suffixes: Sequence[str]
-) -> None:
-    """Put ``new`` where the first of ``old`` stands in its group, and take the others out.
-
-    Optimizer state is not touched. ``param_names`` stay aligned: the last part of the first name is
-    exchanged for each of ``suffixes``.
-    """
-    for group in optimizer.param_groups:
-        params = group["params"]
-        positions = [i for i, p in enumerate(params) if any(p is q for q in old)]
-        if not positions:
-            continue
-        lists: list[tuple[list[Any], list[Any]]] = [(params, list(new))]
-        if "param_names" in group:
-            stem = group["param_names"][positions[0]].rpartition(".")[0]
-            lists.append((group["param_names"], [f"{stem}.{s}" if stem else s for s in suffixes]))
-        for sequence, values in lists:
-            for i in reversed(positions[1:]):
-                del sequence[i]
-            sequence[positions[0] : positions[0] + 1] = values
+from ..decisions.machine import Trigger
+from ..linalg import Basis
+from ..linalg.protection import carried
+from .guards import keeps_failing, watch
+from .layer import TrackedLayer
+from .replacement import resize_, to_dense_, to_factors_
+from .run import TrackedRun
+from .sketches import grown, keep_images
+from .transactions import transaction
 
 
-def to_factors_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, basis: Basis) -> None:
-    """Factorize a dense layer at its rank from the leading triplets of its weight.
+@dataclass
+class Changes:
+    """What is to change, by layer."""
 
-    Moments and a pending gradient move into the factors.
-    """
-    W = layer.module.weight
-    U, S, V = basis.leading(layer.rank)
-    state = optimizer.state.pop(W, None)
-    module = factorize_(layer.module, layer.rank, basis)
-    replace_parameters_(optimizer, [W], [module.U, module.V], ["U", "V"])
-    if state is not None:
-        optimizer.state[module.U], optimizer.state[module.V] = moments.split(state, U, V)
-    if W.grad is not None:
-        G = working(W.grad)
-        module.U.grad = (G @ V).to(W.dtype)
-        module.V.grad = project_off(G.mT @ U, V).to(W.dtype)
-    layer.factored = Factored(layer.name, module)
-    write_(layer.factored, Basis(U, S, V))
-    layer.cached = layer.sums = None
+    reason: str = ""
+    """Of what no policy has decided."""
+    install: Mapping[str, Basis] = field(default_factory=dict)
+    """Leading triplets of the weights that go into factors."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Theirs: relative, of keeping only the rank."""
+    installed_by: Trigger = Trigger.FACTORIZE
+    merge: Mapping[str, Trigger] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """To change inside factors."""
 
 
-def resize_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, new: Basis) -> None:
-    """Give a factorized layer more or fewer columns, the common ones being the same, with its moments.
-
-    Args:
-        new: the factors from now on; where there are more columns than before, these have S = 0.
-    """
-    module = layer.module
-    assert isinstance(module, FactorizedLinear) and layer.factored is not None and layer.basis is not None
-    old, requires_grad = layer.basis, module.U.requires_grad
-    parameters = [module.U, module.V]
-    states = [optimizer.state.pop(p, None) for p in parameters]
-    gradients = [p.grad for p in parameters]
-    bases = (old.U, old.V), (new.U, new.V)
-    module.install(*new, dtype=module.U.dtype)
-    for factor in (module.U, module.S, module.V):
-        factor.requires_grad_(requires_grad)
-    replace_parameters_(optimizer, parameters, [module.U, module.V], ["U", "V"])
-    if states[0] is not None and states[1] is not None:
-        optimizer.state[module.U], optimizer.state[module.V] = moments.resize(states[0], states[1], *bases)
-    if gradients[0] is not None and gradients[1] is not None:
-        turned = moments.turn_first(working(gradients[0]), working(gradients[1]), *bases[0], *bases[1])
-        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in turned)
-    write_(layer.factored, new)
-    layer.rank, layer.sums = module.rank, None
+def switch(run: TrackedRun, changes: Changes) -> None:
+    """Carry them out. On an error, model, optimizer and run are what they were, and nobody is told an event."""
+    names = (*changes.install, *changes.merge, *changes.ranks)
+    if not names:
+        return
+    run.journal.notify("before_switch", run.steps, names)
+    layers = [run.layers[name] for name in names]
+    modules = [layer.module for layer in layers]
+    whole = transaction(modules, [run.base], run.records(layers), [run.journal])
+    with run.journal.clock("switch"), torch.no_grad(), whole:
+        for name, basis in changes.install.items():
+            _install(run, run.layers[name], basis, changes)
+        for name, trigger in changes.merge.items():
+            _merge(run, run.layers[name], trigger, changes.reason)
+        for name, rank in changes.ranks.items():
+            _resize(run, run.layers[name], rank)
+        watch(run.guard, [run.layers[name] for name in changes.install], run.steps, run.config)
+    run.journal.notify("after_switch", run.steps, names)
 
 
-def to_dense_(layer: FollowedLayer, optimizer: torch.optim.Optimizer, keep_state: bool = True) -> None:
-    """Merge a factorized layer back, with the tangent part of a pending gradient.
+def _install(run: TrackedRun, layer: TrackedLayer, basis: Basis, changes: Changes) -> None:
+    anchor = layer.dense_anchor
+    to_factors_(layer, run.base, basis)
+    assert layer.factors is not None
+    layer.factors.anchor, layer.dense_anchor = None if anchor is None else carried(anchor), None
+    run.lifecycle.factorize(layer, run.steps, changes.installed_by, changes.reason, changes.errors[layer.name])
+    run.attachment.attach(layer, run.steps)
+    keep_images(layer, run.steps, run.config)
 
-    Args:
-        keep_state: move the moments too; else the base optimizer starts anew with this weight.
-    """
-    module = layer.module
-    assert isinstance(module, FactorizedLinear) and layer.factored is not None
-    old = [module.U, module.S, module.V]
-    U, S, V = (t.clone() for t in masters(module, layer.factored.kept))
-    state_K, state_L = optimizer.state.pop(module.U, None), optimizer.state.pop(module.V, None)
-    G_K, G_L, tangent = module.U.grad, module.V.grad, module.tangent
-    dense: nn.Linear = merge_(module, (U * S) @ V.mT)
-    replace_parameters_(optimizer, old, [dense.weight], ["weight"])
-    if keep_state and state_K is not None and state_L is not None:
-        optimizer.state[dense.weight] = moments.join(state_K, state_L, U, V)
-    if tangent and G_K is not None and G_L is not None:
-        dense.weight.grad = moments.join_first(working(G_K), working(G_L), U, V).to(dense.weight.dtype)
-    layer.factored = layer.images = layer.sums = None
-    layer.cached = Basis(U, S, V)
+
+def _merge(run: TrackedRun, layer: TrackedLayer, trigger: Trigger, reason: str) -> None:
+    if trigger == Trigger.MERGE and layer.decision is not None:
+        reason = layer.decision.reason
+    anchor = layer.anchor
+    to_dense_(layer, run.base, keep_state=not keeps_failing(layer, run.config.patience))
+    layer.dense_anchor, layer.basis_step = anchor, run.steps
+    run.lifecycle.merge(layer, run.steps, trigger, reason)
+    layer.decision = None  # it was that of factors
+
+
+def _resize(run: TrackedRun, layer: TrackedLayer, rank: int) -> None:
+    factors = layer.basis
+    assert factors is not None and layer.factors is not None and layer.decision is not None
+    if rank <= layer.rank:
+        resize_(layer, run.base, Basis(*(t.clone() for t in factors.leading(rank))))
+    else:
+        resize_(layer, run.base, grown(layer, rank, run.steps, run.config))
+    run.lifecycle.resize(layer, run.steps, layer.factors.module.rank, layer.decision.reason)

@@ -6,12 +6,14 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from .journal import Journal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -116,3 +118,19 @@ def undone_on_error(
         for undo in undos:
             undo()
         raise
+
+
+@contextmanager
+def transaction(
+    modules: Iterable[nn.Module],
+    optimizers: Iterable[Optimizer],
+    records: Iterable[object],
+    journals: Iterable[Journal],
+    values: bool = False,
+) -> Iterator[None]:
+    """:func:`undone_on_error`, and nobody is told of an event before all of it is done."""
+    with ExitStack() as stack:
+        for journal in journals:
+            stack.enter_context(journal.held())
+        stack.enter_context(undone_on_error(modules, optimizers, records, values))
+        yield

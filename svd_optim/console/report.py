@@ -1,0 +1,289 @@
+"""Events, alerts, the summary at the end, why a layer waits; and the listener that prints them."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import rich
+from rich import filesize
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..decisions.alerts import Alert, Level
+from ..decisions.lifecycle import WARNINGS
+from ..distributed import is_main_process
+from ..records import Action, Condition, Event, LayerReport, LayerState, Plan, Renderable, Renderer, Summary, clean
+from ..tracking.listeners import Listener
+from .tables import (
+    FACTS,
+    layer_name,
+    layer_table,
+    number,
+    plain_table,
+    plan_table,
+    shorten,
+    shorten_names,
+)
+
+_ALARMS = WARNINGS | {"danger"}
+_ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
+
+
+def event_line(event: Event) -> Text:
+    """One line: step, layer, kind, move between states, reason, numbers. Never cut: it may wrap."""
+    line = Text(f"step {event.step}  ")
+    line.append(layer_name(event.layer) if event.layer != "*" else "run", style="bold")
+    alarm = event.kind in _ALARMS
+    line.append(f"  {clean(event.kind)}", style="bold red" if alarm else "cyan")
+    if event.before is not None and event.after is not None and event.before != event.after:
+        line.append(f"  {event.before} → {event.after}")
+    line.append(f"  {clean(event.reason)}")
+    if event.numbers:
+        numbers = ", ".join(f"{clean(key)}={number(value, 4)}" for key, value in event.numbers.items())
+        line.append(f"  [{numbers}]")
+    return line
+
+
+def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
+    """A line for each level and kind: the first few layers with their numbers, and how many more there are."""
+    groups: dict[tuple[Level, str], list[Alert]] = {}
+    for alert in alerts:
+        groups.setdefault((alert.level, alert.kind), []).append(alert)
+    lines = []
+    for (level, kind), members in groups.items():
+        line = Text(f"step {members[0].step}  ")
+        line.append(f"{level}  ", style={"critical": "bold red", "warning": "yellow"}.get(level, "dim"))
+        line.append(clean(kind), style="bold")
+        for alert in members[:names]:
+            value = "" if alert.value is None else f" {number(alert.value)}"
+            told = f"{layer_name(alert.layer)}: {clean(alert.text)}" if len(members) == 1 else ""
+            line.append(f"  {told or shorten(layer_name(alert.layer), 30) + value}")
+        if len(members) > names:
+            line.append(f"  and {len(members) - names} more")
+        lines.append(line)
+    return lines
+
+
+def _sizes(summary: Summary) -> Table:
+    """Parameters and resident bytes of the tracked layers: all dense under the bare optimizer, and now."""
+    table = plain_table("tracked layers")
+    for header in ("", "before", "after", "after/before"):
+        table.add_column(header, no_wrap=True, justify="right" if header else "left")
+    rows = {"parameters": summary.parameters(), "bytes": (0, 0)}
+    kinds = {"weights": "weight", "gradients": "grad", "optimizer state": "state", "monitoring": "monitoring"}
+    for label, kind in kinds.items():
+        before = sum(getattr(layer, f"{kind}_bytes_dense", 0) for layer in summary.layers)  # unwatched before
+        after = sum(getattr(layer, f"{kind}_bytes") for layer in summary.layers)
+        rows[f"  {label}"] = before, after
+        rows["bytes"] = rows["bytes"][0] + before, rows["bytes"][1] + after
+    for label, (before, after) in rows.items():
+        form = "{:,}".format if label == "parameters" else filesize.decimal
+        table.add_row(label, form(before), form(after), f"{after / before:.1%}" if before else "–")
+    return table
+
+
+def _times(summary: Summary) -> Text:
+    total = summary.seconds_total
+    text = Text(f"analysis took {summary.analysis_share:.1%} of {number(total, 2)} s")
+    parts = sorted(summary.seconds.items(), key=lambda item: -item[1])
+    share = " ({:.1%})".format
+    phases = (f"{clean(k)} {number(v, 2)} s{share(v / total) if total > 0 else ''}" for k, v in parts)
+    return text.append(": " + " · ".join(phases)) if parts else text
+
+
+def why_table(layer: LayerReport) -> Table:
+    """All that the last decision of a layer rests on: each condition, its value, its threshold, whether it holds."""
+    table = plain_table(f"{layer_name(layer.name)}: {layer.state}, rank {layer.rank}")
+    for header in ("condition", "value", "", "threshold", "holds"):
+        table.add_column(header, no_wrap=True, justify="right" if header in ("value", "threshold") else "left")
+    decision = layer.decision
+    conditions = decision.conditions if decision is not None else ()
+    attack = () if decision is None or decision.attack is None else (decision.attack,)
+    for condition in (*conditions, *attack):
+        sign = (">" if condition.above else "<") + ("=" if condition.or_equal else "")
+        holds = "yes" if condition.holds else "no"
+        verdict = f"{'! ' if condition.name == 'danger' and condition.holds else ''}{holds}{' ~' * condition.near}"
+        threshold = number(condition.threshold, 4)
+        table.add_row(*map(Text, (clean(condition.name), number(condition.value, 4), sign, threshold, verdict)))
+    action = "" if decision is None or decision.action == Action.HOLD else f"{decision.action}: "
+    table.caption = Text(f"{action}{clean(layer.reason)}", style="not dim")
+    return table
+
+
+def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
+    """For each layer that is not factorized: the first condition that fails, and by how much."""
+    table = plain_table("did not switch, because")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("condition: value, threshold, distance", overflow="fold")
+    names = [layer_name(layer.name) for layer in layers]
+    for layer, name in zip(layers, shorten_names(names, max(12, width - 62)), strict=True):
+        decision = layer.decision
+        blocker = decision.blocker if decision else None
+        if layer.state == LayerState.DESCENDING:
+            text = "still descending"
+        elif blocker is not None and blocker.name not in FACTS:  # of those the reason says more
+            text = ("~" if blocker.near else "") + str(blocker)
+        elif decision is not None and decision.action != Action.HOLD:
+            text = f"would {decision.action}: {decision.reason}"
+        else:
+            text = layer.reason
+        table.add_row(Text(name), Text(clean(text)))
+    return table
+
+
+def _failing(layer: LayerReport) -> list[Condition]:
+    """What does not hold; patience, which fails whenever anything does, only if nothing else fails."""
+    failing = [c for c in (layer.decision.conditions if layer.decision else ()) if not c.holds]
+    return [c for c in failing if c.name != "patience"] or failing
+
+
+def _farness(layer: LayerReport) -> tuple[int, float]:
+    """(conditions that fail, the worst relative distance among them): small is near."""
+    failing = _failing(layer)
+    distances = ((math.inf if c.distance is None else abs(c.distance), abs(c.threshold)) for c in failing)
+    far = [distance / max(threshold, 1e-12) for distance, threshold in distances]
+    return len(failing), max((math.inf if math.isnan(x) else x for x in far), default=math.inf)
+
+
+def _nothing_acted(summary: Summary) -> Text | None:
+    """What to say if no layer ever left the dense state, or ``None``."""
+    acted = any(event.kind in ("descend", "factorize") for event in summary.events)
+    moved = summary.count(LayerState.DESCENDING) + summary.count(LayerState.FACTORIZED)
+    blocked = [layer for layer in summary.layers if _failing(layer)]
+    if acted or moved or not summary.analyses or summary.mode != "auto" or not blocked:
+        return None
+    loud = summary.analyses >= summary.stall_analyses or any(event.kind == "stalled" for event in summary.events)
+    counts = Counter(clean(layer.condition) for layer in blocked).most_common()
+    nearest = min(blocked, key=_farness)
+    text = Text("!! NOTHING ACTED" if loud else "nothing acted", style="bold red" if loud else "")
+    text.append(f" in {summary.analyses} analyses of {len(summary.layers)} layers. Blocked by ")
+    text.append(", ".join(f"{name} ({count})" for name, count in counts))
+    text.append(f". Nearest: {layer_name(nearest.name)}: {'; '.join(map(clean, _failing(nearest)))}.")
+    return text
+
+
+def _skipped(summary: Summary, names: int = 4) -> Text:
+    """The parameters left alone, grouped by reason, with the first few names of each group."""
+    groups: dict[str, list[str]] = {}
+    for item in summary.skipped:
+        groups.setdefault(clean(item.reason), []).append(shorten(layer_name(item.name), 40))
+    text = Text("left alone")
+    for reason, members in groups.items():
+        more = f" and {len(members) - names} more" if len(members) > names else ""
+        text.append(f"\n  {reason} ({len(members)}): {', '.join(members[:names])}{more}")
+    return text
+
+
+def summary_renderable(summary: Summary, width: int | None = None) -> Group:
+    """The run at its end: states, parameters and bytes before and after (what monitoring keeps resident
+    included), the share of the time spent in analysis, why layers did not switch, and what was left alone.
+
+    If no layer ever acted in ``auto`` mode, it says so, with the conditions that blocked and the layer
+    that came nearest: loudly after ``stall_analyses`` analyses or a ``"stalled"`` event. ``width`` is
+    as in :func:`layer_table`.
+    """
+    width = rich.get_console().width if width is None else width
+    states = " · ".join(f"{summary.count(state)} {state}" for state in LayerState)
+    head = f"step {summary.step}, mode {clean(summary.mode)}, {summary.analyses} analyses: {states}"
+    parts: list[RenderableType] = [Text(head, "bold"), Text(), _sizes(summary), Text(), _times(summary)]
+    stalled = _nothing_acted(summary)
+    if stalled is not None:
+        parts += [Text(), stalled]
+    rest = [layer for layer in summary.layers if layer.state != LayerState.FACTORIZED]
+    if rest:
+        parts += [Text(), _why_not(rest, width)]
+    if summary.skipped:
+        parts += [Text(), _skipped(summary)]
+    return Group(*parts)
+
+
+def renderable(record: object, width: int) -> RenderableType:
+    """What rich shows of a record, a summary or a plan, in so many columns.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(record, Summary):
+        return summary_renderable(record, width)
+    if isinstance(record, Plan):
+        return plan_table(record, width)
+    raise TypeError(f"there is no table for a {type(record).__name__}")
+
+
+def html(what: RenderableType, width: int = 120) -> str:
+    """As a block of HTML with its own styles, for a notebook; ``width`` in columns."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)
+    console.print(what)
+    block = "<pre style='white-space:pre;overflow-x:auto;line-height:normal'>{code}</pre>"
+    return console.export_html(inline_styles=True, code_format=block)
+
+
+class ConsoleReport(Listener):
+    """Prints during training: each event as a line, and the layer table now and then.
+
+    Prints nothing in a distributed run except on rank 0 (environment variable ``RANK``). Bars of tqdm are
+    taken aside while it prints.
+
+    Args:
+        every: analyses between layer tables; 0 prints events and alerts only.
+        console: where to print; default: rich's own, which a progress bar shares.
+        alerts: the least level to print, ``"critical"``, ``"warning"`` or ``"info"``; see :mod:`.alerts`.
+
+    Raises:
+        TypeError: ``every`` is not an integer.
+        ValueError: ``every`` is negative, or ``alerts`` is no level.
+    """
+
+    def __init__(self, every: int = 10, console: Console | None = None, alerts: str = "critical") -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"ConsoleReport.every must be an integer, got {every!r}")
+        if every < 0:
+            raise ValueError(f"ConsoleReport.every must be at least 0 (0: events only), got {every}")
+        levels = [str(level) for level in Level]
+        if alerts not in levels:
+            raise ValueError(f"ConsoleReport.alerts must be one of {', '.join(map(repr, levels))}, got {alerts!r}")
+        self.every = every
+        self.console = rich.get_console() if console is None else console
+        self.levels = levels[: levels.index(alerts) + 1]
+
+    def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
+        """Print a line for each kind of alert, but for danger, of which an event tells."""
+        for line in alert_lines([a for a in alerts if a.level in self.levels and a.kind != "danger"]):
+            self._print(line)
+
+    def on_analysis(self, summary: Summary) -> None:
+        """Print the layer table at every ``every``-th analysis."""
+        if self.every and summary.analyses % self.every == 0:
+            self._print(layer_table(summary, self.console.width))
+
+    def on_event(self, event: Event) -> None:
+        """Print the event's line."""
+        self._print(event_line(event))
+
+    def finish(self, summary: Summary) -> None:
+        """Print the summary; for the end of a run."""
+        self._print(summary_renderable(summary, self.console.width))
+
+    def _print(self, what: RenderableType) -> None:
+        if not is_main_process():
+            return
+        encoding = self.console.encoding
+        if not encoding.startswith("utf"):  # an ASCII log file must not end the training with an exception
+            plain = Console(file=io.StringIO(), width=self.console.width, color_system=None)
+            with plain.capture() as capture:
+                plain.print(what)
+            text = capture.get().translate(_ASCII).encode(encoding, "replace").decode(encoding)
+            what = Text(text.rstrip("\n"))
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        bars = nullcontext() if tqdm is None else tqdm.external_write_mode(file=self.console.file)
+        with bars:
+            self.console.print(what)
+
+
+Renderable.renderer = Renderer(renderable, html)

@@ -1,0 +1,221 @@
+"""The state machine of a layer: where it can be, what can happen to it, and what follows. No torch.
+
+One table, :data:`TRANSITIONS`. The run that trains and the replay of its log go by it (:mod:`.lifecycle`), tests try
+each of its cells, and ``CONTRIBUTING.md`` shows it as :func:`transition_table` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from ..config import Thresholds
+from ..records import Decision, LayerInfo, LayerMetrics, LayerState, PolicyInput
+
+WARMUP, DENSE, DESCENDING, FACTORIZED = LayerState
+
+
+class Trigger(StrEnum):
+    """What can happen to a layer. The values are the first column of the table in the documentation."""
+
+    WARMUP_OVER = "warmup over"
+    DESCEND = "policy: DESCEND"
+    FACTORIZE = "policy: FACTORIZE"
+    DESCENT_EXACT = "descent exact"
+    DESCENT_EXTENDED = "descent not exact, up to 3 times"
+    DESCENT_FAILED = "descent not exact, the 4th time"
+    PROTECT = "protection begins"
+    RELEASE = "protection ends"
+    LOSS_ROSE = "loss rises"
+    SKEWED = "factors skewed"
+    NONFINITE = "steps NaN or Inf again and again"
+    MERGE = "policy: MERGE, or GROW past break-even"
+    GROW = "policy: GROW"
+    SHRINK = "policy: SHRINK"
+    IDLE = "no gradients"
+    FACTORIZE_MANUALLY = "factorize_"
+    MERGE_MANUALLY = "merge_"
+    LOAD_FACTORIZED = "factors are loaded"
+    LOAD_DENSE = "a dense weight is loaded"
+
+
+class Cooldown(StrEnum):
+    """For how long a layer is left as it is afterwards."""
+
+    NONE = "none"
+    FLAT = "flat"  # cooldown_steps
+    BACKOFF = "back-off"  # cooldown_steps, doubled by each earlier revert: exponential back-off
+    UNCOUNTED = "back-off, not counted"  # the same, but the next one is no longer for it
+
+
+class Next(NamedTuple):
+    """What a trigger makes of a layer in one state."""
+
+    state: LayerState
+    cooldown: Cooldown = Cooldown.NONE
+    restarts: bool = False  # a new decision window: analyses up to now say nothing of what the layer is from now on
+
+
+def _same(*states: LayerState) -> dict[LayerState, Next]:
+    return {state: Next(state) for state in states}
+
+
+_REVERT = Next(DENSE, Cooldown.BACKOFF, restarts=True)
+_INSTALL = Next(FACTORIZED, restarts=True)
+_RESIZE = {FACTORIZED: Next(FACTORIZED, Cooldown.FLAT, restarts=True)}
+
+TRANSITIONS: Mapping[Trigger, Mapping[LayerState, Next]] = {  # a state that is not there: impossible
+    Trigger.WARMUP_OVER: {WARMUP: Next(DENSE)},
+    Trigger.DESCEND: {DENSE: Next(DESCENDING)},
+    Trigger.FACTORIZE: {DENSE: _INSTALL, DESCENDING: _INSTALL},
+    Trigger.DESCENT_EXACT: {DESCENDING: _INSTALL},
+    Trigger.DESCENT_EXTENDED: _same(DESCENDING),
+    Trigger.DESCENT_FAILED: {DESCENDING: _REVERT},
+    Trigger.PROTECT: {**_same(*LayerState), DESCENDING: Next(DENSE, restarts=True)},
+    Trigger.RELEASE: _same(*LayerState),
+    Trigger.LOSS_ROSE: {DESCENDING: _REVERT, FACTORIZED: _REVERT},
+    Trigger.SKEWED: {FACTORIZED: _REVERT},
+    Trigger.NONFINITE: {FACTORIZED: _REVERT},
+    Trigger.MERGE: {FACTORIZED: _REVERT},
+    Trigger.GROW: _RESIZE,
+    Trigger.SHRINK: _RESIZE,
+    Trigger.IDLE: _same(*LayerState),
+    Trigger.FACTORIZE_MANUALLY: {**dict.fromkeys((WARMUP, DENSE, DESCENDING), _INSTALL), **_same(FACTORIZED)},
+    Trigger.MERGE_MANUALLY: {
+        **_same(WARMUP, DENSE),
+        DESCENDING: Next(DENSE, restarts=True),
+        FACTORIZED: Next(DENSE, Cooldown.UNCOUNTED, restarts=True),
+    },
+    Trigger.LOAD_FACTORIZED: {**dict.fromkeys((WARMUP, DENSE, DESCENDING), _INSTALL), **_same(FACTORIZED)},
+    Trigger.LOAD_DENSE: {**_same(WARMUP, DENSE, DESCENDING), FACTORIZED: Next(DENSE, restarts=True)},
+}
+
+
+class Protection(StrEnum):
+    """Who keeps a layer's principal block from moving."""
+
+    NONE = "none"
+    DANGER = "danger"  # for as long as it lasts
+    MANUAL = "manual"  # until `release_`
+
+
+@dataclass
+class LayerStatus:
+    """Where a layer is in its life: everything that the machine changes, saved as one dict."""
+
+    state: LayerState = WARMUP
+    rank: int = 0
+    """Singular directions kept, or to be kept."""
+    window_start: int = -1
+    """No decision rests on analyses up to this step: they were of another state or rank."""
+    descent_end: int | None = None
+    """The step at which the factors are due, while the layer descends."""
+    extensions: int = 0
+    """How often that was put off."""
+    cooldown_until: int = 0
+    """Before that step the layer is left as it is."""
+    reverts: int = 0
+    """How often it became dense again; each doubles the next cooldown."""
+    in_danger: bool = False
+    protection: Protection = Protection.NONE
+
+
+@dataclass
+class LayerLife:
+    """One layer as decisions see it, in a run or in its replay."""
+
+    name: str
+    shape: tuple[int, int]
+    """(m, n) = (out_features, in_features)."""
+    thresholds: Thresholds
+    status: LayerStatus = field(default_factory=LayerStatus)
+    history: list[LayerMetrics] = field(default_factory=list)
+    """Its analyses, oldest first."""
+    decision: Decision | None = None
+    """The last one; ``None``: somebody has stepped in since."""
+    policy_input: PolicyInput | None = None
+    """What it answers."""
+
+    @property
+    def state(self) -> LayerState:
+        """Where it is in its life."""
+        return self.status.state
+
+    @property
+    def factorized(self) -> bool:
+        """Whether its weight is in factors."""
+        return self.status.state == FACTORIZED
+
+    @property
+    def rank(self) -> int:
+        """Singular directions kept, or to be kept."""
+        return self.status.rank
+
+    @property
+    def protected(self) -> bool:
+        """Whether its principal block is kept from moving."""
+        return self.status.protection != Protection.NONE
+
+    @property
+    def window(self) -> tuple[LayerMetrics, ...]:
+        """The analyses that decisions rest on: those at the present rank and in the present state."""
+        return tuple(metrics for metrics in self.history if metrics.step > self.status.window_start)
+
+    def restart_window(self) -> None:
+        """Another rank or state: decisions start from nothing."""
+        self.status.window_start = self.history[-1].step if self.history else -1
+
+    def info(self, step: int, **facts: object) -> LayerInfo:
+        """What a policy may know at a step.
+
+        Args:
+            facts: fields of :class:`LayerInfo` that somebody else knows.
+        """
+        cooldown = max(0, self.status.cooldown_until - step)
+        known = {"rank": self.rank, "protected": self.protected, "cooldown": cooldown, **facts}
+        return LayerInfo(name=self.name, shape=self.shape, **known)  # type: ignore[arg-type]
+
+    def can(self, trigger: Trigger) -> bool:
+        """Whether this can happen to it now."""
+        return self.state in TRANSITIONS[trigger]
+
+    def fire(self, trigger: Trigger, step: int = 0, cooldown_steps: int = 0) -> LayerState:
+        """It has happened: go where the table says.
+
+        Returns:
+            The state before.
+
+        Raises:
+            RuntimeError: the table knows no such transition; nothing was changed.
+        """
+        status, before = self.status, self.state
+        if not self.can(trigger):
+            raise RuntimeError(f"layer {self.name!r} is {before}: {trigger!r} can't happen to it")
+        after = TRANSITIONS[trigger][before]
+        status.state = after.state
+        if after.restarts:
+            status.descent_end, status.extensions = None, 0
+            self.restart_window()
+        if after.cooldown == Cooldown.FLAT:
+            status.cooldown_until = step + cooldown_steps
+        elif after.cooldown != Cooldown.NONE:
+            status.cooldown_until = step + cooldown_steps * 2**status.reverts
+            status.reverts += after.cooldown == Cooldown.BACKOFF
+        return before
+
+
+def transition_table() -> str:
+    """:data:`TRANSITIONS` in Markdown: one row per trigger, one column per state; ``–``: impossible."""
+    rows = [("what happens", *(state.upper() for state in LayerState), "cooldown"), ("---",) * (len(LayerState) + 2)]
+    for trigger, cells in TRANSITIONS.items():
+        shown = [
+            "–" if state not in cells else "same" if cells[state].state == state else cells[state].state.upper()
+            for state in LayerState
+        ]
+        cooldowns = {state: cell.cooldown for state, cell in cells.items()}
+        several = len(set(cooldowns.values())) > 1
+        told = [f"{c} ({s.upper()})" if several else c for s, c in cooldowns.items() if c != Cooldown.NONE]
+        rows.append((trigger, *shown, ", ".join(dict.fromkeys(told)) or Cooldown.NONE))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

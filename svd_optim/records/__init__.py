@@ -1,0 +1,52 @@
+"""Plain values that travel between the parts: metrics, decisions, events, summaries.
+
+Nothing here imports torch or rich. Every record is frozen, holds only plain Python values and
+round-trips through :func:`dataclasses.asdict`, so it can be logged, saved and compared.
+"""
+
+from .layers import (
+    Action,
+    Condition,
+    Decision,
+    LayerInfo,
+    LayerMetrics,
+    LayerState,
+    PolicyInput,
+    break_even_rank,
+    largest_useful_rank,
+    parameter_count,
+)
+from .run import (
+    Event,
+    LayerReport,
+    Plan,
+    PlannedLayer,
+    Renderable,
+    Renderer,
+    Skipped,
+    Summary,
+)
+from .text import clean, significant
+
+__all__ = [
+    "Action",
+    "Condition",
+    "Decision",
+    "Event",
+    "LayerInfo",
+    "LayerMetrics",
+    "LayerReport",
+    "LayerState",
+    "Plan",
+    "PlannedLayer",
+    "PolicyInput",
+    "Renderable",
+    "Renderer",
+    "Skipped",
+    "Summary",
+    "break_even_rank",
+    "clean",
+    "largest_useful_rank",
+    "parameter_count",
+    "significant",
+]

@@ -1,0 +1,99 @@
+"""Structure before values: layers become dense or factorized as what is loaded was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..decisions.machine import DENSE, FACTORIZED, Trigger
+from ..linalg import Basis, exact_basis, to_compute_dtype
+from ..linalg.fallback import IN_A_ROW, with_float64_fallback
+from .layer import TrackedLayer
+from .protecting import drop_protection
+from .replacement import to_dense_, to_factors_
+from .run import TrackedRun
+from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
+
+
+@torch.no_grad()
+def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapping[str, Basis] | None = None) -> None:
+    """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs.
+
+    Args:
+        saved: their factors, if known; else those of the weights that are there.
+    """
+    for name, rank in ranks.items():
+        layer = run.layers[name]
+        if rank == (layer.rank if layer.factorized else None):
+            continue
+        drop_protection(layer)  # what is loaded has another principal block
+        if layer.factorized:
+            to_dense_(layer, run.base)
+            layer.fire(Trigger.LOAD_DENSE)
+        if rank is not None:
+            layer.set_rank(rank)
+            basis = saved[name] if saved and name in saved else _present_factors(layer)
+            to_factors_(layer, run.base, Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis)))
+            layer.fire(Trigger.LOAD_FACTORIZED)
+            run.attachment.attach(layer, run.steps)
+
+
+def _present_factors(layer: TrackedLayer) -> Basis:
+    W = to_compute_dtype(layer.module.weight).nan_to_num()  # loading is the way out of a run that is lost
+    basis = with_float64_fallback(lambda dtype: exact_basis(W.to(dtype), layer.rank), W.dtype)
+    if basis is None:
+        raise RuntimeError(f"the weight of layer {layer.name!r} can't be decomposed; load the model first")
+    return basis
+
+
+def saved_ranks(saved: Mapping[str, Any]) -> dict[str, int | None]:
+    """The ranks of the layers that were factorized, ``None`` for the others."""
+    status = {name: layer["status"] for name, layer in saved["layers"].items()}
+    return {name: x["rank"] if x["state"] == FACTORIZED else None for name, x in status.items()}
+
+
+def save_run(run: TrackedRun) -> dict[str, Any]:
+    """Everything but the weights and the base optimizer's state, as tensors and plain values."""
+    layers = {name: save(layer, LAYER_FIELDS) for name, layer in run.layers.items()}
+    return {"version": STATE_VERSION, **save(run, RUN_FIELDS), "layers": layers}
+
+
+def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
+    """The inverse of :func:`save_run`, once structures fit."""
+    load(run, RUN_FIELDS, saved)
+    for name, state in saved["layers"].items():
+        layer = run.layers[name]
+        load(layer, LAYER_FIELDS, state)
+        layer.decision = layer.policy_input = None
+        layer.warned_of_failures = layer.failures >= IN_A_ROW
+        if layer.factorized:
+            run.attachment.attach(layer, run.steps)
+
+
+def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if loading ``saved`` and the base optimizer's state could not work."""
+    if saved["version"] != STATE_VERSION:
+        age = "a newer" if saved["version"] > STATE_VERSION else "an older"
+        raise ValueError(f"saved by {age} svd_optim: state version {saved['version']}, this one reads {STATE_VERSION}")
+    differ = sorted(set(saved["layers"]) ^ set(run.layers))
+    if differ:
+        raise ValueError(f"the saved state tracks other layers than this optimizer: {', '.join(differ[:5])}")
+    ranks = saved_ranks(saved)
+    for name, layer in run.layers.items():
+        shape = tuple(saved["layers"][name]["shape"])
+        if shape != layer.shape:
+            raise ValueError(f"layer {name!r} has shape {layer.shape}, but {shape} was saved")
+        if run.config.mode == "observe" and (ranks[name] is not None) != layer.factorized:
+            raise ValueError(
+                f"mode='observe' replaces nothing, but layer {name!r} was "
+                f"{DENSE if ranks[name] is None else FACTORIZED} when it was saved"
+            )
+    group_of = {p: i for i, group in enumerate(run.base.param_groups) for p in group["params"]}
+    sizes = [len(group["params"]) for group in run.base.param_groups]
+    for name, layer in run.layers.items():
+        sizes[group_of[layer.weight]] += (ranks[name] is not None) - layer.factorized
+    saved_sizes = [len(group["params"]) for group in base_state["param_groups"]]
+    if sizes != saved_sizes:
+        raise ValueError(f"the saved param groups hold {saved_sizes} parameters, this optimizer's would hold {sizes}")

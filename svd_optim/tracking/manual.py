@@ -1,0 +1,133 @@
+"""What the user does to layers directly: checked whole before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+
+from ..decisions.lifecycle import MANUAL
+from ..decisions.machine import Trigger
+from ..records import LayerState, break_even_rank
+from .descent import exact_bases
+from .layer import TrackedLayer
+from .protecting import keep_blocks_, protect_manually, release
+from .refreshing import update_energy_rank
+from .run import TrackedRun
+from .switching import Changes, switch
+
+
+def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[TrackedLayer]:
+    """The layers that names or globs mean.
+
+    Raises:
+        RuntimeError: in observe mode.
+        ValueError: one matches nothing.
+    """
+    if run.config.mode == "observe":
+        raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    chosen: dict[str, TrackedLayer] = {}
+    for pattern in patterns:
+        matches = [n for n in run.layers if pattern == "all" or n == pattern or fnmatchcase(n, pattern)]
+        if not matches:
+            tracked = ", ".join(list(run.layers)[:5]) or "none"
+            raise ValueError(f"{method}: no tracked layer matches {pattern!r}; tracked: {tracked}, ...")
+        chosen.update((name, run.layers[name]) for name in matches)
+    return list(chosen.values())
+
+
+def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
+    """Factorize layers now: truncates at once, without a descent."""
+    chosen = [layer for layer in by_name(run, layers, "factorize_") if not layer.factorized]
+    unsupported = run.unsupported(chosen)
+    for layer in chosen:
+        if rank is None and layer.cached is None and layer.energy_target is not None:
+            update_energy_rank(layer)
+        _check_rank(layer, layer.rank if rank is None else rank)
+        if layer.name in unsupported:
+            raise RuntimeError(f"factorize_: layer {layer.name!r} can't be factorized: {unsupported[layer.name]}")
+    old_ranks = {layer.name: layer.rank for layer in chosen}
+    for layer in chosen:
+        layer.status.rank = layer.rank if rank is None else rank
+    with torch.no_grad():
+        bases, errors = exact_bases(chosen)
+        crowded = keep_blocks_(run, bases, errors)
+    broken = [name for name, error in errors.items() if error == float("inf")]
+    problem = ""
+    if broken:
+        problem = f"the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+    elif crowded:
+        problem = (
+            f"rank {run.layers[crowded[0]].rank} can't hold the protected block of layer {crowded[0]!r}; "
+            f"release_ it first, or give a higher rank"
+        )
+    if problem:
+        for layer in chosen:
+            layer.status.rank = old_ranks[layer.name]
+        raise ValueError(f"factorize_: {problem}")
+    switch(run, Changes(MANUAL, install=bases, errors=errors, installed_by=Trigger.FACTORIZE_MANUALLY))
+    for layer in chosen:
+        layer.decision = None
+    return list(bases)
+
+
+def _check_rank(layer: TrackedLayer, rank: object) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"factorize_: rank must be an integer, got {rank!r}")
+    if not 1 <= rank < break_even_rank(*layer.shape):
+        raise ValueError(
+            f"factorize_: layer {layer.name!r} of shape {layer.shape} can't have rank {rank}: ranks from 1 to "
+            f"below break-even ({break_even_rank(*layer.shape):.1f}) make it smaller"
+        )
+
+
+def merge(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
+    """Make factorized layers dense again now; a descent under way is called off."""
+    chosen = by_name(run, layers, "merge_")
+    for layer in chosen:
+        if layer.state == LayerState.DESCENDING:
+            run.lifecycle.stop_descent(layer, run.steps, Trigger.MERGE_MANUALLY, MANUAL)
+    merges = [layer.name for layer in chosen if layer.factorized]
+    switch(run, Changes(MANUAL, merge=dict.fromkeys(merges, Trigger.MERGE_MANUALLY)))
+    for layer in chosen:
+        layer.decision = None
+    return merges
+
+
+def protect(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
+    """Keep the principal blocks of layers from moving."""
+    chosen = by_name(run, layers, "protect_")
+    for layer in chosen:
+        _check_protected_rank(layer, rank)
+        if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
+            raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
+    for layer in chosen:
+        protect_manually(run, layer, rank)
+    return [layer.name for layer in chosen]
+
+
+def _check_protected_rank(layer: TrackedLayer, rank: int | None) -> None:
+    if rank is None:
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"protect_: rank must be an integer, got {rank!r}")
+    if not 1 <= rank <= min(layer.shape):
+        raise ValueError(
+            f"protect_: layer {layer.name!r} of shape {layer.shape} can't have rank {rank}: give 1 to "
+            f"{min(layer.shape)}"
+        )
+    if layer.factorized and rank > layer.rank:
+        raise ValueError(
+            f"protect_: layer {layer.name!r} is factorized at rank {layer.rank}, no more than which can be "
+            f"protected; merge_ it first, or give a lower rank"
+        )
+
+
+def release_layers(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
+    """End the protection of layers, whoever began it."""
+    chosen = [layer for layer in by_name(run, layers, "release_") if layer.protected]
+    for layer in chosen:
+        release(run, layer, MANUAL, manual=True)
+    return [layer.name for layer in chosen]

@@ -1,0 +1,99 @@
+"""Gradients against cached bases: projections, and their running sums. Reads nothing back to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import linalg
+from ..config import SubspaceConfig
+from ..factors.linear import FactorizedLinear
+from ..linalg import Basis, to_compute_dtype
+from ..linalg.fallback import with_float64_fallback
+from .layer import TrackedLayer
+from .refreshing import update_energy_rank
+from .sketches import private_generator
+
+
+def ensure_basis(layer: TrackedLayer, step: int, config: SubspaceConfig) -> bool:
+    """Make a first basis if there is none. Returns whether there is one now."""
+    if layer.factorized:
+        return True  # it is its own basis
+    if layer.cached is None:
+        W = layer.module.weight
+        layer.nonfinite = not bool(torch.isfinite(W).all())
+        if layer.nonfinite:
+            return False
+        if layer.energy_target is not None:
+            update_energy_rank(layer)
+        X = to_compute_dtype(W)
+        layer.cached = with_float64_fallback(
+            lambda dtype: linalg.first_basis(X.to(dtype), layer.rank, private_generator(config, layer, step)),
+            X.dtype,
+        )
+        layer.count_decomposition(layer.cached is not None)
+        layer.basis_step = step
+        return layer.cached is not None
+    elif layer.cached.U.device != layer.weight.device:
+        layer.cached = Basis(*(t.to(layer.weight.device) for t in layer.cached))
+        layer.sums = layer.pending = None
+    return True
+
+
+@torch.no_grad()
+def measure(layers: Iterable[TrackedLayer]) -> None:
+    """Project the layers' present gradients onto their bases and add to the running sums.
+
+    Reads nothing back to the host. A zero gradient adds nothing; NaN or Inf is counted. Layers of
+    one shape and rank are measured together; nothing of the size of a weight is made.
+    """
+    batches: dict[tuple[Any, ...], list[TrackedLayer]] = {}
+    for layer in layers:
+        if _measurable(layer):
+            kind = (not layer.factorized, layer.shape, layer.rank, layer.weight.dtype, layer.weight.device)
+            batches.setdefault(kind, []).append(layer)
+    for (dense, *_), batch in batches.items():
+        e, usable, outside = _dense_energies(batch) if dense else _factored_energies(batch)
+        finite = torch.isfinite(e.left + e.right).all(-1)  # of a sketch we don't speak: it may be stale
+        usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
+        values = torch.where(usable[:, None, None], linalg.alignments(e), 0.0).double().flatten(1)
+        add = torch.cat([torch.stack([usable, ~finite], dim=1).double(), values], dim=1)  # (b, 2 + 3k)
+        if outside is not None:  # of gradients of unit length
+            lengths = e.total.sqrt()[:, None, None]
+            outside = torch.where(usable[:, None, None], outside.double() / lengths, 0.0).to(outside)
+        for i, layer in enumerate(batch):
+            layer.sums = add[i].clone() if layer.sums is None else layer.sums + add[i]
+            if outside is not None:
+                layer.outside = outside[i].clone() if layer.outside is None else layer.outside + outside[i]
+
+
+def _measurable(layer: TrackedLayer) -> bool:
+    module = layer.module
+    if isinstance(module, FactorizedLinear):
+        tensors = (module.U.grad, module.V.grad, None if module.sketch is None else module.sketch.grad)
+        return all(t is not None for t in tensors)
+    return module.weight.grad is not None and not module.weight.grad.is_sparse and layer.cached is not None
+
+
+def _dense_energies(layers: Sequence[TrackedLayer]) -> tuple[linalg.GradientEnergies, Tensor, None]:
+    parts = []
+    for layer in layers:
+        assert layer.cached is not None and layer.module.weight.grad is not None
+        U, _, V = layer.cached.leading(layer.rank)
+        G = to_compute_dtype(layer.module.weight.grad)
+        parts.append((linalg.energy(G), *linalg.projections(G, U, V)))
+    e = linalg.projection_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))
+    return e, torch.isfinite(e.total), None
+
+
+def _factored_energies(layers: Sequence[TrackedLayer]) -> tuple[linalg.GradientEnergies, Tensor, Tensor]:
+    parts = []
+    for layer in layers:
+        module = layer.module
+        assert isinstance(module, FactorizedLinear) and module.sketch is not None
+        tensors = (module.U.grad, module.V.grad, module.sketch.grad, module.U, module.V, module.Omega)
+        parts.append([to_compute_dtype(t) for t in tensors if t is not None])
+    return linalg.factored_gradient_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))

@@ -1,0 +1,187 @@
+"""What is saved of a run and of each layer: one table each, by which it is saved, loaded and checked.
+
+A field that stands here is saved; there is no other place to add it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..decisions.machine import LayerStatus, Protection
+from ..factors.linear import SKETCH_SIZE
+from ..linalg import Basis
+from ..linalg.protection import Anchor
+from ..records import Event, LayerMetrics, LayerState
+from . import kinds
+from .kinds import Kind, or_none
+from .layer import TrackedLayer
+from .loss_guard import PENDING
+from .refreshing import SCALARS
+
+STATE_VERSION = 5
+
+
+class Sizes(NamedTuple):
+    """What the sizes of a layer's tensors follow from."""
+
+    m: int
+    n: int
+    k: int  # its rank
+
+
+class Field(NamedTuple):
+    """Something that is saved."""
+
+    save: Callable[[Any], Any]  # of what it belongs to: a tensor, or plain values
+    load: Callable[[Any, Any], None]  # the inverse, once the structure fits
+    kind: Callable[[Sizes], Kind]  # what it may be
+
+
+def _owner(of: Any, path: str) -> tuple[Any, str]:
+    """The object that has the last attribute of ``path``, or ``None``; that attribute."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        of = getattr(of, parent) if of is not None else None
+    return of, name
+
+
+def _get(of: Any, path: str) -> Any:
+    owner, name = _owner(of, path)
+    return None if owner is None else getattr(owner, name)
+
+
+def _set(of: Any, path: str, value: Any) -> None:
+    owner, name = _owner(of, path)
+    if owner is not None:  # a dense layer has no factors
+        setattr(owner, name, value)
+
+
+def _plain(path: str, kind: Kind) -> Field:
+    return Field(lambda of: _get(of, path), lambda of, value: _set(of, path, value), lambda _: kind)
+
+
+def _tensor(path: str, kind: Callable[[Sizes], Kind]) -> Field:
+    def load(layer: TrackedLayer, value: Tensor | None) -> None:
+        _set(layer, path, None if value is None else value.to(layer.weight.device, copy=True))
+
+    return Field(lambda layer: _get(layer, path), load, lambda sizes: or_none(kind(sizes)))
+
+
+def _tensors(path: str, make: Callable[..., Any], kind: Callable[[Sizes], Kind]) -> Field:
+    def save(layer: TrackedLayer) -> list[Tensor] | None:
+        value = _get(layer, path)
+        return None if value is None else list(value)
+
+    def load(layer: TrackedLayer, value: list[Tensor] | None) -> None:
+        _set(layer, path, None if value is None else make(*(t.to(layer.weight.device, copy=True) for t in value)))
+
+    return Field(save, load, lambda sizes: or_none(kind(sizes)))
+
+
+def _component(path: str, kind: Kind) -> Field:
+    """An object with ``state_dict`` and ``load_state_dict`` of its own."""
+    return Field(
+        lambda of: _get(of, path).state_dict(),
+        lambda of, value: _get(of, path).load_state_dict(value),
+        lambda _: kind,
+    )
+
+
+def _save_status(layer: TrackedLayer) -> dict[str, Any]:
+    status = layer.status
+    return {**vars(status), "state": str(status.state), "protection": str(status.protection)}
+
+
+def _load_status(layer: TrackedLayer, value: Mapping[str, Any]) -> None:
+    known = {"state": LayerState(value["state"]), "protection": Protection(value["protection"])}
+    layer.status = LayerStatus(**{**value, **known})
+
+
+def _load_history(layer: TrackedLayer, value: list[dict[str, Any]]) -> None:
+    layer.history = [LayerMetrics(**values) for values in value]
+
+
+def _load_anchor(layer: TrackedLayer, value: list[Tensor] | None) -> None:
+    anchor = None if value is None else Anchor(*(t.to(layer.weight.device, copy=True) for t in value))
+    layer.dense_anchor = anchor if layer.factors is None else None
+    if layer.factors is not None:
+        layer.factors.anchor = anchor
+
+
+def _pair(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
+LAYER_FIELDS: Mapping[str, Field] = {
+    "status": Field(_save_status, _load_status, lambda _: kinds.record(LayerStatus)),
+    "shape": Field(lambda x: list(x.shape), lambda *_: None, lambda s: lambda value: value == [s.m, s.n]),
+    "basis": _tensors("cached", Basis, lambda s: kinds.tensors((s.m, None), (None,), (s.n, None))),
+    "images": _tensors("images", _pair, lambda s: kinds.tensors((s.m, SKETCH_SIZE), (s.n, SKETCH_SIZE))),
+    "basis_step": _plain("basis_step", kinds.integer),
+    "pending": _tensor("pending", lambda _: kinds.dtype_and_shape(torch.float64, (SCALARS,))),
+    "sums": _tensor("sums", lambda s: kinds.tensor(2 + 3 * s.k)),
+    "outside": _tensor("outside", lambda s: kinds.tensor(s.m, SKETCH_SIZE)),
+    "capture": Field(
+        lambda x: x.capture,
+        lambda x, value: setattr(x, "capture", [float(c) for c in value]),
+        lambda s: kinds.list_of(kinds.number, most=min(s.m, s.n)),
+    ),
+    "history": Field(
+        lambda x: [vars(metrics) for metrics in x.history],
+        _load_history,
+        lambda _: kinds.list_of(kinds.record(LayerMetrics)),
+    ),
+    "keep_dense": _plain("keep_dense", kinds.flag),
+    "guarded_since": _plain("guarded_since", or_none(kinds.integer)),
+    "nonfinite": _plain("nonfinite", kinds.flag),
+    "failures": _plain("failures", kinds.integer),
+    "anchor": Field(
+        lambda x: None if x.anchor is None else list(x.anchor),
+        _load_anchor,
+        lambda s: or_none(kinds.tensors((s.m, None), (s.n, None), (None, None))),
+    ),
+    "masters": _tensors("factors.masters", Basis, lambda s: kinds.tensors((s.m, s.k), (s.k,), (s.n, s.k))),
+    "nonfinite_steps": _tensor("factors.nonfinite", lambda _: kinds.dtype_and_shape(torch.int64, ())),
+}
+
+
+def _load_events(controller: Any, value: list[dict[str, Any]]) -> None:
+    controller.journal.replace([Event.from_plain(values) for values in value])
+
+
+def _is_losses(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point() and len(value) <= PENDING
+
+
+_WINDOWS = kinds.list_of(kinds.list_of(kinds.number, length=3))
+_GUARD: Mapping[str, Kind] = {"pending": or_none(_is_losses), "windows": _WINDOWS, "since": or_none(_WINDOWS),
+                              "lost": kinds.integer}  # fmt: skip
+
+RUN_FIELDS: Mapping[str, Field] = {  # of the controller
+    "steps": _plain("steps", kinds.integer),
+    "analyses": _plain("lifecycle.analyses", kinds.integer),
+    "last_analysis": _plain("lifecycle.last_analysis", kinds.integer),
+    "acted": _plain("lifecycle.acted", kinds.flag),
+    "stretch": _plain("overhead.stretch", lambda value: type(value) is int and value >= 1),
+    "guard": _component("guard", lambda x: isinstance(x, dict) and x.keys() == _GUARD.keys()
+                        and all(kind(x[key]) for key, kind in _GUARD.items())),
+    "alerts": _component("alerts", lambda x: kinds.dict_of(kinds.list_of(kinds.list_of(
+        lambda item: item is None or kinds.text(item) or kinds.number(item))))(x)),
+    "events": Field(lambda c: [event.as_plain() for event in c.journal.events], _load_events,
+                    lambda _: kinds.list_of(kinds.record(Event))),
+}  # fmt: skip
+
+
+def save(of: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """All fields of a layer or of a run."""
+    return {name: field.save(of) for name, field in fields.items()}
+
+
+def load(of: Any, fields: Mapping[str, Field], saved: Mapping[str, Any]) -> None:
+    """The inverse of :func:`save`, once the structure fits."""
+    for name, field in fields.items():
+        field.load(of, saved[name])

@@ -1,0 +1,136 @@
+"""One step of a wrapped optimizer: what comes before, during and after the base optimizer's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.optim import Optimizer
+
+from ..factors.tangent_step import FactorBatch, all_lr_zero
+from .controller import Controller
+from .transactions import uninterrupted
+
+
+class StepInProgress:
+    """Gradients are measured and factors entered before the base optimizer's update, left after it.
+
+    Whatever is raised before they are left is undone. A step without gradients, or with every learning rate 0, is the
+    base optimizer's alone.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.batches: list[FactorBatch] | None = None  # None: this step does not count
+        self._left = False
+        self._shield = ExitStack()
+        layers = controller.layers.values()
+        self._measured = [(layer, layer.cached, layer.sums, layer.outside) for layer in layers]
+
+    def _counts(self) -> bool:
+        return self.controller.has_gradients() and not all_lr_zero(self.controller.base.param_groups)
+
+    def measure(self) -> None:
+        """As soon as there are gradients."""
+        if self._counts():
+            self.controller.journal.start_clock()
+            with torch.no_grad():
+                self.controller.measure()
+
+    def enter_factors(self) -> None:
+        """Just before the base optimizer's update. From here to the end of the step Ctrl-C has to wait."""
+        if self._counts():
+            self._shield.enter_context(uninterrupted())
+            with torch.no_grad():
+                self.batches = self.controller.enter_factors()
+
+    def leave_factors(self) -> None:
+        """Just after it."""
+        if self.batches is not None:
+            with torch.no_grad():
+                self.controller.leave_factors(self.batches)
+        self._left = True
+
+    def advance(self) -> None:
+        """Once layers hold their new weights: descend, analyze, act."""
+        if self.batches is not None:
+            with torch.no_grad():
+                self.controller.advance()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._shield:
+            if error is None or self._left:
+                return
+            for layer, cached, sums, outside in self._measured:
+                layer.cached, layer.sums, layer.outside = cached, sums, outside
+            with torch.no_grad():
+                for batch in self.batches or ():
+                    batch.restore_()
+
+
+class BaseCall:
+    """The base optimizer's own step, with its hooks around it and the user's closure inside.
+
+    Its hooks (the global ones already run around ours) see weights, and not what the base steps on.
+    """
+
+    def __init__(self, step: StepInProgress, closure: Callable[[], Any] | None) -> None:
+        self.base: Optimizer = step.controller.base
+        self._step = step
+        self._closure = closure
+        self._evaluations = 0
+        self._function = type(self.base).step
+        self._takes_closure = closure is not None and "closure" in inspect.signature(self._function).parameters
+        self._args: tuple[Any, ...] = (self.base, self.evaluate) if self._takes_closure else (self.base,)
+        self._kwargs: dict[str, Any] = {}
+
+    def run_pre_hooks(self) -> None:
+        """Those that come before the step, and may change its arguments."""
+        for hook in self.base._optimizer_step_pre_hooks.values():
+            changed = hook(self.base, self._args, self._kwargs)
+            if changed is not None:
+                self._args, self._kwargs = changed
+
+    def run(self) -> Any:
+        """The bare step. Returns the loss, where there is a closure, else what the base returns."""
+        self.base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on the base looks at
+        loss = self.evaluate() if self._closure is not None and not self._takes_closure else None
+        with self._step.controller.journal.clock("base"):
+            result = getattr(self._function, "__wrapped__", self._function)(*self._args, **self._kwargs)
+        return result if self._closure is None or self._takes_closure else loss
+
+    def run_post_hooks(self) -> None:
+        """Those that come after the step, at its end."""
+        for hook in self.base._optimizer_step_post_hooks.values():
+            hook(self.base, self._args, self._kwargs)
+
+    def evaluate(self) -> Any:
+        """The user's closure. After its first evaluation there are gradients: it brings its own backward pass."""
+        assert self._closure is not None
+        self._evaluations += 1
+        if self._evaluations > 1:
+            self._note_reevaluation()
+        with torch.enable_grad():
+            loss = self._closure()
+        if self._evaluations == 1:
+            self._step.measure()
+            self._step.enter_factors()
+        return loss
+
+    def _note_reevaluation(self) -> None:
+        controller = self._step.controller
+        controller.reevaluates = True
+        if any(layer.factorized for layer in controller.layers.values()):
+            raise RuntimeError(
+                f"{type(self.base).__name__} evaluated its closure more than once in a step, which can't "
+                f"be done inside factors: use SubspaceConfig(mode='observe'), or merge_('all') before such steps"
+            )
