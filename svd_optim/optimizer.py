@@ -147,6 +147,7 @@ class SubspaceAwareOptimizer(Optimizer):
         self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
         attachment = self._controller.attachment
         for layer in self.layers.values():
+            attachment.claim(layer)
             if layer.factorized:
                 attachment.attach(layer, self.steps)
         attachment.detach_after(self)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import SubspaceConfig
+from ..factors.claims import Owner, claim, disclaim
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState
 from .layer import TrackedLayer
@@ -30,7 +31,7 @@ class Attachment:
         self._forget()
 
     def _forget(self) -> None:
-        self._owner = object()  # by which a module knows whose gradients it delivers
+        self._owner = Owner()  # by which a module knows whose gradients it delivers
         self._modules: list[nn.Module] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -39,6 +40,14 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.config = state["config"]
         self._forget()
+
+    def claim(self, layer: TrackedLayer) -> None:
+        """The layer's module is trained by this optimizer; nobody else may change its form."""
+        claim(layer.module, self._owner)
+
+    def disclaim(self, layer: TrackedLayer) -> None:
+        """It no longer is."""
+        disclaim(layer.module, self._owner)
 
     def attach(self, layer: TrackedLayer, step: int) -> None:
         """From now on the factorized layer delivers the gradients that the tangent step takes."""

@@ -36,6 +36,7 @@ class Controller(TrackedRun):
             if id(found.module) in known:
                 continue
             layer = self.layers[found.name] = tracked_layer(found, len(self.layers), self.config)
+            self.attachment.claim(layer)
             if isinstance(found.module, FactorizedLinear):
                 self.attachment.adopt(layer, found.module, self.base, self.steps)
         budget.follow_plan_(self.layers, self.config, self.steps)

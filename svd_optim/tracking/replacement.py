@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..factors import moments
 from ..factors.linear import FactorizedLinear
-from ..factors.surgery import factorize_, merge_
+from ..factors.surgery import install_dense_, install_factors_
 from ..factors.tangent_step import FactorState, float32_factors, write_
 from ..linalg import Basis, project_off, to_compute_dtype
 from .layer import TrackedLayer
@@ -51,7 +51,7 @@ def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Ba
     W = layer.module.weight
     U, S, V = basis.leading(layer.rank)
     state = optimizer.state.pop(W, None)
-    module = factorize_(layer.module, layer.rank, basis)
+    module = install_factors_(layer.module, Basis(U, S, V))
     replace_parameters_(optimizer, [W], [module.U, module.V], ["U", "V"])
     if state is not None:
         optimizer.state[module.U], optimizer.state[module.V] = moments.split(state, U, V)
@@ -104,7 +104,7 @@ def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state:
     U, S, V = (t.clone() for t in float32_factors(module, layer.factors.masters))
     state_K, state_L = optimizer.state.pop(module.U, None), optimizer.state.pop(module.V, None)
     G_K, G_L, tangent = module.U.grad, module.V.grad, module.tangent
-    dense: nn.Linear = merge_(module, (U * S) @ V.mT)
+    dense: nn.Linear = install_dense_(module, (U * S) @ V.mT)
     replace_parameters_(optimizer, old, [dense.weight], ["weight"])
     if keep_state and state_K is not None and state_L is not None:
         optimizer.state[dense.weight] = moments.join(state_K, state_L, U, V)

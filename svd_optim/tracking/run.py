@@ -66,6 +66,7 @@ class TrackedRun:
     def stop_tracking(self, layer: TrackedLayer, reason: str) -> None:
         """A layer that can't be measured is left alone from now on."""
         del self.layers[layer.name]
+        self.attachment.disclaim(layer)
         self.skipped.append(Skipped(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
         self.lifecycle.note(self.steps, layer.name, "unsupported", reason)
 
