@@ -114,6 +114,8 @@ class LayerStatus:
     """The step at which the factors are due, while the layer descends."""
     extensions: int = 0
     """How often that was put off."""
+    waited: int = 0
+    """Steps that the descent has waited for gradients; 0: it does not wait."""
     cooldown_until: int = 0
     """Before that step the layer is left as it is."""
     reverts: int = 0
@@ -163,6 +165,11 @@ class LayerLife:
         """The analyses that decisions rest on: those at the present rank and in the present state."""
         return tuple(metrics for metrics in self.history if metrics.step > self.status.window_start)
 
+    @property
+    def only_nonfinite(self) -> bool:
+        """Whether all gradients that were to be measured for the last analysis were NaN or Inf."""
+        return bool(self.history) and not self.history[-1].measured and self.history[-1].nonfinite > 0
+
     def restart_window(self) -> None:
         """Another rank or state: decisions start from nothing."""
         self.status.window_start = self.history[-1].step if self.history else -1
@@ -196,7 +203,7 @@ class LayerLife:
         after = TRANSITIONS[trigger][before]
         status.state = after.state
         if after.restarts:
-            status.descent_end, status.extensions = None, 0
+            status.descent_end, status.extensions, status.waited = None, 0, 0
             self.restart_window()
         if after.cooldown == Cooldown.FLAT:
             status.cooldown_until = step + cooldown_steps

@@ -15,9 +15,9 @@ from ..decisions.machine import Trigger
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_
 from ..linalg.fallback import IN_A_ROW
-from ..records import Action, Condition, Plan
+from ..records import Action, Condition, LayerState, Plan
 from . import budget, measuring, refreshing
-from .descent import DescentOutcome, descend_, exact_bases, keep_bases
+from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, tripped, watch
 from .layer import TrackedLayer
 from .protecting import protect, release
@@ -75,6 +75,10 @@ class Controller(TrackedRun):
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
         return enter_factors_(factors, self.base, groups)
 
+    def note_moves(self) -> None:
+        """Before the base optimizer's step: which descending layers it is to move."""
+        self.moves = moved(list(self.layers.values()), self.base.param_groups)
+
     def leave_factors(self, batches: list[FactorBatch]) -> None:
         """After the base optimizer's step: retract. What is done is taken off ``batches``."""
         with self.journal.clock("retract"):
@@ -91,7 +95,7 @@ class Controller(TrackedRun):
         for layer in layers:
             layer.restore_block_()
         with self.journal.clock("descend"):
-            outcome = descend_(layers, self.steps, self.config.analyze_every)
+            outcome = descend_(layers, self.steps, self.config.analyze_every, self.moves)
         self._land(outcome)
         with self.journal.clock("refresh"):
             refreshing.refresh(self._eligible_for_refresh(), self.steps, self.config)
@@ -162,6 +166,9 @@ class Controller(TrackedRun):
         plan = self.plan() if any(layer.factorized for layer in self.layers.values()) else None  # else nobody asks
         unsupported = self.unsupported(layers)
         for layer in layers:
+            if layer.state == LayerState.DESCENDING:
+                self.lifecycle.note_waiting(layer, self.steps, layer.idle_known)
+            layer.idle_known = 0
             self._ask(layer, plan, unsupported)
             self._note_nonfinite(layer)
             if self.lifecycle.note_danger(layer, self.steps) and self.lifecycle.protects:

@@ -44,6 +44,10 @@ class TrackedLayer(LayerLife):
     """(2 + 3k,) float64 on the device: gradients measured, nonfinite, three alignments."""
     outside: Tensor | None = None
     """(m, s): sketches of what factors missed of unit gradients, summed over an interval."""
+    idle: Tensor | None = None
+    """Steps of its descent since the last analysis whose gradient was zero; 0-d int64 on the device."""
+    idle_known: int = 0
+    """Those that the host knows of: without a gradient, frozen, or with a learning rate of 0."""
     capture: list[float] = field(default_factory=list)
     """Of the last analyses, at every rank from 1 to k."""
     spectrum: tuple[float, ...] = ()
@@ -132,6 +136,13 @@ class TrackedLayer(LayerLife):
             restore_dense_(held, self.dense_anchor)
             if held is not W:
                 W.copy_(held)
+
+    def count_idle(self, steps: int) -> None:
+        """So many steps of its descent had zero gradients: it ends so much later."""
+        self.idle = None
+        if steps and self.status.descent_end is not None:
+            self.status.descent_end += steps
+            self.idle_known += steps
 
     def count_decomposition(self, ok: bool) -> None:
         """Remember whether the last decomposition gave something."""

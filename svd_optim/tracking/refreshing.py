@@ -129,7 +129,8 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
     values = iter(torch.cat(rows).tolist())
     metrics = {}
     for layer, row in zip(layers, rows, strict=True):
-        S, rest = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
+        S, (*rest, idle) = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
+        layer.count_idle(int(idle))
         metrics[layer.name] = _metrics(layer, rest, step)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
         keep = max(HISTORY, config.patience)
@@ -139,7 +140,7 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
 
 
 def _row(layer: TrackedLayer) -> Tensor:
-    """[*S, *pending, outside, *sums] on the device, float64, (k + SCALARS + 1 + 2 + 3k,)."""
+    """[*S, *pending, outside, *sums, idle] on the device, float64, (k + SCALARS + 1 + 2 + 3k + 1,)."""
     assert layer.pending is not None and layer.basis is not None
     sums = layer.sums
     if sums is None:
@@ -149,7 +150,8 @@ def _row(layer: TrackedLayer) -> Tensor:
         sums = torch.cat([sums[:1], bad[None], sums[2:]])
         layer.factors.nonfinite = None
     outside = sums.new_zeros(1) if layer.outside is None else linalg.energy(layer.outside)[None] / SKETCH_SIZE
-    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums])
+    idle = sums.new_zeros(1) if layer.idle is None else layer.idle.double()[None]
+    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle])
 
 
 def _refresh_one(layer: TrackedLayer, look: _Look | None, judged: _Judged, step: int, config: SubspaceConfig) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..config import SubspaceConfig
@@ -34,6 +35,7 @@ class TrackedRun:
         self.base = base
         self.config = config
         self.steps = 0
+        self.moves: dict[str, Tensor] = {}  # descending layers that the present step moves
         self.skipped: list[Skipped] = []
         self.journal = Journal()
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)

@@ -46,6 +46,7 @@ class StepInProgress:
         if self._counts():
             self._shield.enter_context(uninterrupted())
             with torch.no_grad():
+                self.controller.note_moves()
                 self.batches = self.controller.enter_factors()
 
     def leave_factors(self) -> None:
