@@ -269,7 +269,7 @@ class SubspaceAwareOptimizer(Optimizer):
             loss = base.run()  # where there is a closure it measures and enters, as soon as there are gradients
             step.leave_factors()
             if closure is not None:
-                controller.guard.observe(loss)
+                controller.observe_loss(loss)
             step.advance()
             base.run_post_hooks()
         controller.journal.raise_deferred()
@@ -287,7 +287,7 @@ class SubspaceAwareOptimizer(Optimizer):
         Raises:
             TypeError: it is something else.
         """
-        if not self._controller.guard.observe(loss):
+        if not self._controller.observe_loss(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
     # ---- changing layers directly ---------------------------------------------------------------------------

@@ -55,6 +55,16 @@ class TrackedRun:
         """Steps between analyses as of now."""
         return self.config.analyze_every * self.overhead.stretch
 
+    def observe_loss(self, loss: Any) -> bool:
+        """Tell the loss guard; whether it is a loss. What is maximized rises where training goes well.
+
+        Where some tracked layers maximize it and others minimize it, nobody can say which way is worse: then it is
+        not guarded.
+        """
+        tracked = {layer.weight for layer in self.layers.values()}
+        ways = {bool(g.get("maximize")) for g in self.base.param_groups if any(p in tracked for p in g["params"])}
+        return self.guard.observe(loss, maximize=True in ways) if len(ways) == 1 else self.guard.is_loss(loss)
+
     def has_gradients(self) -> bool:
         """Whether any tracked layer has one."""
         return any(layer.weight.grad is not None for layer in self.layers.values())
