@@ -72,7 +72,7 @@ def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, An
     for key, first in FIRST_OF.items():
         if not all(key in moments and first in moments for moments in (*after, *before)):
             continue
-        allowed = torch.ones((), device=after[0][key].device)
+        allowed = torch.ones((), dtype=torch.float32, device=after[0][key].device)
         for moments in before:
             v = to_compute_dtype(moments[key])
             safe = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0

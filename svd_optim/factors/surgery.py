@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Basis, exact_basis, to_compute_dtype
+from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
 from .claims import refuse_claimed
 from .linear import FactorizedLinear
 
 
+@full_precision()
 def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> FactorizedLinear:
     """Turn a dense linear layer into a :class:`FactorizedLinear`, in place, and return it.
 
@@ -56,6 +57,7 @@ def install_factors_(module: nn.Linear, factors: Basis) -> FactorizedLinear:
     return module
 
 
+@full_precision()
 def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
     """Turn a factorized layer back into a dense ``nn.Linear``, in place, and return it.
 

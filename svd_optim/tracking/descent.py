@@ -129,6 +129,6 @@ def _fade(layer: TrackedLayer, share: float, moves: Tensor) -> None:
     faded = W if W.dtype == U.dtype else W.to(U.dtype)
     damaged = ~(torch.isfinite(U).all() & torch.isfinite(V).all())  # until the next analysis mends it
     U, V = U.masked_fill(damaged, 0.0), V.masked_fill(damaged, 0.0)
-    linalg.fade_minor_(faded, U, V, torch.where(damaged | ~moves, 0.0, share))
+    linalg.fade_minor_(faded, U, V, share * (moves & ~damaged).to(U.dtype))
     if faded is not W:
         W.copy_(faded)

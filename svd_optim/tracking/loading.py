@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..decisions.machine import DENSE, FACTORIZED, Trigger
-from ..linalg import Basis, exact_basis, to_compute_dtype
+from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
 from ..linalg.fallback import IN_A_ROW, with_float64_fallback
 from .layer import TrackedLayer
 from .protecting import drop_protection
@@ -18,6 +18,7 @@ from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
 
 
 @torch.no_grad()
+@full_precision()
 def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapping[str, Basis] | None = None) -> None:
     """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs.
 

@@ -179,8 +179,8 @@ def _refresh_one(layer: TrackedLayer, look: _Look | None, judged: _Judged, step:
     squares = new.S[:k].double().square()
     error = linalg.reconstruction_error(new.S[:k], total)
     kept = squares.cumsum(0)
-    effective = (kept < 0.95 * total).sum() + 1.0
-    exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1.0
+    effective = (kept < 0.95 * total).sum() + 1
+    exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1
     scalars = (angle, drift, error, total / squares[0], effective, exact, skew, unknown[-1])
     return torch.stack([x.double() for x in scalars])
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_module
 
 from ..factors.tangent_step import FactorBatch, all_lr_zero
+from ..linalg import full_precision
 from .controller import Controller
 from .transactions import uninterrupted
 
@@ -40,28 +41,28 @@ class StepInProgress:
         """As soon as there are gradients."""
         if self._counts():
             self.controller.journal.start_clock()
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.measure()
 
     def enter_factors(self) -> None:
         """Just before the base optimizer's update. From here to the end of the step Ctrl-C has to wait."""
         if self._counts():
             self._shield.enter_context(uninterrupted())
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.note_moves()
                 self.batches = self.controller.enter_factors()
 
     def leave_factors(self) -> None:
         """Just after it."""
         if self.batches is not None:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.leave_factors(self.batches)
         self._left = True
 
     def advance(self) -> None:
         """Once layers hold their new weights: descend, analyze, act."""
         if self.batches is not None:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.advance()
 
     def __enter__(self) -> Self:
