@@ -259,6 +259,8 @@ class SubspaceAwareOptimizer(Optimizer):
         A step without gradients, or with every learning rate 0, is the base optimizer's alone.
         """
         controller = self._controller
+        if controller.analyzes_next:  # what was frozen, freed, tied or added since is seen then
+            self._track_layers(first=False)
         with StepInProgress(controller) as step:
             base = BaseCall(step, closure)
             if closure is None:

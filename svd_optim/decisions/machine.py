@@ -26,6 +26,7 @@ class Trigger(StrEnum):
     DESCENT_EXACT = "descent exact"
     DESCENT_EXTENDED = "descent not exact, up to 3 times"
     DESCENT_FAILED = "descent not exact, the 4th time"
+    UNSUPPORTED = "can't go into factors any more"
     PROTECT = "protection begins"
     RELEASE = "protection ends"
     LOSS_ROSE = "loss rises"
@@ -73,6 +74,7 @@ TRANSITIONS: Mapping[Trigger, Mapping[LayerState, Next]] = {  # a state that is 
     Trigger.DESCENT_EXACT: {DESCENDING: _INSTALL},
     Trigger.DESCENT_EXTENDED: _same(DESCENDING),
     Trigger.DESCENT_FAILED: {DESCENDING: _REVERT},
+    Trigger.UNSUPPORTED: {DESCENDING: Next(DENSE, restarts=True)},
     Trigger.PROTECT: {**_same(*LayerState), DESCENDING: Next(DENSE, restarts=True)},
     Trigger.RELEASE: _same(*LayerState),
     Trigger.LOSS_ROSE: {DESCENDING: _REVERT, FACTORIZED: _REVERT},

@@ -190,7 +190,7 @@ def enter_factors_(
     batches: dict[Any, list[FactorState]] = {}
     for layer in layers:
         U, V = layer.module.U, layer.module.V
-        if U.grad is None or V.grad is None or lr_is_zero(groups[U]):
+        if U.grad is None or V.grad is None or U not in groups or lr_is_zero(groups[U]):
             continue
         keys = tuple(base.state[U]) if U in base.state else ()
         batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)

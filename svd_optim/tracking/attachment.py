@@ -45,9 +45,10 @@ class Attachment:
         """The layer's module is trained by this optimizer; nobody else may change its form."""
         claim(layer.module, self._owner)
 
-    def disclaim(self, layer: TrackedLayer) -> None:
-        """It no longer is."""
+    def let_go(self, layer: TrackedLayer) -> None:
+        """It no longer is, and gives true gradients."""
         disclaim(layer.module, self._owner)
+        _detach([layer.module], self._owner)
 
     def attach(self, layer: TrackedLayer, step: int) -> None:
         """From now on the factorized layer delivers the gradients that the tangent step takes."""

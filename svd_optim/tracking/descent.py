@@ -68,7 +68,7 @@ def moved(layers: Sequence[TrackedLayer], param_groups: Sequence[Mapping[str, An
     flags = {}
     for layer in descending:
         W = layer.weight
-        if W.grad is not None and W.requires_grad and not lr_is_zero(groups.get(W, {})):
+        if W.grad is not None and W.requires_grad and W in groups and not lr_is_zero(groups[W]):
             flags[layer.name] = W.grad.detach().abs().amax() != 0  # true of NaN
     return flags
 

@@ -7,6 +7,7 @@ sums over the interval and a short history. :mod:`.saved` says how it is saved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,8 @@ class TrackedLayer(LayerLife):
     """The user gave its rank, share or energy: no plan changes it."""
     keep_dense: bool = False
     """What the plan says of it."""
+    problem: str = ""
+    """Why it could not be tracked if it were new now: frozen, tied, in no param group; empty if it could."""
 
     cached: Basis | None = None
     """Of the dense weight, as of ``basis_step``."""
@@ -71,6 +74,18 @@ class TrackedLayer(LayerLife):
         return self.module.U if isinstance(self.module, FactorizedLinear) else self.module.weight
 
     @property
+    def intact(self) -> bool:
+        """Whether its weight, or its factors, are still parameters of the module (not pruned, not parametrized)."""
+        names = ("weight",) if self.factors is None else ("U", "S", "V")
+        return all(self.module._parameters.get(name) is not None for name in names)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody has put hooks on its weight or factors: another form would not have them."""
+        matrices = [p for p in self.module._parameters.values() if p is not None and p is not self.module.bias]
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in matrices)
+
+    @property
     def basis(self) -> Basis | None:
         """Leading singular triplets: the factors themselves, or those of the dense weight at the last refresh."""
         if self.factors is not None:
@@ -81,6 +96,38 @@ class TrackedLayer(LayerLife):
     def anchor(self) -> Anchor | None:
         """What its principal block is kept at while it is protected."""
         return self.factors.anchor if self.factors is not None else self.dense_anchor
+
+    def follow_weight(self) -> None:
+        """After ``model.to(...)``: what was measured goes where the weight is, in the type of its mathematics.
+
+        Running sums are dropped where the type changed: they are of another one.
+        """
+        W = self.weight
+        dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+        held = next(
+            (t for t in (*(self.cached or ()), *(self.images or ()), *(self.anchor or ())) if t is not None), None
+        )
+        if held is None or (held.device == W.device and held.dtype == dtype):
+            return
+
+        def moved(tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
+            return (t.to(W.device, dtype) for t in tensors)
+
+        self.cached = None if self.cached is None else Basis(*moved(self.cached))
+        if self.images is not None:
+            left, right = moved(self.images)
+            self.images = left, right
+        self.pending = self.sums = self.outside = self.idle = None
+        if self.anchor is not None:
+            anchor = Anchor(*moved(self.anchor))
+            if self.factors is not None:
+                self.factors.anchor = anchor
+            else:
+                self.dense_anchor = anchor
+        if self.factors is not None:
+            masters, bad = self.factors.masters, self.factors.nonfinite
+            self.factors.masters = None if masters is None else Basis(*(t.to(W.device) for t in masters))
+            self.factors.nonfinite = None if bad is None else bad.to(W.device)
 
     def restart_window(self) -> None:
         """Decisions start from nothing, and so does what was measured of the present interval's basis."""

@@ -94,7 +94,8 @@ def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[s
     group_of = {p: i for i, group in enumerate(run.base.param_groups) for p in group["params"]}
     sizes = [len(group["params"]) for group in run.base.param_groups]
     for name, layer in run.layers.items():
-        sizes[group_of[layer.weight]] += (ranks[name] is not None) - layer.factorized
+        if layer.weight in group_of:
+            sizes[group_of[layer.weight]] += (ranks[name] is not None) - layer.factorized
     saved_sizes = [len(group["params"]) for group in base_state["param_groups"]]
     if sizes != saved_sizes:
         raise ValueError(f"the saved param groups hold {saved_sizes} parameters, this optimizer's would hold {sizes}")

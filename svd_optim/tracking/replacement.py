@@ -43,11 +43,20 @@ def replace_parameters_(
             sequence[positions[0] : positions[0] + 1] = values
 
 
+def _refuse_hooks(layer: TrackedLayer) -> None:
+    if layer.hooked:
+        raise RuntimeError(
+            f"layer {layer.name!r} can't change its form: its parameters have hooks (register_hook, "
+            f"register_post_accumulate_grad_hook), which the new ones would not have; remove them first"
+        )
+
+
 def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Basis) -> None:
     """Factorize a dense layer at its rank from the leading triplets of its weight.
 
     Moments and a pending gradient move into the factors.
     """
+    _refuse_hooks(layer)
     W = layer.module.weight
     U, S, V = basis.leading(layer.rank)
     state = optimizer.state.pop(W, None)
@@ -70,6 +79,7 @@ def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -
     Args:
         new: the factors from now on; where there are more columns than before, these have S = 0.
     """
+    _refuse_hooks(layer)
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None and layer.basis is not None
     old, requires_grad = layer.basis, module.U.requires_grad
@@ -98,6 +108,7 @@ def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state:
     Args:
         keep_state: move the moments too; else the base optimizer starts anew with this weight.
     """
+    _refuse_hooks(layer)
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None
     old = [module.U, module.S, module.V]

@@ -39,6 +39,7 @@ class StepInProgress:
 
     def measure(self) -> None:
         """As soon as there are gradients."""
+        self.controller.drop_changed()
         if self._counts():
             self.controller.journal.start_clock()
             with torch.no_grad(), full_precision():
