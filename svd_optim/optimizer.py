@@ -63,11 +63,11 @@ class SubspaceAwareOptimizer(Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has
     two parameters, U (m, k) and V (n, k), where its weight (m, n) was; global gradient clipping goes
-    on to mean what it meant (see ``layers.py``).
+    on to mean what it meant (see :mod:`svd_optim.factors.linear`).
 
     Args:
         base_optimizer: any ``torch.optim.Optimizer``. One whose state is not understood is measured
-            and never factorized, and says so in ``why()``.
+            and never factorized, and says so in ``why()`` (see :mod:`svd_optim.factors.moments`).
         model: the module whose ``nn.Linear`` layers it trains (or a part of which).
         config: see :class:`SubspaceConfig`.
         listeners: see :class:`Listener`; :class:`ConsoleReport` prints tables.

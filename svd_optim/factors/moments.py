@@ -7,6 +7,12 @@ learning rates long.
 
 K = U diag(S) (m, k) has the gradient G V, L (n, k) has (I - V V^T) G^T U; M_K, M_L, v_K, v_L are
 their moments. All functions take leading batch dimensions.
+
+So the base optimizer may be any whose state for a weight is made of such moments, whatever its class: Muon, AdamW,
+Adam, SGD, RMSprop, Adagrad, ..., and Keller Jordan's ``muon-optimizer``. Layers of one whose state is of other kinds
+(Adafactor, Adamax) are measured and never factorized, and ``why()`` says so; so are those of one that evaluates its
+closure more than once in a step (LBFGS), and of one whose step depends on the size of the weight (LAMB, LARS; see
+:mod:`.weight_decay`).
 """
 
 from __future__ import annotations

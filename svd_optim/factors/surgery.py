@@ -1,6 +1,6 @@
 """Dense to factorized and back: modules in place. Knows no optimizer.
 
-The module object stays the same (hooks, names, references to it keep to_compute_dtype); its class and its
+The module object stays the same (hooks, names and references to it go on to work); its class and its
 parameters change.
 """
 

@@ -5,6 +5,15 @@
 
 A run that is resumed on the same machine, with as many threads, goes on bit for bit. No pickle is written
 or read; what is loaded is verified first, and on any error model and optimizers are what they were.
+
+For inference :func:`load_model` takes the model alone; :func:`export_dense` gives an ordinary model with the original
+names, :func:`export_safetensors` the file of it.
+
+What plain PyTorch saves works too. ``model.state_dict()`` and ``optimizer.state_dict()`` hold tensors and plain values
+only; they load, also with ``torch.load(..., weights_only=True)``, into a freshly built, dense model and optimizer. A
+model without a wrapped optimizer needs :func:`svd_optim.factors.restore_on_load_` first. Of
+``torch.distributed.checkpoint.state_dict`` call ``set_model_state_dict`` and then ``set_optimizer_state_dict``: the
+joint ``set_state_dict`` looks at the names before the structure is restored. What was measured does not travel so.
 """
 
 from __future__ import annotations

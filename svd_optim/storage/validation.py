@@ -1,6 +1,6 @@
 """Whether a checkpoint fits a model and its optimizers: everything is looked at before anything is changed.
 
-``storage`` has seen to it that the bytes are those that were saved; here they are taken for anybody's.
+:mod:`.files` has seen to it that the bytes are those that were saved; here they are taken for anybody's.
 """
 
 from __future__ import annotations

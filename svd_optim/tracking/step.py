@@ -1,4 +1,15 @@
-"""One step of a wrapped optimizer: what comes before, during and after the base optimizer's own."""
+"""One step of a wrapped optimizer: what comes before, during and after the base optimizer's own.
+
+What a fault may do to it:
+
+- what a closure or a hook raises leaves weights and measurements as they were;
+- Ctrl-C, and what a listener raises, comes when the step is whole: what is saved then is the undisturbed run;
+- an error in the middle of a switch undoes all of it (:mod:`.transactions`);
+- a factorized layer skips a step that is NaN or Inf, and so do its moments; after ``patience`` intervals in a row that
+  had such steps it becomes dense again (:mod:`.guards`);
+- a decomposition that fails or gives NaN is tried again in float64; else the old basis stays, and after three failures
+  in a row a warning names the layer (:mod:`svd_optim.linalg.fallback`).
+"""
 
 from __future__ import annotations
 
