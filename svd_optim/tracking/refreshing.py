@@ -111,7 +111,9 @@ def _look(layer: TrackedLayer) -> tuple[_Look | None, Tensor]:
     angle, drift = linalg.left_residual(image, old.U, layer.rank)
     useful = torch.isfinite(drift) & (old.S[0] > 0)
     look = _Look(tall, W, old, image, angle, drift)
-    return look, torch.stack([linalg.finite(W), useful, useful & (drift < HOLDS), drift > FAR])
+    # A basis of the whole shorter side is always left by nothing, however the longer side turns.
+    holds = useful & (drift < HOLDS) if len(old.S) < min(W.shape) else torch.zeros_like(useful)
+    return look, torch.stack([linalg.finite(W), useful, holds, drift > FAR])
 
 
 @torch.no_grad()
