@@ -42,7 +42,7 @@ from ..linalg import Basis
 from ..optimizer import SubspaceAwareOptimizer, wrappers_of
 from ..storage import files as storage
 from ..storage import validation as verification
-from ..tracking.replacement import replace_parameters_
+from ..tracking.replacement import Replacement, replace_parameters_
 from ..tracking.transactions import transaction
 from .files import MODEL, STATE, CheckpointError, Part, encode, on_cpu
 from .validation import base_of, group_names, joined, linear_layers, prefix_in
@@ -310,7 +310,7 @@ def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part:
         for optimizer in optimizers:
             for parameter in old:
                 optimizer.state.pop(parameter, None)
-            replace_parameters_(base_of(optimizer), old, new, suffixes)
+            replace_parameters_(base_of(optimizer), [Replacement(old, new, suffixes)])
 
 
 def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:

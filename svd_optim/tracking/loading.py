@@ -12,7 +12,7 @@ from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
 from ..linalg.fallback import IN_A_ROW, with_float64_fallback
 from .layer import TrackedLayer
 from .protecting import drop_protection
-from .replacement import to_dense_, to_factors_
+from .replacement import Replacement, replace_parameters_, to_dense_, to_factors_
 from .run import TrackedRun
 from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
 
@@ -25,20 +25,25 @@ def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapp
     Args:
         saved: their factors, if known; else those of the weights that are there.
     """
+    merged: list[Replacement] = []
+    factorized: list[Replacement] = []
     for name, rank in ranks.items():
         layer = run.layers[name]
         if rank == (layer.rank if layer.factorized else None):
             continue
         drop_protection(layer)  # what is loaded has another principal block
         if layer.factorized:
-            to_dense_(layer, run.base)
+            merged.append(to_dense_(layer, run.base))
             layer.fire(Trigger.LOAD_DENSE)
         if rank is not None:
             layer.set_rank(rank)
             basis = saved[name] if saved and name in saved else _present_factors(layer)
-            to_factors_(layer, run.base, Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis)))
+            factors = Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis))
+            factorized.append(to_factors_(layer, run.base, factors))
             layer.fire(Trigger.LOAD_FACTORIZED)
             run.attachment.attach(layer, run.steps)
+    replace_parameters_(run.base, merged)
+    replace_parameters_(run.base, factorized)  # a layer of another rank is in both
 
 
 def _present_factors(layer: TrackedLayer) -> Basis:
