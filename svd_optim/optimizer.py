@@ -270,7 +270,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 step.enter_factors()
             loss = base.run()  # where there is a closure it measures and enters, as soon as there are gradients
             step.leave_factors()
-            if closure is not None:
+            if closure is not None and step.batches is not None:
                 controller.observe_loss(loss)
             step.advance()
             base.run_post_hooks()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy
 import pytest
+import torch
 from helpers import PARALLEL, Parallel
 from test_report import layer as full_layer
 from test_report import summary as full_summary
@@ -48,6 +50,15 @@ def zone_entries(inside: list[bool]) -> int:
             entries += last is None or i - last > REST
             last = i
     return entries
+
+
+@pytest.mark.parametrize("value", [True, 1, numpy.float64(0.25), torch.tensor(0.5), None])
+def test_what_it_remembers_is_plain_numbers_whatever_a_policy_compares(value: object):
+    watch, layer = AlertWatch(), report()
+    mine = Condition(name="mine", value=value, threshold=0.3, above=True)
+    told(watch, [replace(layer, decision=replace(layer.decision, conditions=(mine,)))] * 2)
+    kept = [x for _, name, _, x in watch.state_dict()["values"] if name == "mine"]
+    assert kept == [value, value] and {type(x) for x in kept} == {type(None) if value is None else float}
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -111,6 +111,22 @@ def test_what_is_done_by_hand_is_repeated(tmp_path: Path):
     assert replay(run).events == tuple(run.events)
 
 
+def test_a_log_from_before_a_metric_was_added_is_read_without_it(tmp_path: Path):
+    recorded(tmp_path / "log", steps=40)
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    at = records[0]["columns"].index("stable_rank")
+    del records[0]["columns"][at]
+    for record in records:
+        if "values" in record:
+            del record["values"][at]
+    (tmp_path / "older").write_text("".join(json.dumps(record) + "\n" for record in records))
+    new, old = read_log(tmp_path / "log"), read_log(tmp_path / "older")
+    assert old.damaged_lines == 0
+    for one, other in zip(new.summary().layers, old.summary().layers, strict=True):
+        assert one.metrics.stable_rank is not None
+        assert replace(one, metrics=replace(one.metrics, stable_rank=None)) == other
+
+
 def test_other_thresholds_switch_later_or_never_and_the_rest_is_as_it_was(tmp_path: Path):
     recorded(tmp_path / "log")
     run = read_log(tmp_path / "log")

@@ -342,6 +342,17 @@ def test_what_is_no_loss_is_not_looked_at(junk: Any) -> None:
     assert optimizer.steps == 91
 
 
+def test_losses_of_steps_that_do_not_count_are_not_looked_at() -> None:
+    model, optimizer = guarded()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # as a scheduler's warmup begins
+    run(by_closure, model, optimizer, range(5))
+    assert optimizer.steps == 0 and optimizer.state_dict()["svd_optim"]["guard"]["pending"] is None
+    optimizer.param_groups[0]["lr"] = 0.1
+    run(by_closure, model, optimizer, range(5, 8))
+    assert optimizer.steps == len(optimizer.state_dict()["svd_optim"]["guard"]["pending"]) == 3
+
+
 def test_the_guard_resumes_bitwise() -> None:
     model, optimizer = guarded()
     run(by_closure, model, optimizer, range(60))

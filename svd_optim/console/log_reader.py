@@ -95,7 +95,7 @@ class Run:
         metrics = None if before is None else before.metrics
         if "values" in record:
             values = dict(zip(self.head["columns"], map(_number, record["values"]), strict=True))
-            metrics = LayerMetrics(step=record["step"], **{key: values[key] for key in COLUMNS})
+            metrics = LayerMetrics(step=record["step"], **{key: values[key] for key in COLUMNS if key in values})
         asked, policy_input = record.get("policy_input"), None
         if asked is not None:
             flags = {key: asked.get(key, default) for key, default in ASKED.items()}

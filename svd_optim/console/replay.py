@@ -173,8 +173,7 @@ class _Replayer:
                 if layer.state == LayerState.DESCENDING:
                     self.lifecycle.stop_descent(layer, step, back, reason)
             case "protect":
-                if not layer.protected:
-                    self.lifecycle.protect(layer, step, reason, int(numbers["rank"]), manual=True)
+                self.lifecycle.protect(layer, step, reason, int(numbers["rank"]), manual=True)
             case "release":
                 if layer.protected:
                     self.lifecycle.release(layer, step, reason, int(numbers["rank"]))

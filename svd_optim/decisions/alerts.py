@@ -157,7 +157,7 @@ class AlertWatch:
     def _trend(self, layer: str, condition: Condition, step: int) -> float | None:
         """Steps until a value that moves towards its threshold, from the side where it does not hold, is there."""
         values = self._values.setdefault((layer, condition.name), deque(maxlen=WINDOW))
-        values.append((step, condition.value))
+        values.append((step, None if condition.value is None else float(condition.value)))  # saved: a plain number
         moves = trend([x for x, _ in values], [y for _, y in values])
         distance = condition.distance
         if moves is None or not moves.sure or condition.holds or distance is None:

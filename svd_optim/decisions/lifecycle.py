@@ -86,9 +86,11 @@ class Lifecycle(Generic[L]):
         self.emit(Event(step=step, layer=layer, kind=kind, reason=reason, numbers=dict(numbers or {})))
 
     def _fire(
-        self, layer: L, trigger: Trigger, step: int, kind: str, reason: str, numbers: Callable[[], dict[str, float]]
-    ) -> None:
+        self, layer: L, trigger: Trigger, step: int, kind: str, reason: str, numbers: Callable[[], dict[str, float]],
+        **status: object,
+    ) -> None:  # fmt: skip
         before = layer.fire(trigger, step, self.config.cooldown_steps)
+        vars(layer.status).update(status)  # before anybody is told: a listener may save the run
         self.emit(Event(step=step, layer=layer.name, kind=kind, reason=reason,
                         before=before, after=layer.state, numbers=numbers()))  # fmt: skip
 
@@ -167,8 +169,7 @@ class Lifecycle(Generic[L]):
         assert layer.decision is not None
         until = ending(self.config, step, layer.history)
         numbers: dict[str, float] = {"rank": layer.rank, "until_step": until}
-        self._fire(layer, Trigger.DESCEND, step, "descend", layer.decision.reason, lambda: numbers)
-        layer.status.descent_end = until
+        self._fire(layer, Trigger.DESCEND, step, "descend", layer.decision.reason, lambda: numbers, descent_end=until)
 
     def landing(self, layer: L, error: float) -> Trigger:
         """What a descent that is due comes to.
@@ -235,9 +236,9 @@ class Lifecycle(Generic[L]):
 
     def resize(self, layer: L, step: int, rank: int, reason: str) -> None:
         """A factorized layer has got new directions or given up some: it has this rank now."""
-        before, layer.status.rank = layer.rank, rank
+        before = layer.rank
         trigger, kind = (Trigger.GROW, "grow") if rank > before else (Trigger.SHRINK, "shrink")
-        self._fire(layer, trigger, step, kind, reason, lambda: {"rank_before": before, "rank": rank})
+        self._fire(layer, trigger, step, kind, reason, lambda: {"rank_before": before, "rank": rank}, rank=rank)
 
     def beyond_break_even(self, layer: L, rank: int) -> bool:
         """Whether factors of this rank would be no smaller than the dense weight."""
@@ -251,11 +252,11 @@ class Lifecycle(Generic[L]):
 
     def protect(self, layer: L, step: int, reason: str, rank: int, manual: bool) -> None:
         """The principal block of a layer is kept from moving; a descent would move it."""
+        layer.status.protection = Protection.MANUAL if manual else Protection.DANGER
         if layer.state == LayerState.DESCENDING:
             self.stop_descent(layer, step, Trigger.PROTECT, PROTECTED)
         else:
             layer.fire(Trigger.PROTECT)
-        layer.status.protection = Protection.MANUAL if manual else Protection.DANGER
         self.note(step, layer.name, "protect", reason, {"rank": rank})
 
     def release(self, layer: L, step: int, reason: str, rank: int) -> None:
