@@ -1,4 +1,4 @@
-"""Wrap your optimizer; see what training does to the weights; train on in fewer parameters."""
+"""Wrap an optimizer, monitor the singular subspaces of the weights, and continue training with fewer parameters."""
 
 from ._version import __version__
 from .config import LayerOverride, SubspaceConfig, Thresholds

@@ -125,15 +125,17 @@ class Controller(TrackedRun):
         """Install the factors of layers whose descent is done, and say what became of the others."""
         if not outcome.layers:
             return
-        landings = {layer.name: self.lifecycle.landing(layer, outcome.errors[layer.name]) for layer in outcome.layers}
+        landings = {
+            layer.name: self.lifecycle.descent_outcome(layer, outcome.errors[layer.name]) for layer in outcome.layers
+        }
         for layer in outcome.layers:
             if landings[layer.name] == Trigger.DESCENT_EXTENDED:
                 until = self.steps + self.config.analyze_every
-                self.lifecycle.put_off(layer, self.steps, until, outcome.errors[layer.name])
+                self.lifecycle.extend_descent(layer, self.steps, until, outcome.errors[layer.name])
                 keep_bases([layer], outcome.bases, self.steps)
         for layer in outcome.layers:
             if landings[layer.name] == Trigger.DESCENT_FAILED:
-                self.lifecycle.give_up(layer, self.steps, outcome.errors[layer.name])
+                self.lifecycle.fail_descent(layer, self.steps, outcome.errors[layer.name])
         ready = {n: outcome.bases[n] for n, landing in landings.items() if landing == Trigger.DESCENT_EXACT}
         switch(self, Changes("descent done", ready, outcome.errors, Trigger.DESCENT_EXACT))
 
@@ -210,7 +212,7 @@ class Controller(TrackedRun):
 
     def _act(self) -> None:
         """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
-        wanted = self.lifecycle.wanted()
+        wanted = self.lifecycle.requests()
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
         for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
             layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget
