@@ -279,7 +279,7 @@ def _retracted_quickly(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted |
         spread = float((batch.S[:, 0] / batch.S[:, -1]).square().max())
         core = torch.float32 if spread <= MAX_AMPLIFICATION else torch.float64
         quick = quick_retract(K, L, batch.U, batch.V, core)
-        good = quick.amplified <= MAX_AMPLIFICATION  # not so if K or L is not finite
+        good = quick.amplification <= MAX_AMPLIFICATION  # not so if K or L is not finite
         if bool((good & batch.sound).all()):
             return _Retracted(quick.basis, (quick.of_U, quick.of_V), good, set())
     return None
