@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 from .layers import Decision, LayerMetrics, LayerState, PolicyInput, parameter_count
 from .text import clean
 
+MONITORING = ("measure", "refresh", "decide")  # phases of host time that are monitoring overhead
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -199,8 +201,8 @@ class Summary(Renderable):
 
     @property
     def analysis_share(self) -> float:
-        """Share of the wall time since the first step that measuring, refreshing and deciding took."""
-        monitoring = sum(self.seconds.get(phase, 0.0) for phase in ("measure", "refresh", "decide"))
+        """Monitoring overhead: share of the wall time since the first step spent on :data:`MONITORING`."""
+        monitoring = sum(self.seconds.get(phase, 0.0) for phase in MONITORING)
         return monitoring / self.seconds_total if self.seconds_total > 0 else 0.0
 
     def metrics(self) -> dict[str, float]:

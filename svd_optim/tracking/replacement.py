@@ -1,7 +1,7 @@
-"""A tracked layer's tensors from dense to factors and back: module, param group and optimizer state together.
+"""Converting a tracked layer between dense and factorized: module, param group and optimizer state together.
 
-The param groups stay the same objects, and so do their lists: schedulers and everyone else who
-holds them see the new parameters in the place of the old one.
+The param groups and their lists stay the same objects: schedulers and other code that refers to them get the new
+parameters in place of the old ones.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .layer import TrackedLayer
 def replace_parameters_(
     optimizer: torch.optim.Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], suffixes: Sequence[str]
 ) -> None:
-    """Put ``new`` where the first of ``old`` stands in its group, and take the others out.
+    """Replace the first of ``old`` by ``new`` in its param group, and remove the other ones.
 
-    Optimizer state is not touched. ``param_names`` stay aligned: the last part of the first name is
-    exchanged for each of ``suffixes``.
+    Optimizer state is not changed. ``param_names`` stay aligned: the new names are the first old one with its last
+    part replaced by each of ``suffixes``.
     """
     for group in optimizer.param_groups:
         params = group["params"]
@@ -46,7 +46,7 @@ def replace_parameters_(
 def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Basis) -> None:
     """Factorize a dense layer at its rank from the leading triplets of its weight.
 
-    Moments and a pending gradient move into the factors.
+    Moments and the present gradient are transferred to the factors.
     """
     W = layer.module.weight
     U, S, V = basis.leading(layer.rank)
@@ -65,10 +65,10 @@ def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Ba
 
 
 def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -> None:
-    """Give a factorized layer more or fewer columns, the common ones being the same, with its moments.
+    """Change the rank of a factorized layer, with its moments and its present gradient.
 
     Args:
-        new: the factors from now on; where there are more columns than before, these have S = 0.
+        new: the new factors, which share their leading columns with the old ones; additional columns have S = 0.
     """
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None and layer.basis is not None
@@ -84,19 +84,19 @@ def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -
     if states[0] is not None and states[1] is not None:
         optimizer.state[module.U], optimizer.state[module.V] = moments.resize(states[0], states[1], *bases)
     if gradients[0] is not None and gradients[1] is not None:
-        turned = moments.transport_first(
+        transported = moments.transport_first(
             to_compute_dtype(gradients[0]), to_compute_dtype(gradients[1]), *bases[0], *bases[1]
         )
-        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in turned)
+        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in transported)
     write_(layer.factors, new)
     layer.sums = None
 
 
 def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state: bool = True) -> None:
-    """Merge a factorized layer back, with the tangent part of a pending gradient.
+    """Make a factorized layer dense again, with the tangent component of its present gradient.
 
     Args:
-        keep_state: move the moments too; else the base optimizer starts anew with this weight.
+        keep_state: transfer the moments too; else the base optimizer starts without state for this weight.
     """
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None
