@@ -4,6 +4,8 @@
     python benchmarks/faults.py --only kills writers    # some of it
     python benchmarks/faults.py --smoke                 # a few of each
 
+With ``--json`` every fault is kept as soon as it is done, and none that is there is tried again.
+
 A small network goes through its whole life (dense, descending, factorized) in 120 steps, and saves
 checkpoints. Whatever ends otherwise than it should counts as lost, is printed, and makes the exit
 status 1. Needs a POSIX system: children are really killed.
@@ -30,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,7 +46,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from results_file import output_file
+from results_file import about_line, open_results, output_file
 from svd_optim import (
     LayerOverride,
     SubspaceAwareOptimizer,
@@ -325,7 +327,7 @@ def resumes(count: int, rng: random.Random, folder: Path) -> Outcome:
             with child(resume, str(where), kind, dtype, END) as (_, receiver):
                 [resumed] = received(receiver)
             expect(resumed == digest(run.train(END).save(where)), "the resumed run is another one")
-    outcome.notes = f"{END} steps straight and resumed: equal bytes"
+    outcome.notes = f"{', '.join(KINDS)}; two types; every stage: after {END} steps the straight run's bytes"
     return outcome
 
 
@@ -334,10 +336,7 @@ def kills(count: int, rng: random.Random, folder: Path) -> Outcome:
     outcome = Outcome("kill -9")
     torn = 0
     for i in range(count):
-        with (
-            outcome.attempt(f"kill {i}"),
-            child(save_for_ever, str(folder), "adamw") as (process, receiver),
-        ):
+        with outcome.attempt(f"kill {i}"), child(save_for_ever, str(folder), "adamw") as (process, receiver):
             first = receiver.recv()
             time.sleep(rng.uniform(0, 0.15))
             process.kill()
@@ -376,6 +375,7 @@ def full_disks(count: int, rng: random.Random, folder: Path) -> Outcome:
             expect(not leftovers(folder), "leftovers")
             fresh = Run.new("adamw", seed=7).load(folder)
             expect(digest(fresh.save(folder, keep=1)) == wanted, "the last checkpoint is another one")
+    outcome.notes = "an error that says so; the last checkpoint still loads"
     return outcome
 
 
@@ -442,7 +442,7 @@ def corruptions(count: int, rng: random.Random, folder: Path) -> Outcome:
                 refused += fuzzer.one(rng, what)
             except Exception as error:
                 raise RuntimeError(f"{', '.join(what)}: {error!r}") from error
-    outcome.notes = f"{refused} refused, the rest harmless or signed and plausible"
+    outcome.notes = f"{refused:,} refused, the rest harmless or signed and plausible"
     return outcome
 
 
@@ -531,10 +531,7 @@ def interrupts(count: int, rng: random.Random, folder: Path) -> Outcome:
     for i in range(count):
         kind = rng.choice(("adamw", "muon"))
         where = folder / str(i)
-        with (
-            outcome.attempt(f"{kind}, {i}"),
-            child(save_when_interrupted, str(where), kind) as (process, receiver),
-        ):
+        with outcome.attempt(f"{kind}, {i}"), child(save_when_interrupted, str(where), kind) as (process, receiver):
             receiver.recv()
             time.sleep(rng.uniform(0, 0.5))
             os.kill(process.pid, signal.SIGINT)
@@ -768,36 +765,35 @@ FAULTS: dict[str, tuple[Callable[[int, random.Random, Path], Outcome], int, int]
 
 
 def main() -> int:
-    """Run, print, write JSON."""
+    """Try what is missing, print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = tuple(FAULTS)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAULT", help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few of each")
-    parser.add_argument("--json", type=output_file, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="keep the figures here, and go on from those that are there")
     args = parser.parse_args()
     _quiet()
     console = Console()
-    outcomes: list[Outcome] = []
-    start = time.perf_counter()
+    store = open_results(parser, args.json, {"seed": args.seed, "counts": "a few" if args.smoke else "full"})
     for name in args.only:
-        fault, full, few = FAULTS[name]
-        console.print(f"{name} ...")
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes.append(fault(few if args.smoke else full, random.Random(args.seed), Path(folder)))
+        if not store.has(name=name):
+            fault, full, few = FAULTS[name]
+            console.print(f"{name} ...")
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = fault(few if args.smoke else full, random.Random(args.seed), Path(folder))
+            store.add({"name": name, "seconds": time.perf_counter() - start, **asdict(outcome)})
     table = Table("fault", "tried", "survived", "lost", "notes")
-    for outcome in outcomes:
-        tried, lost = outcome.tried, len(outcome.lost)
-        table.add_row(outcome.fault, f"{tried:,}", f"{tried - lost:,}", f"{lost:,}", outcome.notes)
+    for row in store.records:
+        tried, lost = row["tried"], len(row["lost"])
+        table.add_row(row["fault"], f"{tried:,}", f"{tried - lost:,}", f"{lost:,}", row["notes"])
     console.print(table)
-    console.print(f"{time.perf_counter() - start:.0f} s")
-    for outcome in outcomes:
-        for line in outcome.lost[:10]:
-            console.print(Text(f"lost: {outcome.fault}: {line}"))
-    if args.json:
-        rows = [{"fault": o.fault, "tried": o.tried, "lost": o.lost, "notes": o.notes} for o in outcomes]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(outcome.lost for outcome in outcomes))
+    console.print(f"{sum(row['seconds'] for row in store.records):.0f} s; {about_line(store.about)}", highlight=False)
+    for row in store.records:
+        for line in row["lost"][:10]:
+            console.print(Text(f"lost: {row['fault']}: {line}"))
+    return int(any(row["lost"] for row in store.records))
 
 
 if __name__ == "__main__":

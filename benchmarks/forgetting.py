@@ -1,8 +1,8 @@
 """Does protection forget less? A GPT learns Python sources, is fine-tuned on English prose, and is asked for both.
 
-    python benchmarks/forgetting.py --json forgetting.json --plot forgetting.png  # about 100 minutes on one core
-    python benchmarks/forgetting.py --seeds 1 --optimizers adamw                  # about 25 minutes; Muon as long
-    python benchmarks/forgetting.py --smoke                                       # the same code on a tiny job
+    python benchmarks/forgetting.py --json runs/forgetting.json    # about 100 minutes on one core
+    python benchmarks/forgetting.py --seeds 1 --optimizers adamw   # about 25 minutes; Muon as long
+    python benchmarks/forgetting.py --smoke                        # the same code on a tiny job
 
 The old domain is the standard library's own sources, the new one the language reference that ``help()`` shows.
 One model is trained on the old domain for each optimizer and seed; copies of it, with fresh optimizers at a
@@ -31,7 +31,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -47,13 +47,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, help_topics, split, standard_library, validation_batches
-from gpt import GPT, GPTConfig
-from results_file import machine, output_file, read_results, write_results
+from gpt import GPT
+from results_file import ResultFile, about_line, open_results, output_file
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
-from train_gpt import Batches, bits_per_byte, warm_down
+from train_gpt import Batches, base_optimizers, bits_per_byte, warm_down
 
 LEARNING_RATES = {"muon": 0.02, "adamw": 2e-3}  # of the matrices in pretraining
-REST_LEARNING_RATES = {"muon": 3e-3, "adamw": 2e-3}  # of the embedding and the head
+REST_LEARNING_RATE = 3e-3  # of the embedding and the head beside Muon
 METHODS = ("plain", "protect", "outside")
 SHARES = (0.1, 0.25, 0.5)  # of min(m, n): the ranks that are protected
 FACTORS = (0.1, 0.3, 1.0)  # to the learning rates of pretraining
@@ -108,33 +108,24 @@ class Run:
     curve: Curve
     seconds_per_step: float
 
-    @property
-    def key(self) -> tuple[str, int, Setting]:
-        return self.optimizer, self.seed, self.setting
+    def as_record(self) -> dict[str, Any]:
+        """A row of a file."""
+        key = {"optimizer": self.optimizer, "seed": self.seed, **self.setting._asdict()}
+        return {**key, "curve": self.curve, "seconds_per_step": self.seconds_per_step}
 
 
-class Store:
-    """The runs done so far, in memory and (if there is a path) in a file.
-
-    Raises:
-        ValueError: the file is of another job or machine, or of something else.
-    """
-
-    def __init__(self, path: Path | None, job: Job) -> None:
-        self.path, self.job = path, job
-        self.runs: list[Run] = []
-        if path is not None and path.exists():
-            for row in read_results(path, asdict(job), "runs"):
-                structured = {"setting": Setting(*row["setting"]), "curve": [Point(*p) for p in row["curve"]]}
-                self.runs.append(Run(**{**row, **structured}))
-        self.keys = {run.key for run in self.runs}
-
-    def add(self, run: Run) -> None:
-        """Keep a run."""
-        self.runs.append(run)
-        self.keys.add(run.key)
-        if self.path is not None:
-            write_results(self.path, asdict(self.job), "runs", [asdict(run) for run in self.runs])
+def runs_of(records: Iterable[Mapping[str, Any]]) -> list[Run]:
+    """From the rows of a file."""
+    return [
+        Run(
+            optimizer=record["optimizer"],
+            seed=record["seed"],
+            setting=Setting(record["method"], record["share"], record["factor"]),
+            curve=[Point(*point) for point in record["curve"]],
+            seconds_per_step=record["seconds_per_step"],
+        )
+        for record in records
+    ]
 
 
 # ---- the two domains -------------------------------------------------------------------------------------
@@ -180,13 +171,7 @@ def domain(documents: Sequence[bytes], job: Job) -> Domain:
 
 def build_optimizers(kind: str, model: GPT, factor: float) -> list[torch.optim.Optimizer]:
     """[that of the matrices, ...], with learning rates of so many times those of pretraining."""
-    matrices, rest = list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight]
-    lr, lr_rest = factor * LEARNING_RATES[kind], factor * REST_LEARNING_RATES[kind]
-    if kind == "muon":
-        others = torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.95), weight_decay=0.0)
-        return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), others]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "lr": lr_rest}]
-    return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return base_optimizers(kind, model, factor * LEARNING_RATES[kind], factor * REST_LEARNING_RATE)
 
 
 def backward(model: GPT, inputs: Tensor, targets: Tensor) -> None:
@@ -199,8 +184,7 @@ def backward(model: GPT, inputs: Tensor, targets: Tensor) -> None:
 def pretrain(job: Job, kind: str, seed: int, training: Tensor, progress: Progress) -> GPT:
     """A model that has learned the old domain, at a learning rate that comes down at the end."""
     torch.manual_seed(seed)
-    sizes = {"depth": job.depth, "width": job.width, "heads": max(1, job.width // 128)}
-    model = GPT(GPTConfig(**sizes, sequence_length=job.sequence_length))
+    model = GPT.of_width(job.depth, job.width, job.sequence_length)
     optimizers = build_optimizers(kind, model, factor=1.0)
     schedulers = [warm_down(optimizer, job.steps_old) for optimizer in optimizers]
     stream = batches(training, 1, job.sequence_length, seed)
@@ -291,19 +275,20 @@ def all_settings(shares: Sequence[float], factors: Sequence[float], plain_factor
 
 
 def run_all(
-    args: argparse.Namespace, settings: Sequence[Setting], domains: Domains, store: Store, progress: Progress
+    args: argparse.Namespace, settings: Sequence[Setting], domains: Domains, store: ResultFile, progress: Progress
 ) -> None:
     """What is missing, seed by seed; a model is pretrained only where a run still needs it."""
     for seed in range(args.seeds):
         for kind in args.optimizers:
-            missing = [setting for setting in settings if (kind, seed, setting) not in store.keys]
+            missing = [s for s in settings if not store.has(optimizer=kind, seed=seed, **s._asdict())]
             if not missing:
                 continue
-            pretrained = pretrain(store.job, kind, seed, domains.old.training, progress)
+            pretrained = pretrain(args.job, kind, seed, domains.old.training, progress)
             start = validate(0, pretrained, domains)
             bar = progress.add_task(f"{kind}, seed {seed}, new domain", total=len(missing))
             for setting in missing:
-                store.add(fine_tune(store.job, kind, seed, setting, pretrained, start, domains))
+                run = fine_tune(args.job, kind, seed, setting, pretrained, start, domains)
+                store.add(run.as_record())
                 progress.advance(bar)
 
 
@@ -376,6 +361,12 @@ class Outcome:
         return [Point(*(statistics.mean(values) for values in zip(*points, strict=True))) for points in together]
 
 
+def outcomes_of(runs: Sequence[Run]) -> list[Outcome]:
+    """Of each optimizer of which a seed is complete."""
+    outcomes = [Outcome(optimizer, runs) for optimizer in dict.fromkeys(run.optimizer for run in runs)]
+    return [outcome for outcome in outcomes if outcome.curves]
+
+
 def run_table(outcome: Outcome) -> Table:
     """A row a setting, means over seeds."""
     table = Table(
@@ -397,13 +388,8 @@ def run_table(outcome: Outcome) -> Table:
     return table
 
 
-def front_table(outcome: Outcome) -> Table:
-    """The least forgetting at each level that each method reaches with any learning rate."""
-    new = [statistics.mean(outcome.level(seed, share) for seed in outcome.curves) for share in LEVELS]
-    table = Table(
-        "method", *(f"at {share:.0%} ({level:.3f} new)" for share, level in zip(LEVELS, new, strict=True)),
-        title=f"{outcome.optimizer}: least old-domain rise at equal new-domain loss, % (at lr x)",
-    )  # fmt: skip
+def fronts(outcome: Outcome) -> dict[str, list[Setting]]:
+    """The settings that compete at each level, by the name of what they have in common."""
     groups: dict[str, list[Setting]] = {}
     for setting in outcome.settings:
         groups.setdefault(setting.name, []).append(setting)
@@ -411,7 +397,17 @@ def front_table(outcome: Outcome) -> Table:
     groups["plain, only lr of the others"] = [s for s in outcome.of_method("plain") if s.factor in factors]
     for method in METHODS[1:]:
         groups[f"{method}, any rank"] = outcome.of_method(method)
-    for name, settings in groups.items():
+    return groups
+
+
+def front_table(outcome: Outcome) -> Table:
+    """The least forgetting at each level that each method reaches with any learning rate."""
+    new = [statistics.mean(outcome.level(seed, share) for seed in outcome.curves) for share in LEVELS]
+    table = Table(
+        "method", *(f"at {share:.0%} ({level:.3f} new)" for share, level in zip(LEVELS, new, strict=True)),
+        title=f"{outcome.optimizer}: least old-domain rise at equal new-domain loss, % (at lr x)",
+    )  # fmt: skip
+    for name, settings in fronts(outcome).items():
         found = [outcome.best(settings, share) for share in LEVELS]
         cells = [f"{statistics.mean(best[1]):+.3f} ({best[0].factor:g})" if best else "–" for best in found]
         table.add_row(name, *cells)
@@ -498,39 +494,33 @@ def parse_arguments() -> argparse.Namespace:
     if not all(0 < share <= 1 for share in args.shares):
         parser.error("--shares must be above 0 and at most 1")
     args.grid = args.shares, args.factors, sorted({*PLAIN_FACTORS, *args.factors})
-    job = Job(steps_old=args.steps_old, steps_new=args.steps_new)
+    args.job = Job(steps_old=args.steps_old, steps_new=args.steps_new)
     if args.smoke:
         args.seeds, args.grid = 1, ((0.25,), (0.3, 1.0), (0.1, 0.3, 1.0))
-        job = Job(steps_old=40, steps_new=20, depth=1, width=64, sequence_length=128, validation_bytes=2048)
+        args.job = Job(steps_old=40, steps_new=20, depth=1, width=64, sequence_length=128, validation_bytes=2048)
     torch.set_num_threads(args.threads)
-    try:
-        args.store = Store(args.json, job)
-    except ValueError as error:
-        parser.error(str(error))
+    args.store = open_results(parser, args.json, asdict(args.job))
     return args
 
 
 def main() -> int:
     """Run what is missing, print the tables and the verdicts."""
     args = parse_arguments()
-    store: Store = args.store
     console = Console(width=160 if not sys.stdout.isatty() else None)
     try:
-        domains = load_domains(store.job)
+        domains = load_domains(args.job)
     except (OSError, ValueError) as error:
         console.print(f"forgetting: {error}", markup=False)
         return 2
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
-        run_all(args, all_settings(*args.grid), domains, store, progress)
-    outcomes = [Outcome(optimizer, store.runs) for optimizer in dict.fromkeys(run.optimizer for run in store.runs)]
-    outcomes = [outcome for outcome in outcomes if outcome.curves]  # those of which a seed is complete
+        run_all(args, all_settings(*args.grid), domains, args.store, progress)
+    outcomes = outcomes_of(runs_of(args.store.records))
     for outcome in outcomes:
         console.print(run_table(outcome))
         console.print(front_table(outcome))
         for method in METHODS[1:]:
             console.print(verdict(outcome, method), markup=False, highlight=False)
-    steps = f"{store.job.steps_old} steps on the old domain, {store.job.steps_new} on the new"
-    console.print(f"{steps}, of {store.job.sequence_length} bytes; {machine()}", highlight=False)
+    console.print(about_line(args.store.about), highlight=False)
     if args.plot:
         plot(outcomes, args.plot)
     return 0

@@ -7,7 +7,7 @@
 - refresh: bringing the cached basis of a weight up to date, against a full SVD, ``torch.svd_lowrank`` and ``eigh``
   of the Gram matrix. Errors are against a float64 SVD, on random matrices that have moved by 5 % and on weights of a
   GPT in training, 20 steps apart: of the subspace (energy-weighted sine), of tangent capture and reconstruction error.
-- measure: the alignments of a gradient, against the predecessor's explicit projections (its SVD not counted).
+- measure: the alignments of a gradient, against the explicit projections of the Phase 1 experiment (its SVD apart).
 - layer: forward + backward of a linear layer inside factors at half its parameters, against dense, and the
   optimizer's step of each, with the retraction.
 - retract: bringing factors back to rank k after a step, one layer or a batch: by Gram matrices, which is what a step in
@@ -16,6 +16,8 @@
 Rivals take turns, round by round; times are medians, ratios medians of ratios of the same round. "Bound" is the larger
 of operations over the measured matmul rate and bytes over the measured bandwidth: the time without which it can't be
 done this way.
+
+With ``--json`` every kernel is kept as soon as it is done, and none that is there is measured again.
 """
 
 from __future__ import annotations
@@ -23,14 +25,13 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,11 +41,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split
-from gpt import GPT, GPTConfig
-from results_file import output_file
-from rivals import Ancestor
+from gpt import GPT
+from results_file import about_line, open_results, output_file
+from rivals import PhaseOneAnalysis
 from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, linalg
 from svd_optim.linalg import Basis
+from train_gpt import base_optimizers
 
 TOKENS = 4096
 
@@ -144,9 +146,8 @@ def trained_pairs(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor, T
     torch.manual_seed(0)
     length = 512 if not args.smoke else 64
     width = 256 if not args.smoke else 64
-    model = GPT(GPTConfig(depth=2, width=width, heads=2, sequence_length=length)).to(args.device)
-    rest = [model.embed.weight, model.lm_head.weight]
-    optimizers = [torch.optim.Muon(list(model.blocks.parameters()), lr=0.01), torch.optim.AdamW(rest, lr=3e-3)]
+    model = GPT.of_width(2, width, length).to(args.device)
+    optimizers = base_optimizers("muon", model, lr=0.01)
     stream = batches(split(load_corpus(None))[0], 1, length, 0)
     names = ["blocks.1.attn.c_q", "blocks.1.mlp.c_fc", "blocks.1.mlp.c_proj"]
     before: dict[str, Tensor] = {}
@@ -227,7 +228,7 @@ def measure(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
         G = W.grad
 
         def explicit(G: Tensor = G, U: Tensor = U, Vh: Tensor = Vh, k: int = k) -> Tensor:
-            return Ancestor.projections(G, U, Vh, k)
+            return PhaseOneAnalysis.projections(G, U, Vh, k)
 
         ways: dict[str, Callable[[], object]] = {
             "measure": lambda G=G, basis=basis: linalg.alignments(linalg.gradient_energies(G, basis.U, basis.V)),
@@ -271,11 +272,11 @@ def layer(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
                 passes[way]()
                 if way == "factors" and args.compile:
                     passes["factors, compiled"] = functools.partial(both_ways, torch.compile(model), optimizer, x, dy)
-            size = f"{m} × {n}, k = {k}, {args.tokens} tokens"
+            size = f"{m} × {n}, k = {k}"
             if kind == "adamw":
                 bound = machine.bound(6 * args.tokens * k * (m + n), args.tokens * (m + n) * 3)
                 yield from lines("forward + backward", size, passes, args, bound)
-            yield from lines(f"step, {kind}", f"{m} × {n}, k = {k}", steps, args)
+            yield from lines(f"step, {kind}", size, steps, args)
 
 
 def both_ways(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, dy: Tensor) -> None:
@@ -324,7 +325,7 @@ KERNELS: dict[str, Callable[[argparse.Namespace, Machine], Iterator[Line]]] = {
 }
 
 
-def table(found: list[Line]) -> Table:
+def table(found: Sequence[Line]) -> Table:
     """One row a line."""
     made = Table("kernel", "size", "way", "ms", "10–90 %", "to ours", "× bound", "errors")
     last = None
@@ -345,15 +346,20 @@ def table(found: list[Line]) -> Table:
     return made
 
 
+def lines_of(records: Iterable[Mapping[str, Any]]) -> list[Line]:
+    """From the rows of a file."""
+    return [Line(**{name: value for name, value in record.items() if name != "part"}) for record in records]
+
+
 def main() -> int:
-    """Run, print, write JSON."""
+    """Measure what is missing, print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = tuple(KERNELS)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="KERNEL", help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=output_file, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="keep the figures here, and go on from those that are there")
     parser.add_argument("--compile", action="store_true", help="layers through torch.compile too (needs a compiler)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
     args = parser.parse_args()
@@ -362,20 +368,19 @@ def main() -> int:
     args.widths, args.tokens, args.training_steps = (256, 512, 1024, 2048), TOKENS, 200
     if args.smoke:
         args.refreshes, args.widths, args.rounds = [((48, 32), 4)], (32,), 2
-        args.tokens, args.training_steps = 64, 22
+        args.tokens, args.training_steps, args.threads = 64, 22, 1
     torch.set_num_threads(args.threads)
     machine = Machine.measured(args.device)
     console = Console(width=170 if not sys.stdout.isatty() else None)
     console.print(f"{machine.flops / 1e9:.0f} GFLOP/s in float32 matmul, {machine.bandwidth / 1e9:.1f} GB/s, "
                   f"{args.threads} threads, {args.device}")  # fmt: skip
-    found: list[Line] = []
+    job = {"rounds": args.rounds, "tokens": args.tokens, "compile": args.compile}
+    store = open_results(parser, args.json, job, args.device)
     for name in args.only:
-        found += KERNELS[name](args, machine)
-        if args.json:
-            about = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads,
-                     **asdict(machine)}  # fmt: skip
-            args.json.write_text(json.dumps({**about, "lines": [asdict(line) for line in found]}, indent=1) + "\n")
-    console.print(table(found))
+        if not store.has(part=name):
+            store.add(*({"part": name, **asdict(line)} for line in KERNELS[name](args, machine)))
+    console.print(table(lines_of(store.records)))
+    console.print(about_line(store.about), highlight=False)
     return 0
 
 

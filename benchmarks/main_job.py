@@ -8,17 +8,18 @@ All runs of a seed share weights, data order and validation windows. They take t
 so that whatever else the machine does falls on all of them alike; times are medians over steps, and
 ratios are medians of ratios of simultaneous steps. The second table replays the observed run's
 metrics under other thresholds: when would which share of the layers have started to descend?
+
+With ``--json`` the runs of a seed are kept as soon as they are done, and none that are there are repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
-from gpt import GPT, GPTConfig
-from results_file import machine, output_file
+from gpt import GPT
+from results_file import about_line, open_results, output_file
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.decisions import ThresholdPolicy
 from svd_optim.records import Action, LayerInfo, LayerMetrics, LayerState, Summary
@@ -95,11 +96,11 @@ def start(args: argparse.Namespace, kind: str, mode: str, seed: int, data: Data)
     """A fresh model and its optimizers: the same weights and batches for every mode of a seed."""
     training, validation = data
     torch.manual_seed(seed)
-    sizes = {"depth": args.depth, "width": args.width, "heads": max(1, args.width // 128)}
-    model = GPT(GPTConfig(**sizes, sequence_length=args.sequence_length))
+    model = GPT.of_width(args.depth, args.width, args.sequence_length)
     flags = {"bare": ["--baseline"], "observe": ["--observe"], "auto": []}[mode]
     short = ["--short"] if args.smoke else []
-    options = parse_arguments(["--optimizer", kind, "--seed", str(seed), *flags, *short])
+    steps = ["--steps", str(args.steps)]
+    options = parse_arguments(["--optimizer", kind, "--seed", str(seed), *steps, *flags, *short])
     optimizers, wrapper = build_optimizers(options, model)
     history = History(model, validation)
     if wrapper is not None:
@@ -109,122 +110,128 @@ def start(args: argparse.Namespace, kind: str, mode: str, seed: int, data: Data)
     return run
 
 
-def starts(history: History, thresholds: Thresholds, rule: str, config: SubspaceConfig) -> dict[str, int]:
-    """The step at which each layer would first have descended under ``thresholds``, from recorded metrics."""
+def starts(history: History, thresholds: Thresholds, rule: str, config: SubspaceConfig) -> list[int]:
+    """The steps at which layers would first have descended under ``thresholds``, from recorded metrics, sorted."""
     policy = ThresholdPolicy(rule, config.patience)
-    first: dict[str, int] = {}
+    first = []
     for name, metrics in history.metrics.items():
         info = LayerInfo(name=name, shape=history.shapes[name], rank=metrics[-1].rank)
         for i, latest in enumerate(metrics):
             if latest.step < config.warmup_steps or latest.step % config.cohort_steps:
                 continue
             if policy.decide(info, LayerState.DENSE, metrics[: i + 1], thresholds).action != Action.HOLD:
-                first[name] = latest.step
+                first.append(latest.step)
                 break
-    return first
+    return sorted(first)
 
 
-def measure(
-    args: argparse.Namespace, kind: str, seed: int, data: Data, progress: Progress
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
-    """All modes of one optimizer and seed, interleaved; a dict of results by mode, and the replay."""
+def measure(args: argparse.Namespace, kind: str, seed: int, data: Data, progress: Progress) -> list[dict[str, Any]]:
+    """All modes of one optimizer and seed, interleaved; a record for each mode, the observed one's with the replay."""
     runs = [start(args, kind, mode, seed, data) for mode in MODES]
     bar = progress.add_task(f"{kind}, seed {seed}", total=args.steps)
     for _ in range(args.steps):
         for run in runs:
             run.step()
         progress.advance(bar)
-    bare = runs[0]
-    results = {}
-    for run in runs:
-        ratios = [a / b for a, b in zip(run.seconds, bare.seconds, strict=True)]
-        last = ratios[-len(ratios) // 5 :]  # the last fifth: all switches are behind
-        summary = run.wrapper.summary() if run.wrapper else None
-        results[run.mode] = {
-            "bpb": bits_per_byte(run.model, run.history.validation),
-            "parameters": sum(p.numel() for p in run.model.blocks.parameters()),
-            "factorized": summary.count(LayerState.FACTORIZED) if summary else 0,
-            "layers": len(summary.layers) if summary else 0,
-            "largest_jump_percent": max((switch.jump for switch in run.history.switches), default=0.0),
-            "seconds_per_step": statistics.median(run.seconds),
-            "ratio_to_bare": statistics.median(ratios),
-            "ratio_to_bare_at_the_end": statistics.median(last),
-            "analysis_share": summary.analysis_share if summary else 0.0,
-            "events": [str(event) for event in summary.events] if summary else [],
-        }
-    observed = runs[1]
-    assert observed.wrapper is not None
-    config = observed.wrapper.config
-    replay = {
-        f"{name}, {rule}": starts(observed.history, thresholds, rule, config)
-        for name, thresholds in THRESHOLDS.items()
-        for rule in ("capture", "alignment")
+    return [{"optimizer": kind, "seed": seed, **record(run, runs[0])} for run in runs]
+
+
+def record(run: Run, bare: Run) -> dict[str, Any]:
+    """The figures of a run."""
+    ratios = [a / b for a, b in zip(run.seconds, bare.seconds, strict=True)]
+    last = ratios[-len(ratios) // 5 :]  # the last fifth: all switches are behind
+    summary = run.wrapper.summary() if run.wrapper else None
+    return {
+        "mode": run.mode,
+        "bpb": bits_per_byte(run.model, run.history.validation),
+        "parameters": sum(p.numel() for p in run.model.blocks.parameters()),
+        "layers": len(run.history.metrics),
+        "factorized": summary.count(LayerState.FACTORIZED) if summary else 0,
+        "largest_jump_percent": max((switch.jump for switch in run.history.switches), default=0.0),
+        "seconds_per_step": statistics.median(run.seconds),
+        "ratio_to_bare": statistics.median(ratios),
+        "ratio_to_bare_at_the_end": statistics.median(last),
+        "analysis_share": summary.analysis_share if summary else 0.0,
+        "replay": replay(run) if run.mode == "observe" else {},
     }
-    return results, replay
 
 
-def result_table(results: dict[str, list[dict[str, Any]]]) -> Table:
+def replay(run: Run) -> dict[str, list[int]]:
+    """When layers would have started to descend under each set of thresholds and each rule."""
+    assert run.wrapper is not None
+    return {
+        f"{name}, {rule}": starts(run.history, thresholds, rule, run.wrapper.config)
+        for name, thresholds in THRESHOLDS.items()
+        for rule in ("stability", "alignment")
+    }
+
+
+def of_mode(records: Iterable[dict[str, Any]], kind: str, mode: str) -> list[dict[str, Any]]:
+    """All seeds of one."""
+    return [record for record in records if (record["optimizer"], record["mode"]) == (kind, mode)]
+
+
+def mean(records: Iterable[dict[str, Any]], name: str) -> float:
+    """Of a figure."""
+    return statistics.mean(record[name] for record in records)
+
+
+def result_table(records: list[dict[str, Any]]) -> Table:
     """Means over seeds."""
     table = Table(
         "run", "bits per byte", "to bare, %", "matrix parameters", "factorized", "largest jump, %",
         "s / step", "time ratio", "at the end", title="The main job",
     )  # fmt: skip
-    for key, rows in results.items():
-        kind = key.split(", ")[0]
-        bare = statistics.mean(row["bpb"] for row in results[f"{kind}, bare"])
-        mean = {k: statistics.mean(row[k] for row in rows) for k in rows[0] if k != "events"}
+    for kind, mode in dict.fromkeys((record["optimizer"], record["mode"]) for record in records):
+        rows = of_mode(records, kind, mode)
+        to_bare = 100 * (mean(rows, "bpb") / mean(of_mode(records, kind, "bare"), "bpb") - 1)
         table.add_row(
-            key, f"{mean['bpb']:.4f}", f"{100 * (mean['bpb'] / bare - 1):+.2f}", f"{mean['parameters']:,.0f}",
-            f"{mean['factorized']:.1f} of {mean['layers']:.0f}", f"{mean['largest_jump_percent']:+.3f}",
-            f"{mean['seconds_per_step']:.4f}", f"{mean['ratio_to_bare']:.3f}",
-            f"{mean['ratio_to_bare_at_the_end']:.3f}",
+            f"{kind}, {mode}", f"{mean(rows, 'bpb'):.4f}", f"{to_bare:+.2f}", f"{mean(rows, 'parameters'):,.0f}",
+            f"{mean(rows, 'factorized'):.1f} of {mean(rows, 'layers'):.0f}",
+            f"{mean(rows, 'largest_jump_percent'):+.3f}", f"{mean(rows, 'seconds_per_step'):.4f}",
+            f"{mean(rows, 'ratio_to_bare'):.3f}", f"{mean(rows, 'ratio_to_bare_at_the_end'):.3f}",
         )  # fmt: skip
     return table
 
 
-def replay_table(replays: dict[str, dict[str, int]], layers: int) -> Table:
+def replay_table(records: list[dict[str, Any]]) -> Table:
     """When layers would have started to descend."""
     table = Table("run", "thresholds, rule", "layers that act", "first step", "median step", title="Other thresholds")
-    for key, first in replays.items():
-        run, _, name = key.partition(": ")
-        steps = sorted(first.values())
-        median = f"{statistics.median(steps):.0f}" if steps else "–"
-        table.add_row(run, name, f"{len(steps)} of {layers}", str(steps[0]) if steps else "–", median)
+    for record in records:
+        for name, steps in record["replay"].items():
+            first, median = (str(steps[0]), f"{statistics.median(steps):.0f}") if steps else ("–", "–")
+            run = f"{record['optimizer']}, seed {record['seed']}"
+            table.add_row(run, name, f"{len(steps)} of {record['layers']}", first, median)
     return table
 
 
 def main() -> int:
-    """Run, print, write JSON."""
+    """Run what is missing, print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=output_file, help="write all figures here")
+    parser.add_argument("--json", type=output_file, help="keep all figures here, and go on from those that are there")
     parser.add_argument("--smoke", action="store_true", help="a tiny job, as CI runs it")
     args = parser.parse_args()
     args.depth, args.width, args.sequence_length = (1, 64, 128) if args.smoke else (4, 256, 512)
     if args.smoke:
-        args.steps, args.seeds = 80, 1
+        args.steps, args.seeds, args.threads = 120, 1, 1
     torch.set_num_threads(args.threads)
     console = Console(width=160 if not sys.stdout.isatty() else None)
+    job = {name: getattr(args, name) for name in ("steps", "depth", "width", "sequence_length")}
+    store = open_results(parser, args.json, job)
     training, held_out = split(load_corpus(None))
     data = (training, validation_batches(held_out, args.sequence_length))
-    results: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    replays: dict[str, dict[str, int]] = {}
     with Progress(console=console) as progress:
         for kind in args.optimizers:
             for seed in range(args.seeds):
-                by_mode, replay = measure(args, kind, seed, data, progress)
-                for mode, row in by_mode.items():
-                    results[f"{kind}, {mode}"].append(row)
-                replays.update({f"{kind}, seed {seed}: {name}": first for name, first in replay.items()})
-    console.print(result_table(results))
-    console.print(replay_table(replays, next(iter(results.values()))[0]["layers"] or 6 * args.depth))
-    console.print(f"{args.steps} steps of {args.sequence_length} tokens, {args.seeds} seeds; {machine()}")
-    if args.json:
-        payload = {"machine": machine(), "steps": args.steps, "results": results, "replays": replays}
-        args.json.write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")
+                if not store.has(optimizer=kind, seed=seed):
+                    store.add(*measure(args, kind, seed, data, progress))
+    console.print(result_table(store.records))
+    console.print(replay_table(store.records))
+    console.print(about_line(store.about), highlight=False)
     return 0
 
 

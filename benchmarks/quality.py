@@ -3,6 +3,7 @@
     python benchmarks/quality.py --quick          # one seed, the headline rows, half as long: half an hour
     python benchmarks/quality.py                  # everything; hours. Stop and start again at will
     python benchmarks/quality.py --report         # only the table of what is there
+    python benchmarks/quality.py --smoke          # every row once, on a tiny job
 
 Every row trains the model of ``examples/train_gpt.py`` on its data for equal steps and tokens, at each
 learning rate of one grid with the first seed. Of a headline row every rate within 1 % of the best one
@@ -10,7 +11,7 @@ there (in bits per byte) gets all seeds, and the lowest mean over the seeds deci
 decides until a rate has them all. Every other row gets one seed more, at the best rate of the first.
 Where runs are missing, the table says which rates were tried.
 
-Finished runs are kept in a JSON Lines file, one record each, and not repeated; a run that failed is left
+Finished runs are kept in the file ``--json``, a line each, and not repeated; a run that failed is left
 out, and makes the exit status 1. GaLore comes with the extra ``rivals``
 (``pip install -c constraints.txt -e ".[rivals]"``); without it its row is left out.
 """
@@ -18,17 +19,15 @@ out, and makes the exit status 1. GaLore comes with the extra ``rivals``
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
-from results_file import output_file
-from rivals import Core, ThreeFactors, TwoFactors, project_, truncate_
-from svd_optim import LayerOverride, Listener, SubspaceAwareOptimizer, SubspaceConfig
+from results_file import about_line, open_results, output_file, read_results
+from rivals import Core, ThreeFactors, TwoFactors, galore, has_galore, project_, truncate_
+from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.factors import tangent_step as factor_step
 from svd_optim.records import Event, LayerState
-from train_gpt import bits_per_byte, warm_down
+from train_gpt import SwitchWatch, base_optimizers, bits_per_byte, warm_down
 
 GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}
-VALIDATION_TOKENS = 32_768
 FULL_STEPS = 800
 CLOSE = 1.01  # bits per byte to the lowest: too little for one seed to decide
 SCALES = factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE
@@ -102,12 +100,13 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model and the run."""
+    """Of the model and the run: what all runs of a file have in common."""
 
     steps: int = FULL_STEPS
     depth: int = 4
     width: int = 256
     sequence_length: int = 512
+    validation_tokens: int = 32_768
 
 
 @dataclass(frozen=True)
@@ -118,30 +117,6 @@ class Job:
     row: str
     lr: float
     seed: int
-    sizes: Sizes = field(default_factory=Sizes)
-
-    @property
-    def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-
-class Jumps(Listener):
-    """Validation before and after each switch event."""
-
-    def __init__(self, validate: Callable[[], float]) -> None:
-        self.validate, self.percent, self.seconds = validate, [], 0.0
-
-    def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        self._before = self._timed()
-
-    def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        self.percent.append(100 * (self._timed() / self._before - 1))
-
-    def _timed(self) -> float:
-        start = time.perf_counter()
-        value = self.validate()
-        self.seconds += time.perf_counter() - start
-        return value
 
 
 def heads_and_width(sizes: Sizes, share: float) -> tuple[int, int]:
@@ -149,21 +124,6 @@ def heads_and_width(sizes: Sizes, share: float) -> tuple[int, int]:
     heads = max(1, sizes.width // 128)
     step = 2 * heads
     return heads, max(step, -(-round(sizes.width * share) // step) * step)
-
-
-def build_optimizers(kind: str, model: GPT, lr: float, galore_rank: int | None = None) -> list[torch.optim.Optimizer]:
-    """[that of the matrices, ..., that of the rest]; the first and the last may be the same."""
-    matrices, rest = list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight]
-    if kind == "muon":
-        others = torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-        return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), others]
-    if galore_rank is not None:
-        from galore_torch import GaLoreAdamW
-
-        # scale=1: the grid of learning rates is everybody's.
-        low_rank = {"params": matrices, "rank": galore_rank, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
-        return [GaLoreAdamW([low_rank, {"params": rest}], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)]
-    return [torch.optim.AdamW([*matrices, *rest], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def resident_bytes(
@@ -182,25 +142,27 @@ def resident_bytes(
     return total + (sum(wrapper.resident_bytes().values()) if wrapper else 0)
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job, sizes: Sizes) -> dict[str, Any]:
     """One run from start to end; the figures of its line in the table."""
-    row, sizes = ROWS[job.row], job.sizes
+    row = ROWS[job.row]
     torch.manual_seed(job.seed)
     heads, width = heads_and_width(sizes, row.width)
     training, held_out = split(load_corpus(None))
-    validation = validation_batches(held_out, sizes.sequence_length, VALIDATION_TOKENS)
+    validation = validation_batches(held_out, sizes.sequence_length, sizes.validation_tokens)
     model = GPT(GPTConfig(depth=sizes.depth, width=width, heads=heads, sequence_length=sizes.sequence_length))
     model.to(row.dtype)
     at = sizes.steps * 3 // 8  # when those truncate who do it at once: in the middle of our descents
-    galore_rank = max(1, int(0.5 * width * width / (2 * width + 1))) if row.galore else None
-    optimizers = build_optimizers(job.optimizer, model, job.lr, galore_rank)
-    jumps = Jumps(lambda: bits_per_byte(model, validation))
+    if row.galore:
+        optimizers = [galore(list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight], job.lr)]
+    else:
+        optimizers = base_optimizers(job.optimizer, model, job.lr)
+    watch = SwitchWatch(model, validation, Console(quiet=True))
     wrapper = None
     if row.config is not None:
         mode = "manual" if row.at_once else "auto"
         settings = row.config | schedule(sizes.steps)
         config = SubspaceConfig(mode=mode, seed=job.seed, total_steps=sizes.steps, **settings)
-        wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[jumps])
+        wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[watch])
     factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE = (scale * row.scale for scale in SCALES)
     schedulers = [warm_down(optimizer, sizes.steps) for optimizer in optimizers]
     stepping = [wrapper or optimizers[0], *optimizers[1:]]
@@ -210,12 +172,12 @@ def train(job: Job) -> dict[str, Any]:
         if step == at and row.at_once and wrapper is not None:
             wrapper.factorize_([layer.name for layer in wrapper.plan().layers if layer.rank is not None])
         if step == at and row.form is not None:
-            jumps.before_switch(step, ())
+            watch.before_switch(step, ())
             truncate_(model.blocks, optimizers[0], optimizers[-1], row.form, row.budget)
-            jumps.after_switch(step, ())
+            watch.after_switch(step, ())
         if row.projected and step >= at and (step - at) % 20 == 0:
             project_(model.blocks, row.budget)
-        start, paused = time.perf_counter(), jumps.seconds
+        start, watched = time.perf_counter(), watch.seconds
         inputs, targets = next(stream)
         for optimizer in stepping:
             optimizer.zero_grad()
@@ -225,7 +187,7 @@ def train(job: Job) -> dict[str, Any]:
         for optimizer, scheduler in zip(stepping, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
-        seconds.append(time.perf_counter() - start - (jumps.seconds - paused))
+        seconds.append(time.perf_counter() - start - (watch.seconds - watched))
     if row.projected:
         project_(model.blocks, row.budget)
     last = seconds[-max(1, len(seconds) // 5) :]  # all switches are behind
@@ -235,10 +197,8 @@ def train(job: Job) -> dict[str, Any]:
         "factorized": wrapper.summary().count(LayerState.FACTORIZED) if wrapper else 0,
         "resident_bytes": resident_bytes(model, optimizers, wrapper),
         "seconds_per_step": statistics.median(last),
-        "jump_percent": max(jumps.percent, default=0.0),
+        "jump_percent": max((switch.jump for switch in watch.switches), default=0.0),
         "switched_at": switched_at(wrapper.events) if wrapper else at if row.form else None,
-        "ranks": {name: layer.rank for name, layer in wrapper.layers.items()} if wrapper else {},
-        "events": [str(event) for event in wrapper.events] if wrapper else [],
     }
 
 
@@ -266,33 +226,21 @@ def schedule(steps: int) -> dict[str, int]:
 
 # ---- which runs ------------------------------------------------------------------------------------
 
-Runs = Mapping[str, dict[str, Any]]  # results of finished runs by the job's key
+Runs = Mapping[Job, dict[str, Any]]  # results of finished runs
 
 
-def load(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished runs by key; a line that a killed run left unfinished is skipped."""
-    runs = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        runs[record["key"]] = record["result"]
-    return runs
+def runs_of(records: Iterable[Mapping[str, Any]]) -> dict[Job, dict[str, Any]]:
+    """Finished runs from the rows of a file."""
+    names = [field.name for field in fields(Job)]
+    return {
+        Job(**{name: record[name] for name in names}): {k: v for k, v in record.items() if k not in names}
+        for record in records
+    }
 
 
-def keep(path: Path, key: str, result: dict[str, Any]) -> None:
-    """One line more, below one that a killed run left unfinished."""
-    line = json.dumps({"key": key, "result": result}, sort_keys=True) + "\n"
-    before = path.read_text() if path.exists() else ""
-    with path.open("a") as file:
-        file.write("\n" + line if before and not before.endswith("\n") else line)
-
-
-def by_seed(runs: Runs, kind: str, row: str, lr: float, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+def by_seed(runs: Runs, kind: str, row: str, lr: float, seeds: int) -> dict[int, dict[str, Any]]:
     """The results that are there."""
-    found = {seed: runs.get(Job(kind, row, lr, seed, args.sizes).key) for seed in range(args.seeds)}
-    return {seed: result for seed, result in found.items() if result is not None}
+    return {seed: runs[job] for seed in range(seeds) if (job := Job(kind, row, lr, seed)) in runs}
 
 
 def score(result: dict[str, Any]) -> float:
@@ -300,63 +248,70 @@ def score(result: dict[str, Any]) -> float:
     return math.inf if math.isnan(result["bpb"]) else result["bpb"]
 
 
-def close_lrs(runs: Runs, kind: str, row: str, args: argparse.Namespace) -> list[float]:
+def close_lrs(runs: Runs, kind: str, row: str) -> list[float]:
     """The learning rates that may be the best by what the first seed says, the lowest bits per byte first."""
-    bpb = {lr: score(runs[key]) for lr in GRID[kind] if (key := Job(kind, row, lr, 0, args.sizes).key) in runs}
+    bpb = {lr: score(runs[job]) for lr in GRID[kind] if (job := Job(kind, row, lr, 0)) in runs}
     tried = sorted(bpb, key=bpb.__getitem__)
     return [lr for lr in tried if bpb[lr] <= CLOSE * bpb[tried[0]]] if ROWS[row].headline else tried[:1]
 
 
-def best_lr(runs: Runs, kind: str, row: str, args: argparse.Namespace) -> float | None:
+def best_lr(runs: Runs, kind: str, row: str, seeds: int) -> float | None:
     """The close learning rate of the lowest mean of all seeds, or of the first seed while none has them all."""
-    close = close_lrs(runs, kind, row, args)
-    results = {lr: by_seed(runs, kind, row, lr, args).values() for lr in close}
-    means = {lr: statistics.mean(map(score, found)) for lr, found in results.items() if len(found) == args.seeds}
+    close = close_lrs(runs, kind, row)
+    results = {lr: by_seed(runs, kind, row, lr, seeds).values() for lr in close}
+    means = {lr: statistics.mean(map(score, found)) for lr, found in results.items() if len(found) == seeds}
     return min(means, key=means.__getitem__) if means else next(iter(close), None)
 
 
-def open_jobs(runs: Runs, rows: Sequence[str], args: argparse.Namespace) -> list[Job]:
-    """What can be run now, the grid of the first seed before the other seeds, headline rows before the others."""
-    pairs = [(kind, row) for row in rows for kind in args.optimizers if kind in ROWS[row].optimizers]
-    jobs = [Job(kind, row, lr, 0, args.sizes) for kind, row in pairs for lr in GRID[kind]]
-    for seed in range(1, args.seeds):
+def open_jobs(
+    runs: Runs, rows: Sequence[str], optimizers: Sequence[str], seeds: int, lrs: Sequence[float] = ()
+) -> list[Job]:
+    """What can be run now, the grid of the first seed before the other seeds, headline rows before the others.
+
+    Args:
+        lrs: only these of the grid; of none, all.
+    """
+    pairs = [(kind, row) for row in rows for kind in optimizers if kind in ROWS[row].optimizers]
+    grid = {kind: [lr for lr in GRID[kind] if not lrs or lr in lrs] for kind in optimizers}
+    jobs = [Job(kind, row, lr, 0) for kind, row in pairs for lr in grid[kind]]
+    for seed in range(1, seeds):
         for kind, row in pairs:
-            known = all(Job(kind, row, lr, 0, args.sizes).key in runs for lr in GRID[kind])
+            known = all(Job(kind, row, lr, 0) in runs for lr in grid[kind])
             if known and (ROWS[row].headline or seed == 1):  # where a difference is small: more seeds
-                jobs += [Job(kind, row, lr, seed, args.sizes) for lr in close_lrs(runs, kind, row, args)]
+                jobs += [Job(kind, row, lr, seed) for lr in close_lrs(runs, kind, row)]
     headline_first = sorted(jobs, key=lambda job: not ROWS[job.row].headline)
-    return [job for job in headline_first if job.key not in runs]
+    return [job for job in headline_first if job not in runs]
 
 
-def run_all(args: argparse.Namespace, rows: Sequence[str], console: Console) -> int:
+def run_all(args: argparse.Namespace, console: Console) -> int:
     """Run what is missing, each run in a process of its own, ``--jobs`` at a time; how many have failed."""
     lock = threading.Lock()
-    running: set[str] = set()
+    running: set[Job] = set()
 
     def work(progress: Progress, bar: TaskID) -> None:
         while True:
-            with lock:
-                missing = open_jobs(load(args.results), rows, args)  # more of them as learning rates are chosen
+            with lock:  # more of them are missing as learning rates are chosen
+                missing = open_jobs(runs_of(args.store.records), args.rows, args.optimizers, args.seeds, args.lrs)
                 progress.update(bar, total=progress.tasks[bar].completed + len(missing))
-                left = [job for job in missing if job.key not in running]
+                left = [job for job in missing if job not in running]
                 if not left:
                     return
                 job = left[0]
-                running.add(job.key)
-            command = [sys.executable, __file__, "--threads", str(args.threads), "--run", job.key]
+                running.add(job)
+            payload = json.dumps([asdict(job), asdict(args.sizes)])
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--run", payload]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                console.print(f"failed: {job.key}", markup=False)
-                continue  # the key stays in `running`: not tried again
+                console.print(f"failed: {job}", markup=False)
+                continue  # the job stays in `running`: not tried again
             with lock:
                 result = json.loads(done.stdout.splitlines()[-1])
-                keep(args.results, job.key, result)
-                running.remove(job.key)
+                args.store.add({**asdict(job), **result})
+                running.remove(job)
                 progress.advance(bar)
             shown = f"{job.optimizer}, {job.row}, lr {job.lr:g}, seed {job.seed}: {result['bpb']:.4f} bits per byte"
             progress.console.print(shown, markup=False, highlight=False)
 
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
         bar = progress.add_task("runs")
         workers = [threading.Thread(target=work, args=(progress, bar)) for _ in range(args.jobs)]
@@ -370,16 +325,16 @@ def run_all(args: argparse.Namespace, rows: Sequence[str], console: Console) -> 
 # ---- what came out ---------------------------------------------------------------------------------
 
 
-def summarize(runs: Runs, args: argparse.Namespace) -> list[dict[str, Any]]:
+def summarize(runs: Runs, optimizers: Iterable[str], seeds: int) -> list[dict[str, Any]]:
     """A line for each optimizer and row of which anything is there, at its best learning rate so far."""
     lines = []
-    for kind in args.optimizers:
+    for kind in optimizers:
         for row in ROWS:
-            lr = best_lr(runs, kind, row, args)
+            lr = best_lr(runs, kind, row, seeds)
             if lr is None:
                 continue
-            tried = [x for x in GRID[kind] if Job(kind, row, x, 0, args.sizes).key in runs]
-            results = by_seed(runs, kind, row, lr, args)
+            tried = [x for x in GRID[kind] if Job(kind, row, x, 0) in runs]
+            results = by_seed(runs, kind, row, lr, seeds)
             lines.append({"optimizer": kind, "row": row, "lr": lr, "tried": tried, "results": results})
     for line in lines:
         dense = next((x for x in lines if x["optimizer"] == line["optimizer"] and x["row"] == "dense"), None)
@@ -441,61 +396,63 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--optimizers", nargs="+", choices=tuple(GRID), default=tuple(GRID))
     add("--rows", nargs="+", choices=tuple(ROWS), default=None, metavar="ROW", help="only these")
+    add("--lrs", nargs="+", type=float, default=(), metavar="LR", help="only these of the grid, for a first look")
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=FULL_STEPS)
     add("--jobs", type=int, default=2, help="runs at the same time")
     add("--threads", type=int, default=1, help="of each run")
-    add("--results", type=Path, default=Path("runs/quality.jsonl"), help="finished runs, kept and not repeated")
-    add("--json", type=output_file, help="write the table's figures here")
-    add("--plot", type=output_file, help="draw them here (needs matplotlib)")
+    add("--json", type=output_file, help="finished runs, kept and not repeated; default: a file in runs/")
+    add("--plot", type=output_file, help="draw the figures here (needs matplotlib)")
     add("--report", action="store_true", help="run nothing")
     add("--quick", action="store_true", help="one seed, the headline rows, half as many steps")
     add("--smoke", action="store_true", help="a tiny job, as CI runs it")
     add("--run", help=argparse.SUPPRESS)  # what a worker does: one job, its result on the last line
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     args.sizes = Sizes(steps=args.steps)
     if args.quick:
         args.seeds, args.sizes = 1, Sizes(steps=FULL_STEPS // 2)
         args.rows = args.rows or [name for name, row in ROWS.items() if row.headline]
+    if args.smoke:
+        args.seeds, args.sizes = 1, Sizes(steps=40, depth=1, width=64, sequence_length=64, validation_tokens=2048)
+    elif args.json is None:
+        args.json = output_file(f"runs/quality_{args.sizes.steps}_steps.json")
     args.rows = args.rows or list(ROWS)
-    if importlib.util.find_spec("galore_torch") is None:
+    if not has_galore():
         args.rows = [name for name in args.rows if not ROWS[name].galore]
+    if not args.run and not args.report:
+        args.store = open_results(parser, args.json, asdict(args.sizes))
     return args
 
 
-def smoke(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every row once, tiny, in this process."""
-    args.sizes, args.seeds = Sizes(steps=40, depth=1, width=64, sequence_length=64), 1
-    runs = {}
+def smoke(args: argparse.Namespace, console: Console) -> int:
+    """Every row once, in this process; none of them fails."""
     for row in args.rows:
-        for kind in ROWS[row].optimizers:
-            job = Job(kind, row, GRID[kind][1], 0, args.sizes)
-            runs[job.key] = train(job)
-    return runs
+        for kind in args.optimizers:
+            job = Job(kind, row, GRID[kind][1], 0)
+            if kind in ROWS[row].optimizers and not args.store.has(**asdict(job)):
+                console.print(f"{kind}, {row}", markup=False)
+                args.store.add({**asdict(job), **train(job, args.sizes)})
+    return 0
 
 
 def main() -> int:
     """Run what is missing, print the table."""
     args = parse_arguments()
-    torch.set_num_threads(args.threads)
     if args.run:
-        fields = json.loads(args.run)
-        print(json.dumps(train(Job(**{**fields, "sizes": Sizes(**fields["sizes"])}))))
+        job, sizes = json.loads(args.run)
+        print(json.dumps(train(Job(**job), Sizes(**sizes))))
         return 0
     console = Console(width=180 if not sys.stdout.isatty() else None)
     failed = 0
-    if args.smoke:
-        runs = smoke(args)
+    if args.report:
+        about, records = read_results(args.json)
     else:
-        if not args.report:
-            failed = run_all(args, args.rows, console)
-        runs = load(args.results)
-    lines = summarize(runs, args)
+        failed = (smoke if args.smoke else run_all)(args, console)
+        about, records = args.store.about, args.store.records
+    lines = summarize(runs_of(records), args.optimizers, args.seeds)
     console.print(table(lines))
-    machine = f"{platform.machine()}, torch {torch.__version__}, {args.jobs} runs at a time of {args.threads} threads"
-    console.print(f"{args.sizes.steps} steps of {args.sizes.sequence_length} tokens; {machine}", highlight=False)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1, sort_keys=True) + "\n")
+    console.print(about_line(about), highlight=False)
     if args.plot:
         plot(lines, args.plot)
     return int(failed > 0)

@@ -6,6 +6,7 @@ the pieces to the same base optimizer as ordinary parameters.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,22 @@ def uniform_rank(weight: Tensor, budget: float, numbers: Callable[[int, int, int
     m, n = weight.shape
     fitting = [k for k in range(1, min(m, n) + 1) if numbers(m, n, k) <= budget * m * n]
     return max(fitting, default=1)
+
+
+def has_galore() -> bool:
+    """Whether the extra ``rivals`` is installed."""
+    return importlib.util.find_spec("galore_torch") is not None
+
+
+def galore(matrices: list[nn.Parameter], rest: list[nn.Parameter], lr: float, budget: float = 0.5) -> Optimizer:
+    """GaLore under AdamW, of the rank that square factors of the budget would have."""
+    from galore_torch import GaLoreAdamW
+
+    width = min(matrices[0].shape)
+    rank = max(1, int(budget * width * width / (2 * width + 1)))
+    # scale=1: the grid of learning rates is everybody's.
+    low_rank = {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
+    return GaLoreAdamW([low_rank, {"params": rest}], lr=lr, betas=(0.9, 0.95), no_deprecation_warning=True)
 
 
 class ThreeFactors(nn.Module):
@@ -104,8 +121,8 @@ def project_(model: nn.Module, budget: float) -> None:
             module.weight.copy_((factors.U * factors.S) @ factors.V.mT)
 
 
-class Ancestor:
-    """The analysis of this project's predecessor: a full SVD of each weight, projections formed explicitly.
+class PhaseOneAnalysis:
+    """The analysis of the Phase 1 experiment: a full SVD of each weight, projections formed explicitly.
 
     Args:
         weights: (m, n) matrices with gradients.

@@ -9,24 +9,25 @@ Rows, for each optimizer, width and number of tokens a step:
 - bare: the optimizer alone;
 - observe: every matrix watched, with the defaults (bases refreshed every 20 steps, every 5th gradient measured), at
   the ranks of half;
-- rank 10: the same at the rank of the ancestor;
-- ancestor: full SVDs and explicit projections of all layers, every 20 steps, as this project's predecessor did it;
+- rank 10: the same at the rank of the Phase 1 experiment;
+- phase 1: full SVDs and explicit projections of all layers, every 20 steps, as that experiment did it;
 - half: all matrices factorized, half of their parameters;
 - GaLore (AdamW only, where galore-torch is installed): of the same rank as half.
 
 All take turns, step by step, so that whatever else the machine does falls on all of them alike. Ratios are medians
 over blocks of 20 steps (one whole interval) of sums of simultaneous steps; the slowest step is that of the median
-block. Shares of time are by the wrapper's own clock, or by that of the ancestor's analysis. Peak memory is measured in
+block. Shares of time are by the wrapper's own clock, or by that of the Phase 1 analysis. Peak memory is measured in
 a process of its own for each row: resident bytes above what the process held before it built the model (on CUDA: what
 the allocator has given out).
+
+With ``--json`` every case is kept as soon as it is done, and no row that is there is measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import itertools
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -43,15 +44,17 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from gpt import GPT, GPTConfig
-from results_file import output_file
-from rivals import Ancestor
+from gpt import GPT
+from results_file import ResultFile, about_line, open_results, output_file
+from rivals import PhaseOneAnalysis, galore, has_galore
 from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
+from train_gpt import base_optimizers
 
 INTERVAL = 20
 SEQUENCE = 512
-RANK = 10  # the predecessor's
-ROWS = ("bare", "observe", "rank 10", "ancestor", "half", "galore")
+RANK = 10  # of the Phase 1 experiment
+MONITORING = ("measure", "refresh", "decide")  # phases by the wrapper's clock
+ROWS = ("bare", "observe", "rank 10", "phase 1", "half", "galore")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Case:
     depth: int
     device: str
 
+    @property
+    def sequence_length(self) -> int:
+        return min(SEQUENCE, self.tokens)
+
 
 @dataclass
 class Contestant:
@@ -74,50 +81,41 @@ class Contestant:
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     wrapper: SubspaceAwareOptimizer | None = None
-    ancestor: Ancestor | None = None
-    analysing: float = 0.0  # seconds that the ancestor has taken
+    phase_one: PhaseOneAnalysis | None = None
+    analysing: float = 0.0  # seconds that the Phase 1 analysis has taken
     seconds: list[float] = field(default_factory=list)  # one for each step
 
     @classmethod
     def new(cls, row: str, case: Case) -> Contestant:
         torch.manual_seed(0)
-        heads = max(1, case.width // 128)
-        config = GPTConfig(depth=case.depth, width=case.width, heads=heads, sequence_length=min(SEQUENCE, case.tokens))
-        model = GPT(config).to(case.device)
-        matrices, rest = list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight]
+        model = GPT.of_width(case.depth, case.width, case.sequence_length).to(case.device)
+        matrices = list(model.blocks.parameters())
         if row == "galore":
-            from galore_torch import GaLoreAdamW
-
-            rank = max(1, int(0.5 * case.width * case.width / (2 * case.width + 1)))
-            group = {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
-            return cls(row, case, model, [GaLoreAdamW([group, {"params": rest}], lr=1e-3, no_deprecation_warning=True)])
-        if case.optimizer == "muon":
-            optimizers = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=1e-3)]
-        else:
-            optimizers = [torch.optim.AdamW([*matrices, *rest], lr=1e-3)]
-        made = cls(row, case, model, optimizers)
-        if row == "ancestor":
-            made.ancestor = Ancestor(matrices, RANK)
+            return cls(row, case, model, [galore(matrices, [model.embed.weight, model.lm_head.weight], lr=1e-3)])
+        lr = {"muon": 0.01, "adamw": 1e-3}[case.optimizer]
+        made = cls(row, case, model, base_optimizers(case.optimizer, model, lr))
+        if row == "phase 1":
+            made.phase_one = PhaseOneAnalysis(matrices, RANK)
         elif row != "bare":
             override = LayerOverride(rank=RANK) if row == "rank 10" else LayerOverride(budget=0.5)
             mode = "manual" if row == "half" else "observe"
-            config = SubspaceConfig(mode=mode, interval=INTERVAL, overrides={"*": override})
-            made.wrapper = SubspaceAwareOptimizer(optimizers[0], model, config)
-            made.optimizers = [made.wrapper, *optimizers[1:]]
+            config = SubspaceConfig(mode=mode, analyze_every=INTERVAL, overrides={"*": override})
+            made.wrapper = SubspaceAwareOptimizer(made.optimizers[0], model, config)
+            made.optimizers[0] = made.wrapper
         return made
 
     def step(self, number: int, clock: Callable[[], float]) -> None:
         """One training step, timed."""
-        length = min(SEQUENCE, self.case.tokens)
+        length = self.case.sequence_length
         generator = torch.Generator().manual_seed(number)
         batch = torch.randint(0, 256, (self.case.tokens // length, length + 1), generator=generator)
         batch = batch.to(self.case.device)
         start = clock()
         self.model(batch[:, :-1], batch[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if self.ancestor is not None and number % INTERVAL == INTERVAL - 1:
+        if self.phase_one is not None and number % INTERVAL == INTERVAL - 1:
             begin = clock()
-            self.ancestor.analyze()
+            self.phase_one.analyze()
             self.analysing += clock() - begin
         for optimizer in self.optimizers:
             optimizer.step()
@@ -159,8 +157,8 @@ def _event() -> torch.cuda.Event:
 
 def rows_of(case: Case, wanted: Sequence[str] = ROWS) -> list[str]:
     """Those that there are of the wanted ones, and the one that all are compared with."""
-    galore = case.optimizer == "adamw" and importlib.util.find_spec("galore_torch") is not None
-    return [row for row in ROWS if row == "bare" or (row in wanted and (row != "galore" or galore))]
+    possible = case.optimizer == "adamw" and has_galore()
+    return [row for row in ROWS if row == "bare" or (row in wanted and (row != "galore" or possible))]
 
 
 def blocks(values: list[float]) -> Iterator[list[float]]:
@@ -202,8 +200,8 @@ def measure(case: Case, rows: Sequence[str], intervals: int) -> dict[str, Any]:
 
 
 def phases(run: Contestant) -> dict[str, float]:
-    """Seconds so far, by the wrapper's clock or the ancestor's."""
-    if run.ancestor is not None:
+    """Seconds so far, by the wrapper's clock or that of the Phase 1 analysis."""
+    if run.phase_one is not None:
         return {"analyze": run.analysing}
     return dict(run.wrapper.summary().seconds) if run.wrapper is not None else {}
 
@@ -257,28 +255,43 @@ def peaks(case: Case, rows: Sequence[str], threads: int) -> dict[str, int]:
     return found
 
 
-def table(results: list[dict[str, Any]]) -> Table:
+def table(records: list[dict[str, Any]]) -> Table:
     """A row for each contestant of each case."""
     columns = ("case", "row", "s / step", "10–90 %", "to bare", "least–most", "slowest / median", "peak MB", "shares")
     made = Table(*columns, title="seconds per training step")
-    for entry in results:
-        case = entry["case"]
-        for row, r in entry["rows"].items():
-            shares = ", ".join(f"{k} {100 * v:.1f}" for k, v in sorted(r["shares"].items(), key=lambda x: -x[1])
-                               if v >= 0.0005 and k != "base")  # fmt: skip
-            made.add_row(
-                f"{case['optimizer']} {case['width']} / {case['tokens']}",
-                row,
-                f"{r['seconds']:.4f}",
-                f"{r['spread'][0]:.4f}–{r['spread'][1]:.4f}",
-                f"{r['ratio']:.3f}",
-                f"{r['ratio_spread'][0]:.3f}–{r['ratio_spread'][1]:.3f}",
-                f"{r['slowest']:.2f}",
-                f"{entry['peaks'][row] / 1e6:.0f}" if entry["peaks"] else "",
-                shares and f"{shares} %",
-            )
-        made.add_section()
+    for i, r in enumerate(records):
+        case = f"{r['optimizer']} {r['width']} / {r['tokens']}"
+        if i and r["row"] == "bare":
+            made.add_section()
+        shares = ", ".join(f"{k} {100 * v:.1f}" for k, v in sorted(r["shares"].items(), key=lambda x: -x[1])
+                           if v >= 0.0005 and k != "base")  # fmt: skip
+        made.add_row(
+            case,
+            r["row"],
+            f"{r['seconds']:.4f}",
+            f"{r['spread'][0]:.4f}–{r['spread'][1]:.4f}",
+            f"{r['ratio']:.3f}",
+            f"{r['ratio_spread'][0]:.3f}–{r['ratio_spread'][1]:.3f}",
+            f"{r['slowest']:.2f}",
+            f"{r['peak'] / 1e6:.0f}" if r["peak"] is not None else "",
+            shares and f"{shares} %",
+        )
     return made
+
+
+def measure_case(args: argparse.Namespace, store: ResultFile, case: Case) -> list[dict[str, Any]]:
+    """What is missing of a case, kept; nothing if all is there."""
+    of_case = {"optimizer": case.optimizer, "width": case.width, "tokens": case.tokens}
+    rows = rows_of(case, args.rows)
+    missing = [row for row in rows if not store.has(**of_case, row=row)]
+    if not missing:
+        return []
+    rows = list(dict.fromkeys(["bare", *missing]))
+    memory = {} if args.no_peaks else peaks(case, missing, args.threads)
+    figures = measure(case, rows, args.intervals)
+    found = [{**of_case, "depth": case.depth, "row": row, **figures[row], "peak": memory.get(row)} for row in missing]
+    store.add(*found)
+    return found
 
 
 def depth_of(width: int) -> int:
@@ -287,7 +300,7 @@ def depth_of(width: int) -> int:
 
 
 def main() -> int:
-    """Run, print, write JSON."""
+    """Measure what is missing, print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
     parser.add_argument("--widths", nargs="+", type=int, default=(256, 512, 1024))
@@ -297,33 +310,27 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-peaks", action="store_true", help="do not measure memory")
-    parser.add_argument("--json", type=output_file, help="write the figures here too")
+    parser.add_argument("--json", type=output_file, help="keep the figures here, and go on from those that are there")
     parser.add_argument("--smoke", action="store_true", help="a tiny job")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.smoke:
+        args.widths, args.tokens, args.intervals, args.threads = (64,), (128,), 1, 1
     torch.set_num_threads(args.threads)
     if args.peak is not None:
         case, row = json.loads(args.peak)
         print(peak(Case(**case), row))
         return 0
-    if args.smoke:
-        args.widths, args.tokens, args.intervals = (64,), (128,), 1
     console = Console(width=170 if not sys.stdout.isatty() else None)
-    results = []
-    for optimizer in args.optimizers:
-        for width in args.widths:
-            for tokens in args.tokens:
-                depth = 1 if args.smoke else depth_of(width)
-                case = Case(optimizer, width, tokens, depth, args.device)
-                rows = rows_of(case, args.rows)
-                memory = {} if args.no_peaks else peaks(case, rows, args.threads)
-                results.append({"case": asdict(case), "rows": measure(case, rows, args.intervals), "peaks": memory})
-                if args.json:
-                    machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads}
-                    args.json.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
-                console.print(table(results[-1:]))
-    if len(results) > 1:
-        console.print(table(results))
+    job = {"intervals": args.intervals, "steps an interval": INTERVAL, "sequence_length": SEQUENCE}
+    store = open_results(parser, args.json, job, args.device)
+    for optimizer, width, tokens in itertools.product(args.optimizers, args.widths, args.tokens):
+        depth = 1 if args.smoke else depth_of(width)
+        found = measure_case(args, store, Case(optimizer, width, tokens, depth, args.device))
+        if found:
+            console.print(table(found))
+    console.print(table(store.records))
+    console.print(about_line(store.about), highlight=False)
     return 0
 
 

@@ -1,8 +1,8 @@
 """Which metric, measured beforehand, predicts the damage of factorizing a layer? One layer at a time.
 
-    python benchmarks/thresholds.py --json thresholds.json  # two seeds: about two hours on one core
+    python benchmarks/thresholds.py --json runs/thresholds.json  # two seeds: about two hours on one core
     python benchmarks/thresholds.py --seeds 1 --optimizers muon --moments 300
-    python benchmarks/thresholds.py --smoke                 # the same code on a tiny job
+    python benchmarks/thresholds.py --smoke                      # the same code on a tiny job
 
 The model of ``examples/train_gpt.py`` trains dense at a constant learning rate. At each of the moments
 every matrix is measured at the rank of each share of its parameters, from full float64 SVDs and the raw
@@ -22,10 +22,11 @@ import copy
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,15 +37,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
-from gpt import GPT, GPTConfig
-from results_file import output_file, read_results, write_results
+from gpt import GPT
+from results_file import ResultFile, about_line, open_results, output_file
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.linalg import chance_corrected, energy, exact_basis, subspace_change
-from train_gpt import Batches, bits_per_byte, build_optimizers, parse_arguments
+from train_gpt import Batches, base_optimizers, bits_per_byte
 
 LEARNING_RATES = {"muon": 0.01, "adamw": 2e-3}  # the best of quality.py's grid for dense training
 GRADIENTS = 8  # batches that a layer is measured from
 DRIFT_STEPS = 20  # steps over which drift and movement are measured
+TARGETS = ("damage", "training_damage")
 RULES: dict[str, Callable[[dict[str, float]], bool]] = {  # without their other condition, drift
     "capture": lambda metrics: metrics["capture_excess"] > Thresholds().capture_held,
     "alignment": lambda metrics: metrics["principal_excess"] < Thresholds().principal_danger,
@@ -72,44 +74,32 @@ class Trial:
     layer: str
     share: float
     rank: int
-    saved: int  # parameters
-    metrics: dict[str, float]
     bpb: float
-    untouched_bpb: float
     damage: float  # percent
     training_damage: float  # percent
-    loss_differences: list[float]  # to the untouched copy on the same batch, nats, one for each step
-
-    @property
-    def key(self) -> tuple[str, int, int, str, float]:
-        return self.optimizer, self.seed, self.moment, self.layer, self.share
+    metrics: dict[str, float]
 
     @property
     def kind(self) -> str:
         """The layer's name without its block."""
         return self.layer.split(".", 2)[2]
 
+    def as_record(self) -> dict[str, Any]:
+        """A row of a file: metrics are columns."""
+        values = asdict(self)
+        return values | values.pop("metrics")
 
-class Store:
-    """The trials done so far, in memory and (if there is a path) in a file.
 
-    Raises:
-        ValueError: the file is of another job or machine, or of something else.
-    """
-
-    def __init__(self, path: Path | None, job: Job) -> None:
-        self.path, self.job = path, job
-        self.trials: list[Trial] = []
-        if path is not None and path.exists():
-            self.trials = [Trial(**row) for row in read_results(path, asdict(job), "trials")]
-        self.keys = {trial.key for trial in self.trials}
-
-    def add(self, trial: Trial) -> None:
-        """Keep a trial."""
-        self.trials.append(trial)
-        self.keys.add(trial.key)
-        if self.path is not None:
-            write_results(self.path, asdict(self.job), "trials", [asdict(trial) for trial in self.trials])
+def trials_of(records: Iterable[Mapping[str, Any]]) -> list[Trial]:
+    """From the rows of a file."""
+    names = [field.name for field in fields(Trial) if field.name != "metrics"]
+    return [
+        Trial(
+            **{name: record[name] for name in names},
+            metrics={name: value for name, value in record.items() if name not in names},
+        )
+        for record in records
+    ]
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -149,11 +139,8 @@ class Run:
 def start(job: Job, optimizer: str, seed: int) -> Run:
     """A fresh dense run with the learning rates of the main job."""
     torch.manual_seed(seed)
-    sizes = {"depth": job.depth, "width": job.width, "heads": max(1, job.width // 128)}
-    model = GPT(GPTConfig(**sizes, sequence_length=job.sequence_length))
-    options = ["--optimizer", optimizer, "--baseline", "--lr", str(LEARNING_RATES[optimizer])]
-    optimizers, _ = build_optimizers(parse_arguments(options), model)
-    return Run(model, optimizers)
+    model = GPT.of_width(job.depth, job.width, job.sequence_length)
+    return Run(model, base_optimizers(optimizer, model, LEARNING_RATES[optimizer]))
 
 
 def go_on(
@@ -227,7 +214,6 @@ def alignments(G: Tensor, U: Tensor, V: Tensor) -> dict[str, float]:
         "capture": capture,
         "capture_excess": chance_corrected(capture, 1 - (1 - k / m) * (1 - k / n)) or 0.0,
         "principal_excess": chance_corrected(principal, k / m) or 0.0,
-        "outside_share": 1 - capture,
         "outside_energy": lost.mean().item(),
     }
 
@@ -250,7 +236,6 @@ def measure(run: Run, layer: str, rank: int, evidence: Evidence) -> dict[str, fl
     return {
         **single,
         **{f"{name}_of_mean": value for name, value in of_mean.items()},
-        "minor_safe": 1 - single["principal_excess"],
         "outside_nuclear_of_mean": nuclear,  # what Muon's next update loses, to first order
         "outside_absolute_of_mean": lost.abs().sum().item(),  # what Adam's loses
         "reconstruction_error": reconstruction_error,
@@ -298,18 +283,23 @@ def parameters_saved(shape: Sequence[int], rank: int) -> int:
 
 
 def explore(
-    args: argparse.Namespace, optimizer: str, seed: int, data: tuple[Tensor, Batches], store: Store, progress: Progress
+    args: argparse.Namespace,
+    job: Job,
+    optimizer: str,
+    seed: int,
+    data: tuple[Tensor, Batches],
+    store: ResultFile,
+    progress: Progress,
 ) -> None:
     """Train one dense run, and try its layers at every moment."""
     training, validation = data
-    job = store.job
     run = start(job, optimizer, seed)
     pending = {
         moment: [
             (layer, share)
             for layer in run.layers()
             for share in args.shares
-            if (optimizer, seed, moment, layer, share) not in store.keys
+            if not store.has(optimizer=optimizer, seed=seed, moment=moment, layer=layer, share=share)
         ]
         for moment in args.moments
     }
@@ -337,35 +327,17 @@ def explore(
             rank = rank_of_share(run.layers()[layer].weight.shape, share)
             metrics = measure(run, layer, rank, evidence)
             ended = go_on(run, counted(windows), validation, layer, rank)
-            store.add(outcome((optimizer, seed, moment, layer, share), rank, metrics, ended, untouched))
+            trial = Trial(
+                optimizer=optimizer, seed=seed, moment=moment, layer=layer, share=share, rank=rank, metrics=metrics,
+                bpb=ended[0], damage=percent(ended[0], untouched[0]),
+                training_damage=percent(*(sum(losses[len(losses) // 2 :]) for _, losses in (ended, untouched))),
+            )  # fmt: skip
+            store.add(trial.as_record())
 
 
-def outcome(
-    key: tuple[str, int, int, str, float],
-    rank: int,
-    metrics: dict[str, float],
-    ended: tuple[float, list[float]],
-    untouched: tuple[float, list[float]],
-) -> Trial:
-    """The record of one trial."""
-    optimizer, seed, moment, layer, share = key
-    (bpb, losses), (untouched_bpb, untouched_losses) = ended, untouched
-    half = len(losses) // 2
-    return Trial(
-        optimizer=optimizer,
-        seed=seed,
-        moment=moment,
-        layer=layer,
-        share=share,
-        rank=rank,
-        saved=int(metrics["parameters_saved"]),
-        metrics=metrics,
-        bpb=bpb,
-        untouched_bpb=untouched_bpb,
-        damage=100 * (bpb / untouched_bpb - 1),
-        training_damage=100 * (sum(losses[half:]) / sum(untouched_losses[half:]) - 1),
-        loss_differences=[a - b for a, b in zip(losses, untouched_losses, strict=True)],
-    )
+def percent(value: float, reference: float) -> float:
+    """By how much it is above, in percent."""
+    return 100 * (value / reference - 1)
 
 
 # ---- reporting -------------------------------------------------------------------------------------------
@@ -398,10 +370,20 @@ def alike(trials: list[Trial]) -> list[list[Trial]]:
     return list(groups.values())
 
 
+def correlations(trials: list[Trial], groups: Sequence[list[Trial]], target: str) -> dict[str, float]:
+    """How well each metric orders the trials of a group by their ``target``; the mean over groups."""
+    return {
+        metric: statistics.mean(
+            spearman([t.metrics[metric] for t in group], [getattr(t, target) for t in group]) for group in groups
+        )
+        for metric in trials[0].metrics
+    }
+
+
 def correlation_table(optimizer: str, trials: list[Trial]) -> Table:
     """How well each metric orders the trials by their damage."""
     sets = {name: [group] for name, group in by_share(trials).items()} | {"alike": alike(trials)}
-    columns = [(target, name) for target in ("damage", "training_damage") for name in sets]
+    columns = [(target, name) for target in TARGETS for name in sets]
     agreement = spearman([t.damage for t in trials], [t.training_damage for t in trials])
     table = Table(
         "metric", *(f"{target.removesuffix('_damage')}\n{name}" for target, name in columns),
@@ -409,17 +391,9 @@ def correlation_table(optimizer: str, trials: list[Trial]) -> Table:
         caption=f"All, those of one share, and alike: within one kind of layer and share, mean over these. "
         f"Damage with training damage, all: {agreement:+.2f}",
     )  # fmt: skip
-    rows = {}
-    for metric in trials[0].metrics:
-        rows[metric] = [
-            statistics.mean(
-                spearman([t.metrics[metric] for t in group], [getattr(t, target) for t in group])
-                for group in sets[name]
-            )
-            for target, name in columns
-        ]
-    for metric, row in sorted(rows.items(), key=lambda item: -abs(item[1][0])):
-        table.add_row(metric, *(f"{value:+.2f}" for value in row))
+    found = [correlations(trials, sets[name], target) for target, name in columns]
+    for metric in sorted(found[0], key=lambda metric: -abs(found[0][metric])):
+        table.add_row(metric, *(f"{column[metric]:+.2f}" for column in found))
     return table
 
 
@@ -439,7 +413,7 @@ def kind_table(optimizer: str, trials: list[Trial]) -> Table:
         for share, group in list(by_share([t for t in trials if t.kind == kind]).items())[1:]:
             table.add_row(
                 kind, share, mean_of(t.damage for t in group), mean_of(t.training_damage for t in group),
-                mean_of((1000 * t.damage / t.saved for t in group), "+.5f"),
+                mean_of((1000 * t.damage / t.metrics["parameters_saved"] for t in group), "+.5f"),
                 mean_of((t.metrics["capture_excess"] for t in group), ".3f"),
                 mean_of((t.metrics["principal_excess"] for t in group), ".3f"),
                 *(f"{sum(rule(t.metrics) for t in group)} of {len(group)}" for rule in RULES.values()),
@@ -468,7 +442,7 @@ def rule_table(optimizer: str, trials: list[Trial]) -> Table:
 
 
 def main() -> int:
-    """Run, print, write JSON."""
+    """Try what is missing, print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
     parser.add_argument("--seeds", type=int, default=2)
@@ -489,21 +463,20 @@ def main() -> int:
     if not all(0 < share < 1 for share in args.shares):
         parser.error("--shares must be between 0 and 1")
     torch.set_num_threads(args.threads)
-    try:
-        store = Store(args.json, job)
-    except ValueError as error:
-        parser.error(str(error))
+    store = open_results(parser, args.json, asdict(job))
     console = Console(width=160 if not sys.stdout.isatty() else None)
     training, held_out = split(load_corpus(None))
     data = (training, validation_batches(held_out, job.sequence_length, job.validation_tokens))
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         for optimizer in args.optimizers:
             for seed in range(args.seeds):
-                explore(args, optimizer, seed, data, store, progress)
-    for optimizer in dict.fromkeys(trial.optimizer for trial in store.trials):
-        trials = [trial for trial in store.trials if trial.optimizer == optimizer]
+                explore(args, job, optimizer, seed, data, store, progress)
+    found = trials_of(store.records)
+    for optimizer in dict.fromkeys(trial.optimizer for trial in found):
+        trials = [trial for trial in found if trial.optimizer == optimizer]
         for table in (correlation_table, kind_table, rule_table):
             console.print(table(optimizer, trials))
+    console.print(about_line(store.about), highlight=False)
     return 0
 
 

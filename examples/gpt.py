@@ -117,6 +117,12 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()
 
+    @classmethod
+    def of_width(cls, depth: int, width: int, sequence_length: int) -> GPT:
+        """With heads 128 wide, or one head if that is too wide."""
+        heads = max(1, width // 128)
+        return cls(GPTConfig(depth=depth, width=width, heads=heads, sequence_length=sequence_length))
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal with standard deviation 1/sqrt(fan_in); what writes into the stream starts at zero."""

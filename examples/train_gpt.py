@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from corpus import batches, load_corpus, split, validation_batches
-from gpt import GPT, GPTConfig
+from gpt import GPT
 from svd_optim import ConsoleReport, Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.console.report import summary_renderable
 from svd_optim.console.tables import layer_table
@@ -166,19 +166,20 @@ class Record:
     elapsed: float = 0.0  # seconds, all of it
 
 
+def base_optimizers(kind: str, model: GPT, lr: float, rest_lr: float = 3e-3) -> list[torch.optim.Optimizer]:
+    """[that of the matrices, ...]: AdamW takes the embedding and the head along, Muon leaves them to an AdamW."""
+    matrices, rest = list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight]
+    if kind == "adamw":
+        return [torch.optim.AdamW([*matrices, *rest], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    others = torch.optim.AdamW(rest, lr=rest_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), others]
+
+
 def build_optimizers(
     args: argparse.Namespace, model: GPT
 ) -> tuple[list[torch.optim.Optimizer], SubspaceAwareOptimizer | None]:
     """All optimizers of the run, and the one among them that is the wrapper (if any)."""
-    matrices = list(model.blocks.parameters())
-    rest = [model.embed.weight, model.lm_head.weight]
-    others: list[torch.optim.Optimizer] = []
-    optimizer: torch.optim.Optimizer
-    if args.optimizer == "muon":
-        optimizer = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0)
-        others = [torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
-    else:
-        optimizer = torch.optim.AdamW([*matrices, *rest], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer, *others = base_optimizers(args.optimizer, model, args.lr)
     if args.baseline:
         return [optimizer, *others], None
     mode = "observe" if args.observe else "auto"
@@ -337,9 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         training, held_out = split(load_corpus(args.data))
         validation = validation_batches(held_out, args.sequence_length)
-        heads = max(1, args.width // 128)
-        sizes = {"depth": args.depth, "width": args.width, "heads": heads}
-        model = GPT(GPTConfig(**sizes, sequence_length=args.sequence_length))
+        model = GPT.of_width(args.depth, args.width, args.sequence_length)
     except (OSError, ValueError) as error:
         console.print(Text(f"train_gpt: {error}"))
         return 2

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,43 +75,93 @@ def test_every_output_is_such_an_argument() -> None:
                 assert "type=output_file" in line, f"{script.name}: {line}"
 
 
-@pytest.mark.parametrize("benchmark", [forgetting, thresholds])
-def test_results_of_something_else_are_refused(benchmark: ModuleType, tmp_path: Path) -> None:
-    path, job = tmp_path / "x.json", benchmark.Job()
-    kind = "runs" if benchmark is forgetting else "trials"
-    results_file.write_results(path, asdict(job), kind, [])
-    benchmark.Store(path, job)
+def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    store = results_file.ResultFile(path, {"sizes": (1, 2)})
+    assert not path.exists()
+    store.add({"name": "a", "value": 1 / 3, "curve": [(1, 2.0)]})
+    store.add({"name": "b", "more": None})
+    again = results_file.ResultFile(path, {"sizes": (1, 2)})
+    assert again.records == [
+        {"name": "a", "value": 0.333333, "curve": [[1, 2.0]], "more": None},
+        {"name": "b", "value": None, "curve": None, "more": None},
+    ]
+    assert again.has(name="a", value=0.333333) and not again.has(name="b", value=0.333333)
+    about, _ = results_file.read_results(path)
+    assert about["threads"] == 1 and about["torch"] == torch.__version__ and about["job"] == {"sizes": [1, 2]}
+    assert len(about["commands"]) == 1 and str(tmp_path) not in path.read_text()
+
+
+def test_two_processes_may_fill_one_file(tmp_path: Path) -> None:
+    one, other = (results_file.ResultFile(tmp_path / "x.json", {}) for _ in range(2))
+    one.add({"name": "a"})
+    other.add({"name": "b"})
+    one.add({"name": "c"})
+    assert [record["name"] for record in one.records] == ["a", "b", "c"]
+
+
+def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
+    path, job = tmp_path / "x.json", {"depth": 4}
+    results_file.ResultFile(path, job).add({"name": "a"})
     with pytest.raises(ValueError, match=r"x\.json is of another job: .*'depth': 4.*, not .*'depth': 1"):
-        benchmark.Store(path, replace(job, depth=1))
+        results_file.ResultFile(path, {"depth": 1})
     saved = json.loads(path.read_text())
-    path.write_text(json.dumps({**saved, "machine": "another one, 17 threads"}))
-    with pytest.raises(ValueError, match=r"x\.json is of another machine: another one, 17 threads, not"):
-        benchmark.Store(path, job)
-    for text in ("", "[]", "{}", path.read_text()[:-1], json.dumps({"job": 1, "machine": 2})):
+    for name, value in {"machine": "another one", "threads": 17, "torch": "1.0", "svd_optim": "9"}.items():
+        path.write_text(json.dumps({**saved, name: value}))
+        with pytest.raises(ValueError, match=rf"x\.json is of another {name}: {value}, not"):
+            results_file.ResultFile(path, job)
+    del saved["machine"]
+    for text in ("", "[]", "{}", path.read_text()[:-1], json.dumps(saved), json.dumps({**saved, "columns": []})):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"x\.json is no file of this benchmark"):
-            benchmark.Store(path, job)
+        with pytest.raises(ValueError, match=r"x\.json is no file of results"):
+            results_file.ResultFile(path, job)
+
+
+@pytest.mark.parametrize("benchmark", [forgetting, quality, thresholds])
+def test_a_file_of_another_job_is_an_error_of_the_argument(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    results_file.ResultFile(path, {}).add({"name": "a"})
+    monkeypatch.setattr(sys, "argv", ["x.py", "--json", str(path), "--threads", "1"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "x.json is of another job: {}, not" in capsys.readouterr().err
+
+
+def test_runs_and_trials_survive_the_file(tmp_path: Path) -> None:
+    setting = forgetting.Setting("protect", 0.25, 0.3)
+    curve = [forgetting.Point(0, 4.5, 2.5), forgetting.Point(4, 3.5, 2.75)]
+    run = forgetting.Run(optimizer="muon", seed=1, setting=setting, curve=curve, seconds_per_step=0.5)
+    trial = thresholds.Trial(
+        optimizer="adamw", seed=0, moment=300, layer="blocks.1.mlp.c_fc", share=0.5, rank=9, bpb=2.5,
+        damage=0.125, training_damage=-0.25, metrics={"capture": 0.75, "parameters_saved": 12},
+    )  # fmt: skip
+    for kept, back in ((run, forgetting.runs_of), (trial, thresholds.trials_of)):
+        store = results_file.ResultFile(tmp_path / f"{type(kept).__name__}.json", {})
+        store.add(kept.as_record())
+        assert back(results_file.read_results(store.path).records) == [kept]
+    assert trial.kind == "mlp.c_fc"
 
 
 # ---- which runs of quality.py ----------------------------------------------------------------------
 
 
-def options(**others: Any) -> argparse.Namespace:
-    return argparse.Namespace(optimizers=("adamw",), seeds=3, sizes=quality.Sizes(), threads=1, jobs=1, **others)
+Runs = dict[quality.Job, dict[str, Any]]
 
 
-def made_of(row: str, table: dict[tuple[float, int], float]) -> dict[str, dict[str, Any]]:
+def made_of(row: str, table: dict[tuple[float, int], float]) -> Runs:
     """Runs of a row: bits per byte by (learning rate, seed)."""
-    return {quality.Job("adamw", row, lr, seed).key: {"bpb": bpb} for (lr, seed), bpb in table.items()}
+    return {quality.Job("adamw", row, lr, seed): {"bpb": bpb} for (lr, seed), bpb in table.items()}
 
 
-def wanted(runs: dict[str, dict[str, Any]], row: str) -> list[tuple[float, int]]:
-    return [(job.lr, job.seed) for job in quality.open_jobs(runs, [row], options())]
+def wanted(runs: Runs, row: str) -> list[tuple[float, int]]:
+    return [(job.lr, job.seed) for job in quality.open_jobs(runs, [row], ["adamw"], seeds=3)]
 
 
-def chosen(runs: dict[str, dict[str, Any]], row: str) -> tuple[float, list[int]]:
+def chosen(runs: Runs, row: str) -> tuple[float, list[int]]:
     """By the table: the learning rate, and its seeds."""
-    (line,) = (line for line in quality.summarize(runs, options()) if line["row"] == row)
+    (line,) = (line for line in quality.summarize(runs, ["adamw"], seeds=3) if line["row"] == row)
     return line["lr"], sorted(line["results"])
 
 
@@ -152,25 +201,23 @@ def test_other_rows_get_one_seed_more_at_the_best_rate_of_the_first() -> None:
     assert chosen(made_of(row, table), row) == (0.004, [0, 1])
 
 
+def test_only_some_rates_of_the_grid() -> None:
+    def jobs(runs: Runs) -> list[tuple[float, int]]:
+        found = quality.open_jobs(runs, ["two factors 0.5"], ["adamw"], seeds=2, lrs=[0.004, 7.0])
+        return [(job.lr, job.seed) for job in found]
+
+    assert jobs({}) == [(0.004, 0)]
+    assert jobs(made_of("two factors 0.5", {(0.004, 0): 2.8})) == [(0.004, 1)]
+
+
 def test_the_table_says_which_rates_were_tried() -> None:
     figures = {"parameters": 1, "resident_bytes": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
     runs = made_of("dense", {(0.004, 0): 2.8, (0.002, 0): 2.9})
     runs |= made_of("ours 0.5", {(lr, 0): lr for lr in quality.GRID["adamw"]})
     runs = {key: result | figures | {"switched_at": 123.4} for key, result in runs.items()}
-    made = quality.table(quality.summarize(runs, options()))
+    made = quality.table(quality.summarize(runs, ["adamw"], seeds=3))
     assert list(made.columns[1].cells) == ["0.004 (of 0.002, 0.004)", "0.001"]
     assert list(made.columns[-1].cells) == ["123", "123"]
-
-
-def test_a_line_that_a_killed_run_left_does_not_take_the_next_one_along(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    quality.keep(path, "a", {"bpb": 1.0})
-    with path.open("a") as file:
-        file.write(path.read_text()[:9])
-    quality.keep(path, "b", {"bpb": 2.0})
-    quality.keep(path, "c", {"bpb": 3.0})
-    assert quality.load(path) == {"a": {"bpb": 1.0}, "b": {"bpb": 2.0}, "c": {"bpb": 3.0}}
-    assert len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(("failing", "done", "total"), [((), 9, 9), (((0.004, 1),), 8, 9), (((0.001, 0),), 2, 3)])
@@ -185,22 +232,25 @@ def test_all_runs(
         return bars[-1]
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        job = json.loads(command[-1])
+        job, _ = json.loads(command[-1])
         bad = (job["lr"], job["seed"]) in failing
         return subprocess.CompletedProcess(command, int(bad), "" if bad else json.dumps({"bpb": 2 + job["lr"]}))
 
     monkeypatch.setattr(quality, "Progress", new_bar)
     monkeypatch.setattr(subprocess, "run", run)
-    args = options(results=tmp_path / "new" / "runs.jsonl")
-    failed = quality.run_all(args, ["dense"], Console(quiet=True))
-    assert failed == len(failing)
+    store = results_file.ResultFile(tmp_path / "runs.json", {})
+    args = argparse.Namespace(
+        rows=["dense"], optimizers=["adamw"], seeds=3, lrs=(), sizes=quality.Sizes(), threads=1, jobs=1, store=store
+    )
+    assert quality.run_all(args, Console(quiet=True)) == len(failing)
     (task,) = bars[0].tasks
-    assert (task.completed, task.total, len(quality.load(args.results))) == (done, total, done)
+    assert (task.completed, task.total) == (done, total)
+    assert len(quality.runs_of(results_file.read_results(tmp_path / "runs.json").records)) == done
 
 
 @pytest.mark.parametrize("failed", [0, 2])
 def test_failed_runs_make_the_exit_status(failed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--results", str(tmp_path / "runs.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--json", str(tmp_path / "runs.json")])
     monkeypatch.setattr(quality, "run_all", lambda *_: failed)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert quality.main() == (1 if failed else 0)

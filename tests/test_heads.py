@@ -10,7 +10,7 @@ from torch import nn
 
 from svd_optim import RunLog, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.console import read_log
-from svd_optim.tracking.heads import own_parts
+from svd_optim.tracking.heads import find_heads, own_parts
 from svd_optim.tracking.selection import select_layers
 
 Shapes = dict[str, tuple[int, int]]
@@ -274,3 +274,12 @@ def test_a_compiled_head_is_one() -> None:
 )
 def test_own_parts(name: str, parts: list[str]) -> None:
     assert own_parts(name) == parts
+
+
+def test_a_layer_of_a_stack_of_one_block_is_no_head_for_its_width() -> None:
+    """A byte-level GPT of one block: its MLP is as wide as the vocabulary."""
+    block = nn.ModuleDict({"c_fc": nn.Linear(64, 256), "c_proj": nn.Linear(256, 64)})
+    model = nn.ModuleDict({"embed": nn.Embedding(256, 64), "blocks": nn.ModuleList([block])})
+    assert not find_heads(model)
+    model["lm_out"] = nn.Linear(64, 256)
+    assert list(find_heads(model)) == [model["lm_out"]]

@@ -34,13 +34,14 @@ class Controller(TrackedRun):
         for layer in list(self.layers.values()):
             if id(layer.module) not in selection.present:
                 self.stop_tracking(layer, "it is no longer in the model")
+                del self.given_up[layer.name]  # another one may take its place
             elif id(layer.module) not in selected:
                 layer.problem = selection.reasons.get(id(layer.module), NO_GROUP)
             else:
                 layer.problem = ""
         known = {id(layer.module): layer for layer in self.layers.values()}
         for found in selection.layers:
-            if id(found.module) in known:
+            if id(found.module) in known or found.name in self.given_up:
                 continue
             index = 1 + max((layer.index for layer in self.layers.values()), default=-1)
             layer = self.layers[found.name] = tracked_layer(found, index, self.config)
@@ -48,7 +49,7 @@ class Controller(TrackedRun):
             if isinstance(found.module, FactorizedLinear):
                 self.attachment.adopt(layer, found.module, self.base, self.steps)
         budget.follow_plan_(self.layers, self.config, self.steps)
-        self.skipped = selection.skipped
+        self.skipped = [*selection.skipped, *self.given_up.values()]
 
     # ---- every step ----------------------------------------------------------------------------------
 

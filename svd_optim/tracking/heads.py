@@ -43,7 +43,8 @@ def find_heads(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in linear.items():
         by = _called_head(name)
         if not by and alike[_without_numbers(name)] == 1:
-            by = _by_vocabulary(module, tables, name == last) or _by_name(name, module, linear)
+            beside = not any(part.isdigit() for part in name.split("."))  # no part of a stack, however short
+            by = _by_vocabulary(module, tables, name == last, beside) or _by_name(name, module, linear)
         if by:
             heads[module] = by
     return heads
@@ -64,10 +65,10 @@ def _called_head(name: str) -> str:
     return f"it is part of {said!r}" if said else ""
 
 
-def _by_vocabulary(module: nn.Linear, tables: dict[int, str], last: bool) -> str:
-    """One output for each row of an embedding: the last layer, or one that widens to the largest table."""
+def _by_vocabulary(module: nn.Linear, tables: dict[int, str], last: bool, beside: bool) -> str:
+    """One output for each row of an embedding: the last layer, or one beside a stack, as wide as the largest table."""
     out = module.out_features
-    if out not in tables or not (last or (out == max(tables) and out > module.in_features)):
+    if out not in tables or not (last or (beside and out == max(tables) and out > module.in_features)):
         return ""
     return f"out_features = {out} is the vocabulary of {tables[out] or 'the embedding'}"
 

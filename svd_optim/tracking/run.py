@@ -39,6 +39,7 @@ class TrackedRun:
         self.steps = 0
         self.moves: dict[str, Tensor] = {}  # descending layers that the present step moves
         self.skipped: list[Skipped] = []
+        self.given_up: dict[str, Skipped] = {}  # of these, the layers that were tracked before, by name
         self.journal = Journal()
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)
         self.attachment = Attachment(config)
@@ -83,10 +84,11 @@ class TrackedRun:
         return [self, self.lifecycle, self.journal, self.guard, self.alerts, self.overhead, *parts]
 
     def stop_tracking(self, layer: TrackedLayer, reason: str) -> None:
-        """Stop tracking a layer that can't be measured."""
+        """Stop tracking a layer that can't be measured, for good."""
         del self.layers[layer.name]
         self.attachment.let_go(layer)
-        self.skipped.append(Skipped(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
+        self.given_up[layer.name] = Skipped(name=f"{layer.name}.weight", shape=layer.shape, reason=reason)
+        self.skipped.append(self.given_up[layer.name])
         self.lifecycle.note(self.steps, layer.name, "unsupported", reason)
 
     def unsupported(self, layers: Iterable[TrackedLayer]) -> dict[str, str]:
