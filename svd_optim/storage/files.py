@@ -1,11 +1,11 @@
-"""A checkpoint on disk: safetensors and JSON in one folder, written whole or not at all, verified before use.
+"""Checkpoints on disk: safetensors and JSON files in one folder, written atomically and verified before use.
 
-A folder of checkpoints holds ``checkpoint-000001``, ``checkpoint-000002``, ... and ``latest``, a text file
-with the name of one of them. Each is written beside, in a ``.tmp-`` folder that its writer keeps locked,
-then synced and renamed, and ``latest`` moves last. In a checkpoint, ``manifest.json`` holds all structure
-and plain values, and the type, shape and SHA-256 of each tensor in the safetensors files beside it.
+A folder of checkpoints contains ``checkpoint-000001``, ``checkpoint-000002``, ... and ``latest``, a text file with the
+name of one of them. Each is written to a ``.tmp-`` folder, which its writer keeps locked, synced and renamed;
+``latest`` is updated last. In a checkpoint, ``manifest.json`` contains all structure and plain values, and the dtype,
+shape and SHA-256 of each tensor in the safetensors files.
 
-This file knows no model and no optimizer: trees of plain values and tensors in, the same out.
+Independent of models and optimizers: trees of plain values and tensors in, the same out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL, STATE = "model.safetensors", "state.safetensors"
 LATEST = "latest"
-MANIFEST_LIMIT = 256 * 2**20  # bytes; a thousand layers with their histories take a tenth of it
-HEADER_LIMIT = 100 * 2**20  # bytes; safetensors' own
+MANIFEST_LIMIT = 256 * 2**20  # bytes; a thousand layers with their histories need a tenth of it
+HEADER_LIMIT = 100 * 2**20  # bytes; the limit of safetensors itself
 _NAME = re.compile(r"checkpoint-(\d{6,15})")
 _LOCK, _TEMPORARY = ".lock", ".tmp-"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError,
@@ -43,24 +43,27 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, Arithmeti
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be written, or what is on disk can't be trusted or doesn't fit; nothing was changed."""
+    """A checkpoint can't be written, or one on disk is damaged or doesn't fit; nothing was changed."""
 
 
 class Part(NamedTuple):
-    """A safetensors file's worth of a checkpoint."""
+    """The content of one safetensors file of a checkpoint."""
 
-    tree: Any  # plain values, with tensors between them
-    named: dict[str, Tensor]  # tensors that have a name of their own
+    tree: Any  # plain values and tensors
+    named: dict[str, Tensor]  # tensors outside the tree, by name
 
 
 # ---- trees of plain values and tensors ---------------------------------------------------------------
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON that keeps tuples, NaN and keys that are no strings; its tensors go to ``tensors``.
+    """``value`` as JSON that preserves tuples, NaN and keys other than strings; its tensors are added to ``tensors``.
 
     Args:
-        where: the path of ``value`` in the whole tree (a JSON pointer): the name of a tensor there.
+        where: the path of ``value`` in the whole tree (a JSON pointer), which becomes the name of a tensor.
+
+    Raises:
+        CheckpointError: a value of another type, or two tensors with the same name.
     """
     if isinstance(value, Tensor):
         if where in tensors:
@@ -89,7 +92,7 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`encode`; takes each tensor out of ``tensors``."""
+    """The inverse of :func:`encode`; removes each tensor from ``tensors``."""
     if isinstance(value, list):
         return [decode(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -111,11 +114,11 @@ def decode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")  # RFC 6901: no two places share a name
+    return key.replace("~", "~0").replace("/", "~1")  # RFC 6901: names of different places differ
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that nothing else shares, as of now."""
+    """Contiguous copies on the CPU, which share no memory with the originals."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(f"tensor {name!r} is sparse or quantized, and can't be saved")
@@ -144,7 +147,7 @@ def write(folder: Path, parts: Mapping[str, Part], keep: int | None) -> Path:
         keep: how many checkpoints to keep; ``None``: all.
 
     Raises:
-        CheckpointError: it could not be written; what was there is as it was.
+        CheckpointError: it could not be written; existing checkpoints are unchanged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,33 +155,33 @@ def write(folder: Path, parts: Mapping[str, Part], keep: int | None) -> Path:
             _sweep(folder)
             temporary = folder / f"{_TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
             temporary.mkdir()
-            held = os.open(temporary, os.O_RDONLY)
-            _try_lock(held)  # until it is renamed: others tell by this that its writer lives
+            handle = os.open(temporary, os.O_RDONLY)
+            _try_lock(handle)  # until it is renamed: shows other processes that its writer is alive
         try:
-            _fill(temporary, parts)
+            _write_files(temporary, parts)
             with _locked(folder / _LOCK):
                 path = folder / f"checkpoint-{max(_numbers(folder), default=0) + 1:06d}"
                 os.rename(temporary, path)
                 _sync(folder)
-                _point(folder, path.name)
+                _update_latest(folder, path.name)
                 _prune(folder, keep)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         finally:
-            os.close(held)
+            os.close(handle)
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"could not save a checkpoint to {str(folder)!r}: {error!r}; nothing was lost") from error
     return path
 
 
-def _fill(path: Path, parts: Mapping[str, Part]) -> None:
+def _write_files(path: Path, parts: Mapping[str, Part]) -> None:
     with open(path / MANIFEST, "wb") as manifest:
         mode = stat.S_IMODE(os.fstat(manifest.fileno()).st_mode)
         described = {}
         for file, part in parts.items():
             safetensors.torch.save_file(part.named, path / file)
-            os.chmod(path / file, mode)  # safetensors makes it 0600
+            os.chmod(path / file, mode)  # safetensors sets it to 0600
             _sync(path / file)
             tensors = {name: _described(tensor) for name, tensor in part.named.items()}
             described[file] = {"bytes": (path / file).stat().st_size, "tensors": tensors, "tree": part.tree}
@@ -189,38 +192,40 @@ def _fill(path: Path, parts: Mapping[str, Part]) -> None:
     _sync(path)
 
 
-def _point(folder: Path, name: str) -> None:
-    beside = folder / f"{_TEMPORARY}latest"
-    with open(beside, "w") as file:
+def _update_latest(folder: Path, name: str) -> None:
+    temporary = folder / f"{_TEMPORARY}latest"
+    with open(temporary, "w") as file:
         file.write(name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, folder / LATEST)
+    os.replace(temporary, folder / LATEST)
     _sync(folder)
 
 
 def _prune(folder: Path, keep: int | None) -> None:
     for number in sorted(_numbers(folder))[:-keep] if keep is not None else ():
-        doomed = folder / f"{_TEMPORARY}old-{number}"
+        outdated = folder / f"{_TEMPORARY}old-{number}"
         try:
-            os.rename(folder / f"checkpoint-{number:06d}", doomed)  # half of it must not look like a checkpoint
-            shutil.rmtree(doomed)
-        except OSError as error:  # the new one is safe, which is what counts
+            os.rename(
+                folder / f"checkpoint-{number:06d}", outdated
+            )  # so that a partly deleted one is not taken for a checkpoint
+            shutil.rmtree(outdated)
+        except OSError as error:  # the new one is complete, so this is no failure
             logger.warning("could not delete the old checkpoint %d in %r: %s", number, str(folder), error)
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what writers that died have left; what a living one works on is locked."""
+    """Delete the temporary folders of writers that died; those of living ones are locked."""
     for entry in folder.glob(f"{_TEMPORARY}*"):
         if entry.is_symlink() or not entry.is_dir():
             entry.unlink()
             continue
-        held = os.open(entry, os.O_RDONLY)
+        handle = os.open(entry, os.O_RDONLY)
         try:
-            if _try_lock(held):
+            if _try_lock(handle):
                 shutil.rmtree(entry)
         finally:
-            os.close(held)
+            os.close(handle)
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -247,7 +252,7 @@ def _try_lock(handle: int) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone in the folder, for the short moments in which its entries change. A dead holder's lock is gone."""
+    """An exclusive lock on the folder, while its entries change. The system releases the lock of a dead process."""
     import fcntl
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -255,7 +260,7 @@ def _locked(path: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may hold the handle too
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may have the handle open too
         os.close(handle)
 
 
@@ -265,28 +270,33 @@ def _locked(path: Path) -> Iterator[None]:
 def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Part]:
     """Read a checkpoint, or the latest in a folder of them, and verify every byte of it.
 
-    Nothing outside the checkpoint is read, links are not tracked, and memory stays within a small
-    multiple of the files' sizes.
+    Nothing outside the checkpoint is read, links are not followed, and memory stays within a small multiple of the
+    files' sizes.
 
     Raises:
-        CheckpointError: with the file, the tensor and the reason.
+        CheckpointError: it is missing or damaged; with the file, the tensor and the reason.
     """
     path = resolve(folder)
     described = _read_manifest(path / MANIFEST)["files"]
     parts = {}
     for file in files:
-        about = described.get(file)
-        if not isinstance(about, dict) or about.keys() != {"bytes", "tensors", "tree"}:
+        entry = described.get(file)
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "tensors", "tree"}:
             raise CheckpointError(f"{path / MANIFEST}: {file} is not described")
-        tensors = _read_tensors(path / file, about["bytes"], about["tensors"])
+        tensors = _read_tensors(path / file, entry["bytes"], entry["tensors"])
         try:
-            parts[file] = Part(decode(about["tree"], "", tensors), tensors)
-        except (CheckpointError, TypeError, RecursionError) as error:  # TypeError: a key that can't be one
+            parts[file] = Part(decode(entry["tree"], "", tensors), tensors)
+        except (CheckpointError, TypeError, RecursionError) as error:  # TypeError: an unhashable key
             raise CheckpointError(f"{path / MANIFEST}: {error}") from None
     return parts
 
 
 def resolve(folder: Path) -> Path:
+    """The checkpoint that ``folder`` is, or the latest one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     name = ""
     try:
         if not folder.is_dir():
@@ -295,7 +305,7 @@ def resolve(folder: Path) -> Path:
         if (folder / MANIFEST).exists():
             return folder
         numbers = sorted(_numbers(folder))
-        if not os.path.lexists(folder / LATEST):  # a writer died between its first checkpoint and the pointer
+        if not os.path.lexists(folder / LATEST):  # a writer died after its first checkpoint, before ``latest``
             if not numbers:
                 raise CheckpointError(f"{str(folder)!r} holds no checkpoint: no {MANIFEST}, and no checkpoint-...")
             name = f"checkpoint-{numbers[-1]:06d}"
@@ -313,7 +323,7 @@ def resolve(folder: Path) -> Path:
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's bytes. Links are refused, and nothing larger than ``limit`` is read."""
+    """The bytes of a regular file; links, and files of more than ``limit`` bytes, are refused."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(path, flags), "rb") as file:
@@ -348,7 +358,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, size: Any, described: Any) -> dict[str, Tensor]:
-    """All tensors of a file, which must be those that the manifest describes, bit for bit."""
+    """All tensors of a file, verified to be bitwise those that the manifest describes."""
     if type(size) is not int or not isinstance(described, dict):
         raise CheckpointError(f"{path} is not described in the manifest")
     data = _read_bytes(path, max(size, 0))

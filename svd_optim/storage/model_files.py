@@ -1,7 +1,7 @@
-"""The tensors in model files, by name, each read when it is called for: safetensors, PyTorch, folders of them.
+"""Lazy access to the tensors in model files: safetensors files, PyTorch files, folders of them.
 
-Opening reads names, types and shapes; values stay on the disk. Nothing is executed: what PyTorch files hold
-besides tensors and plain containers is refused (``weights_only``).
+Opening reads names, dtypes and shapes; values stay on disk until they are loaded. No code is executed: PyTorch files
+with anything besides tensors and plain containers are refused (``weights_only``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..records import clean
 from .files import LATEST, MANIFEST, MODEL, STATE, CheckpointError, resolve
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_NESTED = ("state_dict", "model", "model_state_dict")  # where training scripts keep the model in what they save
+_NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save the model
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # fmt: skip
 
@@ -33,13 +33,13 @@ class StoredTensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # as torch calls it: "bfloat16"; where torch has no such type, as the file does
+    dtype: str  # torch's name, e.g. "bfloat16"; the file's name if torch has no such dtype
     load: Callable[[], Tensor]  # its values, on the CPU
 
 
 @contextmanager
 def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
-    """The tensors of a model, readable while the context lasts.
+    """The tensors of a model, which can be loaded within the context.
 
     Args:
         path: a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` state dict (also one under
@@ -48,7 +48,7 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
 
     Raises:
         OSError: a file is missing or can't be read.
-        ValueError: it is no such file, damaged, or two files hold a tensor of the same name.
+        ValueError: it is no such file, it is damaged, or two files contain a tensor of the same name.
     """
     with ExitStack() as stack:
         found: dict[str, StoredTensor] = {}
@@ -58,11 +58,11 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
                 if tensor.name in found:
                     raise ValueError(f"{path}: {tensor.name!r} is in {file.name} and in another file: give one of them")
                 found[tensor.name] = tensor
-        yield list(found.values()) if files[0].suffix in PICKLED else sorted(found.values(), key=_in_order)
+        yield list(found.values()) if files[0].suffix in PICKLED else sorted(found.values(), key=_natural_order)
 
 
-def _in_order(tensor: StoredTensor) -> list[tuple[int, str]]:
-    """Layer 9 before layer 10: safetensors has names in alphabetical order."""
+def _natural_order(tensor: StoredTensor) -> list[tuple[int, str]]:
+    """Sort key by which layer 9 comes before layer 10, unlike in the alphabetical order of safetensors."""
     parts = re.split(r"(\d+)", tensor.name)  # text, number, text, ...
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
@@ -71,7 +71,7 @@ def _in_order(tensor: StoredTensor) -> list[tuple[int, str]]:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The files that hold a model's tensors: the path itself, or what is in the folder.
+    """The files with a model's tensors: the path itself, or those of a folder.
 
     Raises:
         OSError: the path is missing.
@@ -88,7 +88,7 @@ def model_files(path: Path) -> list[Path]:
 
 def _in_folder(folder: Path) -> list[Path]:
     if (folder / MANIFEST).exists() and (folder / STATE).exists():
-        return [folder / MODEL]  # the optimizer's state lies beside it
+        return [folder / MODEL]  # not the optimizer's state
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
     if indices:
         return _indexed(indices[0])
@@ -109,7 +109,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The shards that a Hugging Face index names; other files in the folder may hold the same once more."""
+    """The shards that a Hugging Face index lists; other files in the folder may be duplicates."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
@@ -155,7 +155,7 @@ def _pickled(path: Path) -> Iterator[StoredTensor]:
 
 
 def _state_dict(loaded: Any, path: Path) -> Mapping[Any, Any]:
-    """The mapping that holds tensors, which may be nested in what was saved."""
+    """The mapping with the tensors, which may be nested in the saved object."""
     keys: Sequence[Any] = ()
     while isinstance(loaded, Mapping):
         if any(isinstance(value, Tensor) for value in loaded.values()):
