@@ -149,7 +149,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 attachment.attach(layer, self.steps)
         attachment.detach_after(self)
 
-    # ---- the interface of Optimizer ----------------------------------------------------------------
+    # ---- the interface of Optimizer ------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -248,7 +248,7 @@ class SubspaceAwareOptimizer(Optimizer):
         protecting.release_unless_held(self._controller, {**saved, **dense})
         loading.restore_layers(self._controller, ranks, saved)
 
-    # ---- one step --------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer. Gradients are measured before it; layers descend, switch etc. after it.
@@ -290,7 +290,7 @@ class SubspaceAwareOptimizer(Optimizer):
         if not self._controller.guard.observe(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
-    # ---- changing layers directly ---------------------------------------------------------------------------
+    # ---- changing layers directly --------------------------------------------------------------------
 
     def factorize_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
         """Factorize layers now, whatever the policy decides: by truncation, without a descent.
@@ -375,7 +375,7 @@ class SubspaceAwareOptimizer(Optimizer):
         self._controller.journal.raise_deferred()
         return names
 
-    # ---- reporting ---------------------------------------------------------------------------
+    # ---- reporting -----------------------------------------------------------------------------------
 
     def add_listener(self, listener: Listener) -> None:
         """Add a listener. Listeners are not copied, pickled or saved with the optimizer."""

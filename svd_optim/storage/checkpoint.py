@@ -205,7 +205,7 @@ def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"could not write {str(path)!r}: {error!r}") from error
 
 
-# ---- collecting the state ----------------------------------------------------------------------------------
+# ---- collecting the state ----------------------------------------------------------------------------
 
 
 def _checked(model: nn.Module, optimizer: Optimizers) -> tuple[nn.Module, list[Optimizer]]:
@@ -271,7 +271,7 @@ def _by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-# ---- restoring the state ----------------------------------------------------------------------------------
+# ---- restoring the state -----------------------------------------------------------------------------
 
 
 @contextmanager

@@ -250,7 +250,7 @@ def _check_state(state: Any, names: set[str], tensors: Mapping[str, Tensor], whe
             _require(key != "step" or value.numel() == 1, where, f"{name}: step has shape {shape}")
 
 
-# ---- the state of the wrapper --------------------------------------------------------------------------
+# ---- the state of the wrapper ------------------------------------------------------------------------
 
 
 def _check_fields(value: Any, table: Mapping[str, Field], sizes: Sizes, where: str) -> None:
