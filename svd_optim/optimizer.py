@@ -1,4 +1,4 @@
-"""SubspaceAwareOptimizer: the wrapper, an optimizer in every way a training loop touches."""
+"""SubspaceAwareOptimizer: the wrapper, with the complete interface of torch.optim.Optimizer."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class _RestoreHook:
-    """Before ``model.load_state_dict``: give the model the structure of what is loaded.
+    """Runs before ``model.load_state_dict``: converts the model's layers to the structure of the state dict.
 
-    Holds the optimizer weakly, and a copied or pickled model does not take the optimizer along.
+    Has a weak reference to the optimizer, which is not copied or pickled with the model.
     """
 
     def __init__(self, optimizer: SubspaceAwareOptimizer | None = None) -> None:
@@ -49,7 +49,7 @@ class _RestoreHook:
 
 
 def wrappers_of(model: nn.Module) -> list[SubspaceAwareOptimizer]:
-    """The living wrappers that were given ``model`` or a part of it."""
+    """The existing wrappers of ``model`` or of a part of it."""
     hooks = [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
     hooks = [getattr(hook, "hook", hook) for hook in hooks]
     found = [hook.optimizer() for hook in hooks if isinstance(hook, _RestoreHook)]
@@ -57,27 +57,28 @@ def wrappers_of(model: nn.Module) -> list[SubspaceAwareOptimizer]:
 
 
 class SubspaceAwareOptimizer(Optimizer):
-    """Wraps an optimizer: the same training loop, with its weights' subspaces watched and shrunk.
+    """Wraps an optimizer: monitors the singular subspaces of the weights, and factorizes layers during training.
 
         optimizer = SubspaceAwareOptimizer(torch.optim.Muon(matrices, lr=0.02), model)
 
-    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has
-    two parameters, U (m, k) and V (n, k), where its weight (m, n) was; global gradient clipping goes
-    on to mean what it meant (see :mod:`svd_optim.factors.linear`).
+    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has two parameters in
+    them, U (m, k) and V (n, k), in place of its weight (m, n); global gradient clipping keeps its meaning
+    (:mod:`svd_optim.factors.linear`).
 
     Args:
-        base_optimizer: any ``torch.optim.Optimizer``. One whose state is not understood is measured
-            and never factorized, and says so in ``why()`` (see :mod:`svd_optim.factors.moments`).
-        model: the module whose ``nn.Linear`` layers it trains (or a part of which).
+        base_optimizer: any ``torch.optim.Optimizer``. If its state can't be moved into factors, layers are measured
+            but never factorized, and ``why()`` reports it
+            (:mod:`svd_optim.factors.moments`).
+        model: the module whose ``nn.Linear`` layers it trains, all or some of them.
         config: see :class:`SubspaceConfig`.
         listeners: see :class:`Listener`; :class:`ConsoleReport` prints tables.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument is of the wrong type.
         ValueError: no parameter of the optimizer is in the model, or a rank does not fit a layer.
     """
 
-    # GradScaler would hand over scaled gradients and apply steps with Inf if this were the base's.
+    # With True, as of fused optimizers, GradScaler would pass scaled gradients and not skip steps with Inf.
     _step_supports_amp_scaling = False
 
     def __init__(
@@ -107,24 +108,24 @@ class SubspaceAwareOptimizer(Optimizer):
             self.add_listener(listener)
 
     def _init_hooks(self) -> None:
-        # Optimizer.__init__ wants parameters, and its __setstate__ writes into the base's defaults.
+        # Optimizer.__init__ requires parameters, and its __setstate__ would modify the base's defaults.
         for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post",
                      "load_state_dict_pre", "load_state_dict_post"):  # fmt: skip
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
 
     def _track_layers(self, first: bool) -> None:
-        """Find the layers to follow; those already tracked stay as they are."""
+        """Select the layers to track; those already tracked stay as they are."""
         selection = select_layers(self.model, self.param_groups, self.config)
         total = sum(len(group["params"]) for group in self.param_groups)
         if first and selection.unknown:
-            listed = "; ".join(selection.unknown[:5]) + ("; ..." if len(selection.unknown) > 5 else "")
+            examples = "; ".join(selection.unknown[:5]) + ("; ..." if len(selection.unknown) > 5 else "")
             if len(selection.unknown) == total:
                 raise ValueError(
-                    f"none of the optimizer's parameters is in the model: {listed}. Is it the right model?"
+                    f"none of the optimizer's parameters is in the model: {examples}. Is it the right model?"
                 )
             logger.warning(
-                "%d parameters of the optimizer are not in the model: %s", len(selection.unknown), clean(listed)
+                "%d parameters of the optimizer are not in the model: %s", len(selection.unknown), clean(examples)
             )
         self._controller.track(selection)
         unused = [glob for glob in self.config.overrides if not any(fnmatchcase(name, glob) for name in self.layers)]
@@ -132,18 +133,16 @@ class SubspaceAwareOptimizer(Optimizer):
             logger.warning("overrides that match no tracked layer: %s", clean(", ".join(unused)))
         if first and not self.layers:
             reasons = "; ".join(f"{x.name}: {x.reason}" for x in selection.skipped[:5]) or "it holds no matrix"
-            logger.warning(
-                "no layer to follow in the optimizer's parameters (%s); it will only be passed through",
-                clean(reasons),
-            )
+            message = "no layer to track in the optimizer's parameters (%s); the base optimizer runs unchanged"
+            logger.warning(message, clean(reasons))
 
     def _attach(self) -> None:
-        """Tie model and optimizer together by what a copy or a pickle must not carry over."""
+        """Connect model and optimizer by hooks, which are not copied or pickled."""
         hooks = self.model._load_state_dict_pre_hooks
         for key, wrapped in list(hooks.items()):
             hook = getattr(wrapped, "hook", wrapped)
             if isinstance(hook, _RestoreHook) and hook.optimizer() is None:
-                del hooks[key]  # came along with a copy, and serves nobody
+                del hooks[key]  # from a copied model, without an optimizer
         self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
         attachment = self._controller.attachment
         for layer in self.layers.values():
@@ -152,7 +151,7 @@ class SubspaceAwareOptimizer(Optimizer):
                 attachment.attach(layer, self.steps)
         attachment.detach_after(self)
 
-    # ---- being an Optimizer ----------------------------------------------------------------
+    # ---- the interface of Optimizer ------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -165,7 +164,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's own dict; nothing of ours is in it."""
+        """The base optimizer's own dict; this wrapper stores nothing in it."""
         return self.base_optimizer.state
 
     @state.setter
@@ -191,17 +190,17 @@ class SubspaceAwareOptimizer(Optimizer):
         self._attach()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of the base optimizer; layers among the new parameters are tracked."""
+        """Add a param group to the base optimizer, and track the layers among its parameters."""
         self.base_optimizer.add_param_group(param_group)
         self._track_layers(first=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of the base optimizer; sketches of factorized layers are dropped too."""
+        """Reset the gradients, and the sketches of factorized layers with them."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
         self._controller.attachment.drop_sketches(list(self.layers.values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, with one more key, ``"svd_optim"``: tensors and plain values only."""
+        """The base optimizer's state dict, with the additional key ``"svd_optim"``: tensors and plain values only."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = dict(self.base_optimizer.state_dict())
@@ -211,13 +210,13 @@ class SubspaceAwareOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, here or of the bare base optimizer.
+        """Load the result of :meth:`state_dict`, or a state dict of the bare base optimizer.
 
-        Layers that were factorized then are factorized now (from the weights that are there, if the
-        model was not loaded yet) and the other way round.
+        Layers are factorized or made dense as in the saved state; if the model was not loaded before, by truncating
+        its present weights.
 
         Raises:
-            ValueError: the state is of other layers or of a newer version; nothing was changed.
+            ValueError: the state has other layers or another version; nothing was changed.
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -237,7 +236,7 @@ class SubspaceAwareOptimizer(Optimizer):
             post_hook(self)
 
     def _restore_structure(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Give tracked layers the structure that a model's state dict has."""
+        """Convert tracked layers to the structure that they have in a model's state dict."""
         ranks: dict[str, int | None] = {}
         saved: dict[str, Basis] = {}
         dense: dict[str, tuple[torch.Tensor]] = {}
@@ -251,12 +250,15 @@ class SubspaceAwareOptimizer(Optimizer):
         protecting.release_unless_held(self._controller, {**saved, **dense})
         loading.restore_layers(self._controller, ranks, saved)
 
-    # ---- one step --------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer; before it gradients are measured, after it layers move on.
+        """One step of the base optimizer. Gradients are measured before it; layers descend, switch etc. after it.
 
-        A step without gradients, or with every learning rate 0, is the base optimizer's alone.
+        In a step without gradients, or with every learning rate 0, only the base optimizer acts, and it does not count.
+
+        Returns:
+            The loss if there is a closure, else what the base optimizer returns.
         """
         controller = self._controller
         if controller.analyzes_next:  # what was frozen, freed, tied or added since is seen then
@@ -268,7 +270,7 @@ class SubspaceAwareOptimizer(Optimizer):
             base.run_pre_hooks()
             if closure is None:
                 step.enter_factors()
-            loss = base.run()  # where there is a closure it measures and enters, as soon as there are gradients
+            loss = base.run()  # with a closure, it measures and enters the factors after the first call
             step.leave_factors()
             if closure is not None and step.batches is not None:
                 controller.observe_loss(loss)
@@ -278,13 +280,13 @@ class SubspaceAwareOptimizer(Optimizer):
         return loss
 
     def observe_loss(self, loss: torch.Tensor | float) -> None:
-        """Tell the loss guard this step's training loss; not needed where ``step`` is given a closure.
+        """Pass this step's training loss to the loss guard; not needed if ``step`` gets a closure.
 
-        Nothing is read from the device here: losses are looked at once an analysis.
+        Call it once per step, before or after ``step()``. No host-device synchronization: losses are tested once per
+        analysis.
 
         Args:
-            loss: a number or a tensor of one element, before or after ``step()``, once a step. Single
-                ones that are NaN or Inf are passed over.
+            loss: a number or a tensor with one element. Isolated NaN or Inf values are ignored.
 
         Raises:
             TypeError: it is something else.
@@ -292,33 +294,34 @@ class SubspaceAwareOptimizer(Optimizer):
         if not self._controller.observe_loss(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
-    # ---- changing layers directly ---------------------------------------------------------------------------
+    # ---- changing layers directly --------------------------------------------------------------------
 
     def factorize_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
-        """Factorize layers now, whatever the policy says: truncates at once, without a descent.
+        """Factorize layers now, whatever the policy decides: by truncation, without a descent.
 
         Args:
-            layers: names or globs, or ``"all"``; layers that are factorized already are left as they are.
-            rank: instead of the layers' target ranks. The block of a layer that is protected stays
-                what it is, and has to fit.
+            layers: names or globs, or ``"all"``; layers that are already factorized stay as they are.
+            rank: replaces the layers' target ranks. It must be large enough for the block of a protected layer, which
+                is preserved.
 
         Returns:
             The names of the layers that were factorized.
 
         Raises:
-            RuntimeError: in observe mode, or the base optimizer's state can't be moved.
-            ValueError: no layer matches, a rank is out of range, not below break-even or too low for a
-                protected block, or a weight holds NaN or Inf. Nothing was changed.
+            RuntimeError: in observe mode, or the base optimizer's state can't be moved into factors.
+            TypeError: ``rank`` is not an integer.
+            ValueError: no layer matches, a rank is out of range, not below break-even or too low for a protected
+                block, or a weight contains NaN or Inf. Nothing was changed.
         """
         names = manual.factorize(self._controller, layers, rank)
         self._controller.journal.raise_deferred()
         return names
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
-        """Make factorized layers dense again now, with their moments; a descent under way is called off.
+        """Make factorized layers dense again now, with their moments; a descent in progress is canceled.
 
         Args:
-            layers: names or globs, or ``"all"``; dense layers are left as they are.
+            layers: names or globs, or ``"all"``; dense layers stay as they are.
 
         Returns:
             The names of the layers that were merged.
@@ -332,35 +335,38 @@ class SubspaceAwareOptimizer(Optimizer):
         return names
 
     def protect_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
-        """Keep the principal blocks of layers from moving, from now until :meth:`release_`.
+        """Hold the principal blocks of layers fixed, from now until :meth:`release_`.
 
-        U_k^T W V_k stays what it is at this moment, with U_k, V_k the leading singular vectors of now:
-        whatever the base optimizer does, weight decay included, everything else trains. For
-        fine-tuning a model that is to keep what it knows. It stays to 1e-5 of its size in float32; a dense
-        bfloat16 or float16 weight can hold it to the rounding of its entries only, some 1e-3, factors
-        to 1e-5 in their float32 masters. Loading a model with another block ends protection, with an event.
+        U_k^T W V_k is kept, with U_k (m, k), V_k (n, k) the present leading singular vectors; everything else trains,
+        whatever the base optimizer does, weight decay included. For fine-tuning a model without forgetting. The
+        relative error of the block is at most 1e-5 in float32, and for factors in their float32 masters; a dense
+        bfloat16 or float16 weight can represent it only up to the rounding of its entries, some 1e-3. Loading a model
+        with another block ends protection, with an event.
 
         Args:
             layers: names or globs, or ``"all"``.
-            rank: how many directions to protect; default: the layers' target ranks, in factors the
-                whole core.
+            rank: number of singular directions to protect; default: the layers' target ranks, or all those of a
+                factorized layer.
 
         Returns:
             The names of the layers.
 
         Raises:
             RuntimeError: in observe mode.
-            ValueError: no layer matches, a rank is out of range, or a weight holds NaN or Inf. Nothing
-                was changed.
+            TypeError: ``rank`` is not an integer.
+            ValueError: no layer matches, a rank is out of range, or a weight contains NaN or Inf. Nothing was changed.
         """
         names = manual.protect(self._controller, layers, rank)
         self._controller.journal.raise_deferred()
         return names
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
-        """End the protection of layers, whoever began it.
+        """End the protection of layers, manual or automatic.
 
-        Where a danger began it, it does not begin again before this danger is over and another one comes.
+        Automatic protection does not begin again before the present danger is over.
+
+        Args:
+            layers: names or globs, or ``"all"``.
 
         Returns:
             The names of the layers that were protected.
@@ -373,44 +379,41 @@ class SubspaceAwareOptimizer(Optimizer):
         self._controller.journal.raise_deferred()
         return names
 
-    # ---- reading ---------------------------------------------------------------------------
+    # ---- reporting -----------------------------------------------------------------------------------
 
     def add_listener(self, listener: Listener) -> None:
-        """Call ``listener`` from now on. Listeners are not copied, pickled or saved with the optimizer."""
+        """Add a listener. Listeners are not copied, pickled or saved with the optimizer."""
         listener.on_start(self)
         self._controller.journal.listeners.append(listener)
 
     def plan(self) -> Plan:
-        """How the parameter budget is allocated as of now: ``rich.print`` and notebooks show it as a table.
+        """The current allocation of the parameter budget; ``rich.print`` and notebooks show it as a table.
 
-        Revised until a layer starts its descent. Before anything was measured it is nearly uniform.
+        A rank is revised until its layer starts to descend. Before the first measurement the plan is nearly uniform.
         """
         return self._controller.plan()
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes that monitoring each tracked layer keeps resident, besides weight, gradient and optimizer state."""
+        """Resident bytes due to monitoring, besides weight, gradient and optimizer state, by layer name."""
         return {name: inventory.monitoring_bytes(layer) for name, layer in self.layers.items()}
 
     def why(self) -> list[LayerReport]:
-        """Per layer: state, the condition that blocks, its value, threshold and distance."""
+        """The current state of each layer, with the condition that blocks, its value, threshold and distance."""
         return [inventory.report(layer, self.base_optimizer) for layer in self.layers.values()]
 
     def summary(self) -> Summary:
-        """The run as of now, as a plain record; ``rich.print`` and notebooks show it as a table."""
+        """The current state of the run, as a plain record; ``rich.print`` and notebooks show it as a table."""
         return self._controller.summary()
 
     def metrics(self) -> dict[str, float]:
-        """What the last analysis found, as one flat dict of numbers: see :meth:`Summary.metrics`.
-
-        Reads nothing from the device.
-        """
+        """The last analysis as a flat dict of numbers: see :meth:`Summary.metrics`. No host-device synchronization."""
         return self.summary().metrics()
 
     def history(self, layer: str) -> dict[str, torch.Tensor]:
-        """A layer's last analyses, oldest first: each number of :class:`LayerMetrics` over them, NaN where undefined.
+        """The last analyses of the layer called ``layer``, oldest first: each field of :class:`LayerMetrics`.
 
         Returns:
-            By the metric's name, (analyses,) in float64, on the CPU. The last 64 are kept.
+            By field: (analyses,) in float64, on the CPU, NaN where undefined. The last 64 or ``patience`` are kept.
 
         Raises:
             KeyError: no such layer is tracked.
@@ -431,10 +434,10 @@ class SubspaceAwareOptimizer(Optimizer):
 
     @property
     def events(self) -> list[Event]:
-        """Everything that happened to the layers, oldest first."""
+        """The events of the run, oldest first; the last 10,000 are kept."""
         return self._controller.journal.events
 
     @property
     def steps(self) -> int:
-        """Steps that counted: with gradients and a learning rate above 0."""
+        """Number of optimizer steps that counted: with gradients and a learning rate above 0."""
         return self._controller.steps

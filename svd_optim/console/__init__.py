@@ -1,4 +1,4 @@
-"""What a person sees: tables, the live view, the run log and its reader, the replay, the command line. All of rich."""
+"""User interface: tables, live view, run log and its reader, replay, plots, command line. Everything that uses rich."""
 
 from .live import LiveView
 from .log_reader import Run, read_log

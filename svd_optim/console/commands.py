@@ -1,4 +1,4 @@
-"""Look at a run, while it goes on or afterwards: ``python -m svd_optim --help``."""
+"""The command line, to inspect runs in progress or finished, and model files: ``python -m svd_optim --help``."""
 
 from __future__ import annotations
 
@@ -29,25 +29,29 @@ from .tables import Strip, layer_table, name_table
 
 EXAMPLES = """examples:
   python -m svd_optim report runs/log.jsonl                   the tables and the summary at its end
-  python -m svd_optim watch runs/log.jsonl                    follow a run that goes on
+  python -m svd_optim watch runs/log.jsonl                    follow a run in progress
   python -m svd_optim events runs/log.jsonl --kind factorize
-  python -m svd_optim why runs/log.jsonl "blocks.3.*"         what each layer waits for, and its story
+  python -m svd_optim why runs/log.jsonl "blocks.3.*"         each layer's conditions and events
   python -m svd_optim plot runs/log.jsonl -o run.svg
   python -m svd_optim replay runs/log.jsonl --thresholds capture_safe=0.1 --set patience=5
   python -m svd_optim inspect model.safetensors --budget 0.25
 
 A log is what RunLog writes: optimizer.add_listener(RunLog("runs/log.jsonl"))."""
-WATCH_SECONDS = 0.5  # between two looks at a log that is being written
+WATCH_SECONDS = 0.5  # between two reads of a log that is being written
 DECIDES = ("mode", "rule", "warmup_steps", "patience", "descent_steps", "total_steps", "cohort_steps",
            "cooldown_steps", "on_danger", "stall_analyses")  # fmt: skip
 
 
 class Problem(Exception):
-    """Something that a user can mend: its text says what and how."""
+    """An error that the user can fix; the message says how."""
 
 
 def open_log(path: Path) -> Run:
-    """The run of a log that has something to say."""
+    """The run of a log with at least one complete analysis.
+
+    Raises:
+        Problem: it can't be read, or has none.
+    """
     try:
         run = read_log(path)
     except OSError as error:
@@ -60,7 +64,7 @@ def open_log(path: Path) -> Run:
 
 
 def matching(summary: Summary, pattern: str | None) -> list[LayerReport]:
-    """The layers that a name or glob stands for; all without one."""
+    """The layers that match a name or glob; all without one."""
     found = [x for x in summary.layers if pattern is None or x.name == pattern or fnmatchcase(x.name, pattern)]
     if not found:
         names = ", ".join([layer.name for layer in summary.layers][:5])
@@ -69,12 +73,12 @@ def matching(summary: Summary, pattern: str | None) -> list[LayerReport]:
 
 
 def as_json(console: Console, value: Any) -> None:
-    """Print for a program to read: no NaN, no styles, no folding of lines."""
+    """Print machine-readable output: no NaN, no styles, no wrapping."""
     console.file.write(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
-def shown(layer: LayerReport) -> dict[str, Any]:
-    """A layer for a program to read."""
+def as_dict(layer: LayerReport) -> dict[str, Any]:
+    """A layer for machine-readable output."""
     blocking = {key: getattr(layer, key) for key in ("condition", "value", "threshold", "distance", "reason")}
     return {**asdict(layer), "blocked_by": blocking}
 
@@ -87,7 +91,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
     run = open_log(args.log)
     summary = run.summary()
     if args.json:
-        as_json(console, {**asdict(summary), "layers": [shown(layer) for layer in summary.layers],
+        as_json(console, {**asdict(summary), "layers": [as_dict(layer) for layer in summary.layers],
                           "parameters": summary.parameters(), "damaged_lines": run.damaged_lines})  # fmt: skip
         return
     head = run.head
@@ -99,7 +103,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
 
 
 def events(args: argparse.Namespace, console: Console) -> None:
-    """What happened, oldest first."""
+    """The events, oldest first."""
     run = open_log(args.log)
     kinds = {event.kind for event in run.events}
     unknown = set(args.kind or ()) - kinds
@@ -118,11 +122,11 @@ def events(args: argparse.Namespace, console: Console) -> None:
 
 
 def why(args: argparse.Namespace, console: Console) -> None:
-    """What each layer waits for: all its conditions, and its story."""
+    """Why each layer is in its state: all conditions, and its events."""
     run = open_log(args.log)
     layers = matching(run.summary(), args.layer)
     if args.json:
-        as_json(console, [shown(layer) for layer in layers])
+        as_json(console, [as_dict(layer) for layer in layers])
         return
     for layer in layers:
         console.print(why_table(layer))
@@ -133,8 +137,8 @@ def why(args: argparse.Namespace, console: Console) -> None:
 
 
 def watch(args: argparse.Namespace, console: Console) -> None:
-    """Follow a log that is being written, until it is interrupted."""
-    run, watching, told = Run(), AlertWatch(), -1
+    """Follow a log that is being written, until interrupted."""
+    run, watching, last_step = Run(), AlertWatch(), -1
     head = run.head
     if not args.log.exists():
         console.print(Text(f"waiting for {args.log}"))
@@ -144,19 +148,19 @@ def watch(args: argparse.Namespace, console: Console) -> None:
                 feed(run, lines)
             except ValueError as error:
                 raise Problem(str(error)) from error
-            if run.head is not head:  # a resumed run takes back what came after its checkpoint
+            if run.head is not head:  # a resumed run voids what came after its checkpoint
                 head = run.head
-                told = min(told, head["step"] - 1)
-            news = [index for index, analysis in enumerate(run.analyses) if analysis["step"] > told]
-            for index in news:
+                last_step = min(last_step, head["step"] - 1)
+            new = [index for index, analysis in enumerate(run.analyses) if analysis["step"] > last_step]
+            for index in new:
                 summary = run.summary(index)
                 alerts = watching.update(summary)
                 for event in run.events:
-                    if told < event.step <= summary.step:
+                    if last_step < event.step <= summary.step:
                         view.on_event(event)
-                told = summary.step
-                if index < news[-1]:
-                    view.state.update(summary)  # behind already: it only makes the trends
+                last_step = summary.step
+                if index < new[-1]:
+                    view.state.update(summary)  # outdated already: needed only for trends
                     continue
                 if alerts:
                     view.on_alerts(alerts)
@@ -164,7 +168,7 @@ def watch(args: argparse.Namespace, console: Console) -> None:
 
 
 def plot(args: argparse.Namespace, console: Console) -> None:
-    """Draw the run."""
+    """Plot the run."""
     from .plots import plot_run
 
     run = open_log(args.log)
@@ -176,7 +180,7 @@ def plot(args: argparse.Namespace, console: Console) -> None:
 
 
 def replayed(args: argparse.Namespace, console: Console) -> None:
-    """What another configuration would have done."""
+    """What would have happened under another configuration."""
     run = open_log(args.log)
     try:
         config = changed(run.config, args.thresholds or (), args.set or ())
@@ -203,7 +207,7 @@ def replayed(args: argparse.Namespace, console: Console) -> None:
 
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
-    """Spectra of a model file."""
+    """The spectra of the matrices in a model file."""
     from .spectra import inspect_file, inspection_table
 
     terminal = Console(stderr=True)
@@ -222,25 +226,28 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
 
 
 def appended(path: Path) -> Iterator[list[str]]:
-    """Whole lines of a file as they come, for ever; it need not be there yet."""
-    part = ""
+    """Complete lines of a growing file, forever; the file may not exist yet."""
+    partial_line = ""
     while not path.exists():
         time.sleep(WATCH_SECONDS)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
-            text = part + file.read()
-            *lines, part = text.split("\n")
+            text = partial_line + file.read()
+            *lines, partial_line = text.split("\n")
             yield lines
             time.sleep(WATCH_SECONDS)
 
 
-# ---- what they show ----------------------------------------------------------------------------------
+# ---- helpers of the commands -------------------------------------------------------------------------
 
 
 def changed(config: SubspaceConfig, thresholds: Iterable[str], settings: Iterable[str]) -> SubspaceConfig:
-    """A run's configuration with some of what decides replaced, given as ``name=value``.
+    """A run's configuration with some thresholds and settings replaced, given as ``name=value``.
 
-    Thresholds are those of all layers; ``phase1`` and ``phase1_proposed`` are whole sets.
+    Thresholds apply to all layers; ``phase1`` and ``phase1_proposed`` are presets.
+
+    Raises:
+        Problem: an unknown name, or a threshold that is no number or out of range.
     """
     presets = {"phase1": Thresholds.phase1, "phase1_proposed": Thresholds.phase1_proposed}
     values: dict[str, Any] = {}
@@ -267,7 +274,7 @@ def changed(config: SubspaceConfig, thresholds: Iterable[str], settings: Iterabl
 
 
 def assignment(word: str, names: Sequence[str]) -> tuple[str, str]:
-    """``name=value`` in two."""
+    """``name=value``, split; ``name`` must be one of ``names``."""
     name, sign, value = word.partition("=")
     if not sign or name not in names:
         raise Problem(f"{word!r} is not one of {', '.join(f'{n}=VALUE' for n in names)}")
@@ -295,7 +302,7 @@ def replay_table(run: Run, result: Replay, width: int) -> Table:
     strips.append(Strip("estimate", notes, 8, left=True))
     caption = (
         f"start: of the first descent  switch: into factors ({len(columns[1][1])}, in the replay {len(columns[3][1])})"
-        "\nestimate: from that step on the layer's life is another one than was measured  – never"
+        "\nestimate: from that step on the layer's states differ from the recorded ones  – never"
     )
     return name_table("replay", Text(caption, style="dim"), names, strips, width)
 
@@ -305,13 +312,13 @@ def replay_table(run: Run, result: Replay, width: int) -> Table:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    made = argparse.ArgumentParser(
+    root = argparse.ArgumentParser(
         prog="python -m svd_optim",
         description="See what training did to the weights: from the log of a run, or from a model file.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, do: Callable[[argparse.Namespace, Console], None], example: str, log: bool = True,
                 machine: bool = True) -> argparse.ArgumentParser:  # fmt: skip
@@ -323,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
         if log:
             sub.add_argument("log", type=Path, metavar="LOG", help="the file that RunLog writes")
         if machine:
-            sub.add_argument("--json", action="store_true", help="for a program to read")
+            sub.add_argument("--json", action="store_true", help="machine-readable output")
         return sub
 
     command("report", report, "report runs/log.jsonl")
@@ -345,11 +352,11 @@ def parser() -> argparse.ArgumentParser:
         "file", type=Path, metavar="FILE", help="a model file, or a folder of them: safetensors, .pt, a checkpoint"
     )
     sub.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="share of each matrix's numbers to keep")
-    return made
+    return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 2 if it can't be done, with a line that says why."""
+    """Run one command. Returns the exit status; 2 for an error, with its message on stderr."""
     args = parser().parse_args(argv)
     console = Console()
     try:
@@ -357,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Problem as problem:
         Console(stderr=True).print(Text(f"svd_optim {args.command}: {problem}"), soft_wrap=True)
         return 2
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # as of `... | head`
         sys.stderr.close()
         return 0
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The table that moves while a run goes on: what needs attention first, all layers in as many lines as there are."""
+"""The live view: a table that is updated during a run, the layers that need attention first, in one screen."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .report import ConsoleReport, alert_lines, event_line
 from .tables import COLUMNS, Strip, layer_rows, name_table, near_thresholds, number
 
 TRENDS = ("principal_excess", "subspace_drift", "reconstruction_error", "tangent_capture", "capture_excess")
-FRAME = 4  # lines of a table besides its rows: title, head, rule, legend
-NEWS = 4  # lines of events and alerts that room is kept for
+FRAME = 4  # lines of a table besides its rows: title, header, rule, legend
+NEWS = 4  # lines reserved for events and alerts
 
 
 class LiveState:
-    """What the table shows: fed with the summaries of a run, one an analysis, live or from a log."""
+    """The content of the live view: fed with the summaries of a run, one per analysis, live or from a log."""
 
     def __init__(self) -> None:
         self.summary: Summary | None = None
         self.news: deque[Text] = deque(maxlen=50)  # events and alerts, oldest first
-        self._values: dict[tuple[str, str], deque[tuple[int, float | None]]] = {}  # (layer, metric) -> the last
+        self._values: dict[tuple[str, str], deque[tuple[int, float | None]]] = {}  # (layer, metric) -> last ones
 
     def update(self, summary: Summary) -> None:
-        """The run as of its next analysis."""
+        """Add the next analysis."""
         self.summary = summary
         for layer in summary.layers:
             if layer.metrics is None or layer.metrics.step != summary.step:
@@ -47,37 +47,37 @@ class LiveState:
                 values.append((summary.step, getattr(layer.metrics, metric)))
 
     def add_news(self, alerts: Sequence[Alert] = (), events: Sequence[Event] = ()) -> None:
-        """What is to stand below the table."""
+        """Add events and alerts, which are shown below the table."""
         self.news.extend(event_line(event) for event in events)
-        told = (Level.CRITICAL, Level.WARNING)
-        self.news.extend(alert_lines([a for a in alerts if a.level in told and a.kind != "danger"]))
+        levels = (Level.CRITICAL, Level.WARNING)
+        self.news.extend(alert_lines([a for a in alerts if a.level in levels and a.kind != "danger"]))
 
     def mark(self, layer: str, metric: str) -> str:
-        """``↑`` or ``↓`` where a metric has moved over the last five analyses beyond its noise, else a blank."""
+        """``↑`` or ``↓`` where a metric has a significant trend over the last five analyses, else a blank."""
         values = self._values.get((layer, metric), ())
-        moves = trend([step for step, _ in values], [value for _, value in values])
-        return " " if moves is None or not moves.sure else "↑" if moves.slope > 0 else "↓"
+        fit = trend([step for step, _ in values], [value for _, value in values])
+        return " " if fit is None or not fit.sure else "↑" if fit.slope > 0 else "↓"
 
     def render(self, width: int, height: int) -> RenderableType:
-        """All of it in at most ``width`` columns and ``height`` lines."""
+        """The view in at most ``width`` columns and ``height`` lines."""
         if self.summary is None:
             return Text("waiting for the first analysis")
         summary = self.summary
         layers = sorted(summary.layers, key=urgency)
-        room = height - 1 - min(NEWS, len(self.news), height // 6)
+        available = height - 1 - min(NEWS, len(self.news), height // 6)
         parts: list[RenderableType] = [_state_line(summary, width)]
-        if len(layers) + FRAME + 1 <= room:
+        if len(layers) + FRAME + 1 <= available:
             parts.append(self._rows(layers, summary, width))
             used = len(layers) + FRAME + 1
         else:
             kinds = _kinds(layers)
             urgent = [layer for layer in layers if urgency(layer) < CALM]
-            top = urgent[: max(0, room - len(kinds) - 2 * FRAME)]
+            top = urgent[: max(0, available - len(kinds) - 2 * FRAME)]
             if top:
                 parts.append(self._rows(top, summary, width, legend=False))
             used = len(top) + FRAME if top else 0
-            parts.append(_kind_rows(kinds, width, max(1, room - used - FRAME)))
-            used += min(len(kinds), max(1, room - used - FRAME)) + FRAME
+            parts.append(_kind_rows(kinds, width, max(1, available - used - FRAME)))
+            used += min(len(kinds), max(1, available - used - FRAME)) + FRAME
         return Group(*parts, *self._latest_news(width, height - 1 - used))
 
     def _rows(self, layers: Sequence[LayerReport], summary: Summary, width: int, legend: bool = True) -> RenderableType:
@@ -85,7 +85,7 @@ class LiveState:
         return layer_rows(layers, width, title, legend=legend, mark=self.mark)
 
     def _latest_news(self, width: int, lines: int) -> list[Text]:
-        """The last few events and alerts, a line each."""
+        """The last events and alerts, truncated to one line each."""
         shown = []
         for text in [*self.news][-lines:] if lines > 0 else ():
             line = text.copy()
@@ -94,11 +94,11 @@ class LiveState:
         return shown
 
 
-CALM = 4  # urgencies from here on need no attention
+CALM = 4  # urgency from which on a layer needs no attention
 
 
 def urgency(layer: LayerReport) -> int:
-    """How soon somebody should look at a layer: 0 (in danger) to 7 (factorized, all well)."""
+    """Sort key of a layer: 0 (in danger) to 7 (factorized, without problems)."""
     decision = layer.decision
     if decision is not None and decision.danger:
         return 0
@@ -113,27 +113,27 @@ def urgency(layer: LayerReport) -> int:
 
 
 def _state_line(summary: Summary, width: int) -> Text:
-    """One line of the whole run, the important first."""
+    """One line about the whole run, the most important first."""
     dense, now = summary.parameters()
     counts = [f"{n} {state}" for state in LayerState if (n := summary.count(state))]
-    parts = [f"step {summary.step}", f"parameters {now / max(1, dense):.0%}", " ".join(counts),
-             f"looking {summary.analysis_share:.1%}", f"analysis {summary.analyses}", clean(summary.mode)]  # fmt: skip
+    parts = [f"step {summary.step}", f"parameters {now / max(1, dense):.0%}", " ".join(counts)]
+    parts += [f"monitoring {summary.analysis_share:.1%}", f"analysis {summary.analyses}", clean(summary.mode)]
     line = Text(" · ".join(parts), style="bold")
     line.truncate(width, overflow="ellipsis")
     return line
 
 
 def _kinds(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Layers by kind: the name with ``*`` for its numbers."""
+    """Layers by kind: their names with ``*`` in place of numbers."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault(re.sub(r"\d+", "*", clean(layer.name)), []).append(layer)
     return dict(sorted(kinds.items(), key=lambda item: min(map(urgency, item[1]))))
 
 
-def _kind_rows(kinds: dict[str, list[LayerReport]], width: int, room: int) -> RenderableType:
-    """A row for each kind of layer: how many, in which states, and the medians of their metrics."""
-    shown = dict(list(kinds.items())[:room])
+def _kind_rows(kinds: dict[str, list[LayerReport]], width: int, most: int) -> RenderableType:
+    """One row per kind of layer, at most ``most``: number of layers, their states, the medians of their metrics."""
+    shown = dict(list(kinds.items())[:most])
     rows = list(shown.values())
     strips = [
         Strip("n", [str(len(row)) for row in rows], 10),
@@ -145,9 +145,9 @@ def _kind_rows(kinds: dict[str, list[LayerReport]], width: int, room: int) -> Re
             values = [[getattr(layer.metrics, column.field, None) for layer in row] for row in rows]
             strips.append(Strip(column.short, [_median(x) for x in values], column.importance))
     attention = [sum(urgency(layer) < CALM for layer in row) for row in rows]
-    strips.append(Strip("look", [f"! {n}" if n else "" for n in attention], 11, left=True))
+    strips.append(Strip("alert", [f"! {n}" if n else "" for n in attention], 11, left=True))
     more = len(kinds) - len(shown)
-    caption = Text("medians; look: layers that need attention" + (f"; {more} more kinds" if more else ""), style="dim")
+    caption = Text("medians; alert: layers that need attention" + (f"; {more} more kinds" if more else ""), style="dim")
     return name_table("all layers by kind", caption, list(shown), strips, width)
 
 
@@ -167,17 +167,16 @@ def _median(values: Sequence[float | None]) -> str:
 
 
 class LiveView(Listener):
-    """Follows a run with one table that is redrawn at each analysis, what needs attention first.
+    """Shows a run in one table that is redrawn at each analysis.
 
         optimizer.add_listener(LiveView())
 
-    Where the terminal can't hold all layers it shows those that need attention, and all by kind: ``blocks.*.mlp.c_fc``.
-    Plain lines instead, those of :class:`ConsoleReport`, where a moving table has no place: no terminal, a
-    notebook, CI, another live display or progress bar of rich's on the same console, or one of tqdm's. Prints
-    on rank 0 only.
+    Where that is not possible, it prints the lines of :class:`ConsoleReport` instead: without a terminal, in notebooks
+    and CI, with another live display or progress bar of rich on the same console, or with one of tqdm. In a distributed
+    run only rank 0 prints.
 
     Args:
-        console: where; default: rich's own. Give it the one that your own rich output goes to.
+        console: where to print; default: rich's global console. Pass the one that you use for other rich output.
         every: analyses between tables where lines are printed.
     """
 
@@ -185,23 +184,23 @@ class LiveView(Listener):
         self.console = rich.get_console() if console is None else console
         self.state = LiveState()
         self._plain = ConsoleReport(every=every, console=self.console)
-        self._lives: list[Live] = []  # the one that is drawn, or none
-        weakref.finalize(self, _stop, self._lives)  # at the end of the program at the latest: gives the cursor back
+        self._lives: list[Live] = []  # the live display, or empty
+        weakref.finalize(self, _stop, self._lives)  # also at exit, to restore the cursor
 
     def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
-        """Below the table, or as lines."""
+        """Show alerts below the table, or print them as lines."""
         self.state.add_news(alerts)
         if not self._drawing():
             self._plain.on_alerts(alerts)
 
     def on_event(self, event: Event) -> None:
-        """Below the table, with the next analysis; or as a line."""
+        """Show the event below the table at the next analysis, or print it as a line."""
         self.state.add_news(events=[event])
         if not self._drawing():
             self._plain.on_event(event)
 
     def on_analysis(self, summary: Summary) -> None:
-        """Draw the table anew, or print it now and then."""
+        """Redraw the table, or print it at every ``every``-th analysis."""
         self.state.update(summary)
         if self._drawing():
             self.draw()
@@ -209,17 +208,17 @@ class LiveView(Listener):
             self._plain.on_analysis(summary)
 
     def draw(self) -> None:
-        """Draw the table as of now."""
+        """Draw the table."""
         if not self._lives:
             live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop")
             live.start()
-            self.console.show_cursor(True)  # a run that is killed can't give it back
+            self.console.show_cursor(True)  # a run that is killed can't restore it
             self._lives.append(live)
         size = self.console.size
         self._lives[0].update(self.state.render(size.width, size.height - 1), refresh=True)
 
     def close(self) -> None:
-        """Leave the table as it stands, and the terminal as it was. May be called twice."""
+        """Stop updating the table, and restore the terminal. May be called twice."""
         _stop(self._lives)
 
     def __enter__(self) -> LiveView:
@@ -229,7 +228,7 @@ class LiveView(Listener):
         self.close()
 
     def _drawing(self) -> bool:
-        """Whether the table may move. Once something else moves on this terminal, it is left as it is."""
+        """Whether the table can be redrawn; if not, because of another live display for example, it is closed."""
         console = self.console
         possible = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
         if not possible or os.environ.get("CI") or not is_main_process() or self._others():
@@ -238,11 +237,11 @@ class LiveView(Listener):
         return True
 
     def _others(self) -> bool:
-        """Whether somebody else draws here: a live display of rich's, or a bar of tqdm's."""
+        """Whether there is another live display of rich or a progress bar of tqdm."""
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
         if len(getattr(tqdm, "_instances", ())):
             return True
-        lives = getattr(self.console, "_live_stack", None)  # rich has no public way to ask
+        lives = getattr(self.console, "_live_stack", None)  # rich has no public interface for it
         return any(live not in self._lives for live in lives or ())
 
 

@@ -1,4 +1,4 @@
-"""A log read back, while its run goes on or afterwards: see :mod:`.run_log` for what stands in it."""
+"""Reading the log of a run, in progress or finished; :mod:`.run_log` has the format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..records import (
     Skipped,
     Summary,
 )
-from .run_log import ASKED, BYTES, COLUMNS, SCHEMA
+from .run_log import BYTES, COLUMNS, INFO_DEFAULTS, SCHEMA
 
 
 def _number(value: Any) -> Any:
@@ -32,29 +32,30 @@ def _number(value: Any) -> Any:
 
 
 class Run:
-    """What a log says of a run: summaries as of each analysis, and events. Lines are fed to it one by one."""
+    """A run as recorded by a log: summaries at each analysis, and events. Lines are fed to it one by one."""
 
     def __init__(self) -> None:
         self.head: dict[str, Any] = {}
         self.config = SubspaceConfig()
         self.events: list[Event] = []
-        self.analyses: list[dict[str, Any]] = []  # records of the complete ones
-        self.reports: dict[str, list[LayerReport]] = {}  # by layer, one an analysis, without their decisions
-        self.steps: dict[str, list[int]] = {}  # theirs
-        self.damaged_lines = 0  # lines that are not whole, or of a kind that this version does not know
+        self.analyses: list[dict[str, Any]] = []  # records of the complete analyses
+        self.reports: dict[str, list[LayerReport]] = {}  # by layer, one per analysis, without decisions
+        self.steps: dict[str, list[int]] = {}  # steps of these reports
+        self.damaged_lines = 0  # lines that are incomplete, or of an unknown kind
         self._names: dict[int, tuple[str, tuple[int, int]]] = {}
-        self._decisions: dict[str, dict[int, Decision | None]] = {}  # those that were written down
+        self._decisions: dict[str, dict[int, Decision | None]] = {}  # those that the log contains
 
     def feed(self, line: str) -> None:
-        """Take in a line. One that is damaged is counted and skipped.
+        """Process one line. A damaged one is counted and skipped.
 
         Raises:
             ValueError: the log is of a newer version.
         """
         try:
             record = json.loads(line)
-            take = {"run": self._run, "layer": self._layer, "metrics": self._metrics, "analysis": self.analyses.append,
-                    "event": self._event}[record["record"]]  # fmt: skip
+            handlers = {"run": self._run, "layer": self._layer, "metrics": self._metrics, "event": self._event,
+                        "analysis": self.analyses.append}  # fmt: skip
+            handler = handlers[record["record"]]
         except (ValueError, KeyError, TypeError):
             self.damaged_lines += 1
             return
@@ -62,7 +63,7 @@ class Run:
             raise ValueError(f"the log has schema {record['schema']}, written by svd_optim {record.get('svd_optim')}; "
                              f"this version reads up to {SCHEMA}: upgrade svd_optim")  # fmt: skip
         try:
-            take(record)
+            handler(record)
         except (ValueError, KeyError, TypeError, AttributeError):
             self.damaged_lines += 1
 
@@ -96,11 +97,11 @@ class Run:
         if "values" in record:
             values = dict(zip(self.head["columns"], map(_number, record["values"]), strict=True))
             metrics = LayerMetrics(step=record["step"], **{key: values[key] for key in COLUMNS if key in values})
-        asked, policy_input = record.get("policy_input"), None
-        if asked is not None:
-            flags = {key: asked.get(key, default) for key, default in ASKED.items()}
-            info = LayerInfo(name=name, shape=shape, rank=asked.get("rank", record["rank"]), **flags)
-            policy_input = PolicyInput(info=info, state=LayerState(asked["state"]), analyses=asked["analyses"])
+        saved, policy_input = record.get("policy_input"), None
+        if saved is not None:
+            flags = {key: saved.get(key, default) for key, default in INFO_DEFAULTS.items()}
+            info = LayerInfo(name=name, shape=shape, rank=saved.get("rank", record["rank"]), **flags)
+            policy_input = PolicyInput(info=info, state=LayerState(saved["state"]), analyses=saved["analyses"])
         report = LayerReport(
             name=name,
             shape=shape,
@@ -118,17 +119,17 @@ class Run:
         if "decision" in record:
             self._decisions[name][record["step"]] = _decision(record["decision"])
 
-    # ---- what it says --------------------------------------------------------------------------------
+    # ---- queries -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.analyses)
 
     def thresholds(self, layer: str) -> Thresholds:
-        """Those that held for a layer."""
+        """The thresholds for one layer, overrides included."""
         return self.config.thresholds_of(layer)
 
     def history(self, layer: str, step: int, last: int | None = None) -> list[LayerMetrics]:
-        """The analyses of a layer up to a step, oldest first; the ``last`` ones, or all."""
+        """The metrics of a layer up to a step, oldest first: the last ``last`` ones, or all."""
         steps, reports = self.steps[layer], self.reports[layer]
         found: list[LayerMetrics] = []
         for i in reversed(range(bisect_right(steps, step))):
@@ -140,17 +141,17 @@ class Run:
         return found[::-1]
 
     def decide(self, layer: str, report: LayerReport, step: int) -> Decision | None:
-        """What the policy decided of a layer, as a report of a step says it: from the log, or by asking it again."""
+        """The decision about a layer at the step of a report: from the log, or by querying the policy again."""
         if step in self._decisions[layer]:
             return self._decisions[layer][step]
         policy_input = report.policy_input
         if policy_input is None:
             return None
-        line = self.history(layer, step, policy_input.analyses)
-        return policy_of(self.config).decide(policy_input.info, policy_input.state, line, self.thresholds(layer))
+        window = self.history(layer, step, policy_input.analyses)
+        return policy_of(self.config).decide(policy_input.info, policy_input.state, window, self.thresholds(layer))
 
     def summary(self, index: int = -1) -> Summary:
-        """The run as of its ``index``-th analysis; by default the last one, with all events.
+        """The run at its ``index``-th analysis; by default the last one, with all events.
 
         Raises:
             IndexError: there is no such analysis.
@@ -177,12 +178,12 @@ class Run:
         )
 
     def summaries(self) -> Iterator[Summary]:
-        """The run as of each analysis, oldest first."""
+        """The run at each analysis, oldest first."""
         return (self.summary(index) for index in range(len(self)))
 
 
 def _config(plain: Mapping[str, Any]) -> SubspaceConfig:
-    """The configuration at the head of a log; a policy of the user's is not part of it."""
+    """The configuration in the header of a log, without a user's policy."""
     known = {field.name for field in fields(SubspaceConfig)}
     values = {key: value for key, value in plain.items() if key in known and key != "policy"}
     values["thresholds"] = Thresholds(**values["thresholds"])
@@ -207,11 +208,11 @@ def _condition(plain: Mapping[str, Any]) -> Condition:
 
 
 def read_log(path: str | Path) -> Run:
-    """What a :class:`RunLog` wrote, as far as it is whole.
+    """The run in a file that a :class:`RunLog` wrote; damaged lines are skipped.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it holds no run, or one of a newer version.
+        ValueError: it contains no run, or one of a newer version.
     """
     run = Run()
     with Path(path).open(encoding="utf-8", errors="replace") as file:
@@ -222,7 +223,7 @@ def read_log(path: str | Path) -> Run:
 
 
 def feed(run: Run, lines: Iterable[str]) -> None:
-    """Take in those of the lines that say something."""
+    """Process lines, except blank ones."""
     for line in lines:
         if line.strip():
             run.feed(line)

@@ -1,4 +1,4 @@
-"""The panels of a run's picture, each drawn into axes that somebody has placed."""
+"""The panels of a run's figure, each drawn into given axes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Told apart with any kind of colour vision, and in grey: after Paul Tol's high-contrast scheme.
+# Distinguishable with any kind of color vision, and in gray: after Paul Tol's high-contrast scheme.
 STATE_COLORS = {
     LayerState.WARMUP: "#f2f6fa",
     LayerState.DENSE: "#5b93c7",
@@ -24,7 +24,7 @@ STATE_COLORS = {
     LayerState.FACTORIZED: "#004488",
 }
 GAP_COLOR = "#c2c2c2"
-# Okabe and Ito's, for so many layers at most; more are coloured by depth.
+# Okabe and Ito's palette; more layers than it has colors are colored by depth.
 LAYER_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 HEAT_MAPS = (
     ("principal_excess", "principal alignment\nabove chance"),
@@ -33,10 +33,11 @@ HEAT_MAPS = (
     ("reconstruction_error", "reconstruction error\n(relative)"),
 )
 MARK: Any = {"linestyle": "", "markersize": 4, "markeredgecolor": "black", "markeredgewidth": 0.4}
-EVENTS_HEIGHT = 0.45  # of the strip of events above a curve
+EVENTS_HEIGHT = 0.45  # inches, of the strip of events above a curve
 
 
 def layer_colors(count: int) -> list[Any]:
+    """One color per layer."""
     if count <= len(LAYER_COLORS):
         return list(LAYER_COLORS[:count])
     from matplotlib import colormaps
@@ -45,7 +46,7 @@ def layer_colors(count: int) -> list[Any]:
 
 
 def draw_name_bar(axes: Axes, labels: Sequence[str], colors: Sequence[Any], room: int) -> None:
-    """Names of the layers, as many as there is room for, and the colours they have in the curves."""
+    """The names of the layers, at most ``room`` of them, and their colors in the curves."""
     axes.set_gid("layers")
     axes.barh(range(len(labels)), 1.0, height=1.0, color=colors)
     every = -(-len(labels) // max(1, room))
@@ -59,7 +60,7 @@ def draw_name_bar(axes: Axes, labels: Sequence[str], colors: Sequence[Any], room
 
 
 def _mesh(axes: Axes, story: Story, values: list[list[float]], **options: Any) -> Any:
-    """Cells of layers (downwards) × analyses."""
+    """A mesh of layers (downward) × analyses."""
     from matplotlib.ticker import MaxNLocator
 
     rows = [i - 0.5 for i in range(len(story.names) + 1)]
@@ -73,7 +74,7 @@ def _mesh(axes: Axes, story: Story, values: list[list[float]], **options: Any) -
 
 
 def draw_heat_map(axes: Axes, bar: Axes, story: Story, field: str, title: str) -> None:
-    """A metric, from 0 to what nearly all values stay below."""
+    """A heat map of a metric, from 0 to an upper bound of nearly all values."""
     from matplotlib import colormaps
 
     values = story.table(field)
@@ -90,7 +91,7 @@ def draw_heat_map(axes: Axes, bar: Axes, story: Story, field: str, title: str) -
 
 
 def draw_state_map(axes: Axes, story: Story) -> None:
-    """The state after each analysis, with the events of each layer where there is room, and the legend."""
+    """The states after each analysis, the legend, and the events per layer if there are fewer than MANY layers."""
     from matplotlib.colors import ListedColormap
 
     numbers = {state: float(i) for i, state in enumerate(STATE_COLORS)}
@@ -108,7 +109,7 @@ def draw_state_map(axes: Axes, story: Story) -> None:
 
 
 def draw_legend(axes: Axes) -> None:
-    """Colours of the states and marks of the events, on the right."""
+    """A legend of the states' colors and the events' markers, on the right."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -126,7 +127,7 @@ def _mark(axes: Axes, kind: str, x: Sequence[float], y: Sequence[float], gid: st
 
 
 def draw_events(strip: Axes, below: Axes, story: Story) -> None:
-    """The events of all layers over the steps of the axes below, a row for each kind."""
+    """The events of all layers over the steps of the axes below, one row per kind."""
     for row, (kind, events) in enumerate(by_kind(story)):
         steps = sorted({event.step for event in events})
         _mark(strip, kind, steps, [row] * len(steps), f"{below.get_gid()}-events-{kind}")
@@ -136,16 +137,16 @@ def draw_events(strip: Axes, below: Axes, story: Story) -> None:
 
 
 def draw_spectra(first: Axes, last: Axes, story: Story, colors: Sequence[Any]) -> None:
-    """Each layer's singular values at the octaves, when they were first and last looked at, on the same axes."""
+    """Each layer's singular values at the octaves, at its first and its last analysis, on equal scales."""
     few = len(story.names) < MANY
-    look: Any = {"linewidth": 1.1, "marker": ".", "markersize": 3} if few else {"linewidth": 0.5}
+    style: Any = {"linewidth": 1.1, "marker": ".", "markersize": 3} if few else {"linewidth": 0.5}
     for layer, color in enumerate(colors):
         known = [report for _, report in story.measured(layer) if report.spectrum]
         for axes, report in zip((first, last), (known[0], known[-1]) if known else (), strict=False):
             assert report.metrics is not None
             ranks = octaves(report.metrics.rank)
             if len(ranks) == len(report.spectrum):
-                axes.plot(ranks, report.spectrum, color=color, **look)
+                axes.plot(ranks, report.spectrum, color=color, **style)
     last.sharex(first)
     last.sharey(first)
     for axes, name in ((first, "first"), (last, "last")):
@@ -158,7 +159,7 @@ def draw_spectra(first: Axes, last: Axes, story: Story, colors: Sequence[Any]) -
 
 
 def log_axes(axes: Axes) -> None:
-    """Ranks in octaves, values in decades, or finer where there are few; labels in plain numbers."""
+    """Logarithmic axes, base 2 for ranks and 10 for values, with labels in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log", base=2)
@@ -172,16 +173,16 @@ def log_axes(axes: Axes) -> None:
 
 
 def draw_ranks(axes: Axes, run: Run, story: Story, colors: Sequence[Any]) -> None:
-    """A step curve for each layer, strong where it is factorized; or quantiles over the layers."""
+    """One step curve per layer, bold where it is factorized; quantiles over the layers if there are MANY."""
     axes.set_gid("ranks")
     axes.set_title("rank (of dense layers: intended)", pad=4 + 72 * EVENTS_HEIGHT)
     values = story.each(lambda report: float(report.rank))
     curve = _curve(story)
     if len(values) < MANY:
-        held = story.each(lambda report: report.rank if report.state == LayerState.FACTORIZED else math.nan)
-        for row, strong, color in zip(values, held, colors, strict=True):
+        factorized = story.each(lambda report: report.rank if report.state == LayerState.FACTORIZED else math.nan)
+        for row, bold, color in zip(values, factorized, colors, strict=True):
             axes.plot(story.steps, row, color=color, linewidth=0.7, alpha=0.6, **curve)
-            axes.plot(story.steps, strong, color=color, linewidth=1.8, **curve)
+            axes.plot(story.steps, bold, color=color, linewidth=1.8, **curve)
         _mark_ranks(axes, story)
     else:
         _rank_quantiles(axes, story, values)
@@ -200,7 +201,7 @@ def _rank_quantiles(axes: Axes, story: Story, values: list[list[float]]) -> None
 
 
 def _mark_ranks(axes: Axes, story: Story) -> None:
-    """Events on the curves of their layers."""
+    """Event markers on the curves of their layers."""
     rows = {name: i for i, name in enumerate(story.names)}
     for kind, events in by_kind(story):
         points = []
@@ -213,7 +214,7 @@ def _mark_ranks(axes: Axes, story: Story) -> None:
 
 
 def draw_shares(axes: Axes, run: Run, story: Story, colors: Sequence[Any]) -> None:
-    """The share of the tracked layers' numbers that is left."""
+    """The remaining share of the tracked layers' parameters."""
     axes.set_gid("parameters")
     axes.set_title("parameters left in these layers", pad=4 + 72 * EVENTS_HEIGHT)
     axes.plot(story.steps, parameter_shares(run, story), color="#004488", linewidth=1.6, **_curve(story))
@@ -224,7 +225,7 @@ def draw_shares(axes: Axes, run: Run, story: Story, colors: Sequence[Any]) -> No
 
 
 def _curve(story: Story) -> dict[str, Any]:
-    """What holds until the next analysis; a single one is a point."""
+    """Line style: a step function of the analyses; a point if there is only one."""
     return {"drawstyle": "steps-post", "marker": "o" if len(story.steps) == 1 else "", "markersize": 3}
 
 

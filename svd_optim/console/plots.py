@@ -1,7 +1,7 @@
 """A run on one page: heat maps of layers × analyses, spectra, ranks and parameters, with the events marked.
 
-Needs matplotlib (``pip install "svd_optim[plots]"``), of which neither pyplot nor the user's settings are
-touched. The same run gives the same file. Lengths are inches.
+Needs matplotlib (``pip install "svd_optim[plots]"``); neither pyplot nor the user's settings are changed. Equal runs
+give equal files. Lengths are in inches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .panels import (
     layer_colors,
 )
 from .story import Story, story_of
-from .tables import shorten_names
+from .tables import layer_name, shorten_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,13 +45,13 @@ STYLE: Any = {
     "ytick.major.width": 0.6,
     "text.parse_math": False,  # a layer may be called "a$b$"
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "svd_optim",  # ids of a file do not change from one drawing to the next
+    "svg.hashsalt": "svd_optim",  # reproducible ids
     "pdf.fonttype": 42,
 }
-NAME_CELLS = 28  # characters of a name that there is room for
+NAME_CELLS = 28  # maximum number of characters of a name
 MAP_WIDTH, MAP_GAP, LEGEND_WIDTH = 1.3, 0.2, 0.85
-ROW_HEIGHT, MAP_HEIGHTS = 0.14, (1.2, 6.5)  # of a layer; least and largest of a heat map
-LABEL_HEIGHT = 0.125  # a name needs so much
+ROW_HEIGHT, MAP_HEIGHTS = 0.14, (1.2, 6.5)  # per layer; minimum and maximum of a heat map
+LABEL_HEIGHT = 0.125  # of a name
 HEAD, MAP_FOOT, CURVE_HEAD, CURVE_HEIGHT, FOOT = 0.75, 0.85, 0.35, 1.9, 0.45
 
 
@@ -59,7 +59,7 @@ def plot_run(run: Run, path: str | Path) -> None:
     """Draw a run to a file: see :func:`run_figure`.
 
     Args:
-        path: ``.png``, ``.svg`` or ``.pdf``; its folders are made.
+        path: ``.png``, ``.svg`` or ``.pdf``; missing folders are created.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -77,26 +77,26 @@ def plot_run(run: Run, path: str | Path) -> None:
 
 
 def run_figure(run: Run) -> Figure:
-    """A run on one page, as a :class:`matplotlib.figure.Figure` that pyplot does not know of.
+    """A run on one page, as a :class:`matplotlib.figure.Figure` that is not registered with pyplot.
 
-    Above, rows are layers, in model order, and columns analyses: principal alignment above chance, drift,
-    tangent capture, reconstruction error and state; grey is undefined, not measured, or not tracked yet. Below,
-    the layers' spectra at their first and last analyses, their ranks (quantiles from 40 layers on; of a
-    dense layer the rank it would get) and the share of the parameters that is left. The bar beside the
-    names has the layers' colours in the curves. Marks are events.
+    At the top, heat maps with layers, in model order, as rows and analyses as columns: principal alignment above
+    chance, drift, tangent capture, reconstruction error and state; gray is undefined, not measured, or not tracked yet.
+    Below, the layers' spectra at their first and last analyses, their ranks (quantiles from 40 layers on; for dense
+    layers the target rank) and the share of the parameters that remains. The bar next to the names has the layers'
+    colors in the curves. Markers are events.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no analysis of the run is complete, or none knows a layer.
+        ValueError: no analysis of the run is complete, or none has a layer.
     """
     story = story_of(run)
     with _style():
-        return _drawn(run, story)
+        return _draw_figure(run, story)
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Our settings instead of the user's, for a while."""
+    """The style of this module instead of the user's settings."""
     try:
         import matplotlib
     except ImportError as error:
@@ -108,7 +108,7 @@ def _style() -> Iterator[None]:
 
 
 class _Page:
-    """A figure on which axes are placed in inches from the upper left corner."""
+    """A figure with axes positioned in inches from the upper left corner."""
 
     def __init__(self, figure: Figure) -> None:
         self.figure = figure
@@ -122,10 +122,10 @@ class _Page:
         self.figure.text(left / self.width, 1 - top / self.height, text, **options)
 
 
-def _drawn(run: Run, story: Story) -> Figure:
+def _draw_figure(run: Run, story: Story) -> Figure:
     from matplotlib.figure import Figure
 
-    labels = shorten_names([clean(name) or "(model)" for name in story.names], NAME_CELLS)
+    labels = shorten_names([layer_name(name) for name in story.names], NAME_CELLS)
     left = max(0.6, 0.3 + 0.056 * max(map(len, labels)))
     height = min(max(ROW_HEIGHT * len(labels), MAP_HEIGHTS[0]), MAP_HEIGHTS[1])
     width = left + (len(HEAT_MAPS) + 1) * (MAP_WIDTH + MAP_GAP) + LEGEND_WIDTH
@@ -140,7 +140,7 @@ def _drawn(run: Run, story: Story) -> Figure:
 
 
 def _place_maps(page: _Page, left: float, height: float, story: Story) -> None:
-    """The heat maps side by side, each with its colours below; the legend beside the last."""
+    """The heat maps side by side, each with its color bar below; the legend next to the last."""
     for field, title in HEAT_MAPS:
         bar = page.axes(left + 0.1, HEAD + height + 0.45, MAP_WIDTH - 0.2, 0.07)
         draw_heat_map(page.axes(left, HEAD, MAP_WIDTH, height), bar, story, field, title)
@@ -149,7 +149,7 @@ def _place_maps(page: _Page, left: float, height: float, story: Story) -> None:
 
 
 def _place_curves(page: _Page, top: float, run: Run, story: Story, colors: Sequence[Any]) -> None:
-    """Two axes with spectra, and two over steps with a strip of events above."""
+    """Two axes with spectra, and two over steps with the events above."""
     each = (page.width - 0.65) / 4
     lefts, width = [0.6 + i * each for i in range(4)], each - 0.55
     first, last = (page.axes(left, top, width, CURVE_HEIGHT) for left in lefts[:2])

@@ -1,10 +1,10 @@
-"""What another configuration would have done on a recorded run: a log goes in, events come out.
+"""Replay of a recorded run under another configuration: from a log to the events that would have happened.
 
-The rules are asked again, with what was measured then. As long as a layer's life is that of the record
-nothing is assumed, and with the run's own configuration the events are those of the run. From where it takes
-another turn it is an estimate: what was measured of it then stands for what would have been, descents land at
-their first try, and there is room to grow. What happened to the run whatever its configuration (a switch by
-hand, a guard that tripped, NaN) happens again where the layer's state allows.
+The policy is queried again with the recorded metrics. While a layer's states are those of the record, the replay is
+exact, and under the run's own configuration the events are those of the run. From the step at which a layer diverges it
+is an estimate: the recorded metrics are used although they belong to other states, descents are exact at their first
+end, and there is room to grow. What did not depend on the configuration (manual switches, guards, NaN) is repeated
+where the layer's state allows it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from ..decisions.machine import LayerLife, Trigger
 from ..records import Action, Event, LayerInfo, LayerMetrics, LayerReport, LayerState
 from .log_reader import Run
 
-FROM_OUTSIDE = frozenset({MANUAL, LOADED})  # reasons of what somebody did
-# Kinds of events that follow from metrics and thresholds, unless their reason is one of those or GUARD.
+INTERVENTIONS = frozenset({MANUAL, LOADED})  # reasons of events that the user caused
+# Kinds of events that follow from metrics and thresholds, unless their reason is an intervention or GUARD.
 DECIDED = frozenset({"danger", "danger_over", "protect", "release", "descend", "descent_stopped", "descent_extended",
                      "descent_failed", "factorize", "merge", "grow", "shrink", "stalled"})  # fmt: skip
-TRIPS = {"loss_rose": Trigger.LOSS_ROSE, "skewed": Trigger.SKEWED}  # why a guard tripped
+TRIPS = {"loss_rose": Trigger.LOSS_ROSE, "skewed": Trigger.SKEWED}  # events of tripped guards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What would have happened."""
+    """The events of a replay."""
 
     events: tuple[Event, ...]  # oldest first
-    diverged: Mapping[str, int]  # layer -> the step from which on its life is another than the recorded one
+    diverged: Mapping[str, int]  # layer -> the step at which its states begin to differ from the record
 
 
 def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
-    """Go through a recorded run again.
+    """Replay a recorded run.
 
     Args:
-        config: another one than the run's; what counts is mode, rule, thresholds, warmup_steps, patience,
-            descent_steps, total_steps, cohort_steps, cooldown_steps, stall_analyses and on_danger. Ranks, budget
-            and the steps of the analyses stay those of the record.
+        config: default: the run's own. Of another one these fields take effect: mode, rule, thresholds, warmup_steps,
+            patience, descent_steps, total_steps, cohort_steps, cooldown_steps, stall_analyses and on_danger. Ranks,
+            budget and the steps of the analyses are those of the record.
 
     Raises:
-        ValueError: the run had a policy of its own, which a log can't ask.
+        ValueError: the run had a user's policy, which a log does not contain.
     """
     policy = run.head.get("config", {}).get("policy")
     if policy is not None:
@@ -63,35 +63,36 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
 
 @dataclass(kw_only=True)
 class _Layer(LayerLife):
-    """A layer in its replayed life."""
+    """A layer in the replay."""
 
     reports: Mapping[int, LayerReport] = field(default_factory=dict)
-    """The recorded ones, by step."""
+    """The recorded reports, by step."""
     diverged: int | None = None
+    """The step at which its states begin to differ from the record."""
     recorded_window: int = 0
-    """How many analyses its window held in the run, at the present one."""
+    """Length of its decision window in the run, at the present analysis."""
 
     @property
     def window(self) -> tuple[LayerMetrics, ...]:
-        """The analyses that a decision rests on: since the last change, at the rank of the last one."""
+        """The decision window, of analyses at the rank of the last one; at most as long as in the run."""
         window = super().window
         other = [i for i, metrics in enumerate(window) if metrics.rank != window[-1].rank]
         window = window[other[-1] + 1 :] if other else window
-        bounded = self.diverged is None and self.recorded_window  # in a run, histories are of bounded length
+        bounded = self.diverged is None and self.recorded_window  # a run keeps a bounded history
         return window[-self.recorded_window :] if bounded else window
 
     def input(self, recorded: LayerInfo, step: int) -> LayerInfo:
-        """What a policy may know of it."""
+        """The policy's view of it: the recorded one, with protection and cooldown of the replay where they differ."""
         if self.diverged is None and self.protected == recorded.protected:
             return recorded
-        mine = self.info(step)
-        return replace(recorded, protected=mine.protected, cooldown=mine.cooldown)
+        replayed = self.info(step)
+        return replace(recorded, protected=replayed.protected, cooldown=replayed.cooldown)
 
     waits_done: int = 0
     """Steps that its present descent has waited for gradients already."""
 
     def recorded(self, step: int) -> LayerReport | None:
-        """Its report of a step, while its life is the recorded one."""
+        """Its recorded report of a step, before it diverged."""
         return self.reports.get(step) if self.diverged is None else None
 
 
@@ -112,54 +113,54 @@ class _Replayer:
         self.recorded: dict[int, list[Event]] = {}
         for event in run.events:
             self.recorded.setdefault(event.step, []).append(event)
-        self.agenda = [*self.analyses, *self.recorded]  # a heap of the steps at which something may happen
+        self.agenda = [*self.analyses, *self.recorded]  # a heap of the steps to process
         heapq.heapify(self.agenda)
         self.last = max(self.agenda, default=0)
 
     def run_through(self) -> None:
-        """From the first step to the last that is known of."""
+        """Process all steps, from the first to the last recorded one."""
         step = 0
         while self.agenda:
             now = heapq.heappop(self.agenda)
             if now == step:
                 continue
             step = now
-            self.land(step)
+            self.conclude_descents(step)
             if step in self.analyses:
                 self.analyze(step)
             for event in self.recorded.get(step, []):
-                outside = event.kind not in DECIDED and event.kind not in TRIPS
-                if outside or event.reason in FROM_OUTSIDE:
-                    self.happen(event)
+                undecided = event.kind not in DECIDED and event.kind not in TRIPS
+                if undecided or event.reason in INTERVENTIONS:
+                    self.repeat(event)
 
     def recorded_event(self, layer: _Layer, step: int, *kinds: str) -> Event | None:
-        """What the run says of a layer at a step, unless somebody did it; ``None`` once its life is another one."""
+        """The recorded event of a layer at a step, interventions excluded; ``None`` once it diverged."""
         events = self.recorded.get(step, []) if layer.diverged is None else []
         return next((e for e in events
-                     if e.layer == layer.name and e.kind in kinds and e.reason not in FROM_OUTSIDE), None)  # fmt: skip
+                     if e.layer == layer.name and e.kind in kinds and e.reason not in INTERVENTIONS), None)  # fmt: skip
 
-    def wait(self, layer: _Layer) -> None:
-        """A descent is to end at a step, if the record goes so far."""
+    def schedule_end(self, layer: _Layer) -> None:
+        """Schedule the end of a descent, if the record goes that far."""
         until = layer.status.descent_end
         if until is not None and until <= self.last:
             heapq.heappush(self.agenda, until)
 
-    # ---- facts -----------------------------------------------------------------------------------------
+    # ---- what does not depend on the configuration ---------------------------------------------------
 
-    def happen(self, event: Event) -> None:
-        """Something that the configuration had no part in: done by somebody, by a guard, or to the weights."""
+    def repeat(self, event: Event) -> None:
+        """Repeat an event that did not depend on the configuration: an intervention, a guard, NaN."""
         layer = self.layers.get(event.layer)
         if layer is None:
             self.lifecycle.emit(event)
             return
-        self._happen_to(layer, event)
-        if event.reason in FROM_OUTSIDE | {GUARD}:
+        self._repeat_for(layer, event)
+        if event.reason in INTERVENTIONS | {GUARD}:
             layer.decision = None
 
-    def _happen_to(self, layer: _Layer, event: Event) -> None:
-        """Where the state of the layer allows it."""
+    def _repeat_for(self, layer: _Layer, event: Event) -> None:
+        """Repeat it where the state of the layer allows it."""
         step, reason, numbers = event.step, event.reason, event.numbers
-        back = Trigger.MERGE_MANUALLY if reason == MANUAL else Trigger.LOSS_ROSE
+        trigger = Trigger.MERGE_MANUALLY if reason == MANUAL else Trigger.LOSS_ROSE
         match event.kind:
             case "factorize":
                 if not layer.factorized:
@@ -168,10 +169,10 @@ class _Replayer:
                     self.lifecycle.factorize(layer, step, Trigger.FACTORIZE_MANUALLY, reason, error)
             case "merge":
                 if layer.factorized:
-                    self.lifecycle.merge(layer, step, back, reason)
+                    self.lifecycle.merge(layer, step, trigger, reason)
             case "descent_stopped":
                 if layer.state == LayerState.DESCENDING:
-                    self.lifecycle.stop_descent(layer, step, back, reason)
+                    self.lifecycle.stop_descent(layer, step, trigger, reason)
             case "protect":
                 self.lifecycle.protect(layer, step, reason, int(numbers["rank"]), manual=True)
             case "release":
@@ -183,10 +184,10 @@ class _Replayer:
                 if event.kind == "unsupported":
                     del self.layers[layer.name]
 
-    # ---- every step ------------------------------------------------------------------------------------
+    # ---- every step ----------------------------------------------------------------------------------
 
-    def land(self, step: int) -> None:
-        """The ends of descents."""
+    def conclude_descents(self, step: int) -> None:
+        """Install, extend or fail the descents that end at a step."""
         for layer in self.layers.values():
             status = layer.status
             if layer.state != LayerState.DESCENDING or status.descent_end is None or status.descent_end > step:
@@ -195,17 +196,17 @@ class _Replayer:
                 continue
             if layer.only_nonfinite:
                 status.descent_end = step + self.config.analyze_every
-                self.wait(layer)
+                self.schedule_end(layer)
                 continue
             event = self.recorded_event(layer, step, "factorize", "descent_extended", "descent_failed")
             error = 0.0 if event is None else event.numbers["reconstruction_error"]
-            landing = self.lifecycle.descent_outcome(layer, error)
-            if landing == Trigger.DESCENT_EXACT:
+            outcome = self.lifecycle.descent_outcome(layer, error)
+            if outcome == Trigger.DESCENT_EXACT:
                 error = math.nan if event is None else error
-                self.lifecycle.factorize(layer, step, landing, "descent done", error)
-            elif landing == Trigger.DESCENT_EXTENDED:
+                self.lifecycle.factorize(layer, step, outcome, "descent done", error)
+            elif outcome == Trigger.DESCENT_EXTENDED:
                 self.lifecycle.extend_descent(layer, step, step + self.config.analyze_every, error)
-                self.wait(layer)
+                self.schedule_end(layer)
             else:
                 self.lifecycle.fail_descent(layer, step, error)
 
@@ -225,13 +226,13 @@ class _Replayer:
         assert layer.status.descent_end is not None
         layer.waits_done += more
         layer.status.descent_end = step + more if more else self.last + 1
-        self.wait(layer)
+        self.schedule_end(layer)
         return True
 
-    # ---- every interval --------------------------------------------------------------------------------
+    # ---- every interval ------------------------------------------------------------------------------
 
     def analyze(self, step: int) -> None:
-        """Decide, and act where descents may start."""
+        """Decide, and act at cohort boundaries."""
         boundary = self.lifecycle.begin_analysis(step)
         self.lifecycle.analyses = self.analyses[step]
         for layer in self.layers.values():
@@ -240,7 +241,7 @@ class _Replayer:
                 self.decide(layer, report, step)
         for event in self.recorded.get(step, []):
             if event.kind in TRIPS or (event.reason == GUARD and event.kind in DECIDED):
-                self.happen(event)
+                self.repeat(event)
         if boundary and self.config.mode == "auto":
             self.act(step)
         self.lifecycle.note_stall(step)
@@ -250,11 +251,11 @@ class _Replayer:
                 layer.diverged = step
 
     def decide(self, layer: _Layer, report: LayerReport, step: int) -> None:
-        """Ask the rules about a layer, and see whether danger begins or ends."""
+        """Query the policy about a layer, and update danger and protection."""
         assert report.metrics is not None and report.policy_input is not None
         metrics, recorded = report.metrics, report.policy_input
         if layer.diverged is not None and layer.state != recorded.state:
-            metrics = replace(metrics, reconstruction_error=None, exact_rank=None)  # of a life that it does not lead
+            metrics = replace(metrics, reconstruction_error=None, exact_rank=None)  # they belong to another state
         layer.history.append(metrics)
         layer.status.rank, layer.recorded_window = recorded.info.rank, recorded.analyses
         self.ask(layer, recorded.info, step)
@@ -268,49 +269,49 @@ class _Replayer:
             self.ask(layer, recorded.info, step)
 
     def ask(self, layer: _Layer, recorded: LayerInfo, step: int) -> None:
-        """The policy's word."""
+        """Query the policy."""
         late = too_late(self.config, step, layer.history)
         self.lifecycle.ask(layer, step, replace(layer.input(recorded, step), late=late))
 
     def act(self, step: int) -> None:
         """Carry out the decisions."""
-        wanted = self.lifecycle.requests()
-        for layer in wanted[Action.DESCEND]:
+        requests = self.lifecycle.requests()
+        for layer in requests[Action.DESCEND]:
             event = self.recorded_event(layer, step, "descend")
-            if event is not None:  # the plan may have lowered the rank at that moment
+            if event is not None:  # the plan may have lowered the rank at the start
                 layer.status.rank = int(event.numbers["rank"])
             self.lifecycle.descend(layer, step)
             layer.waits_done = 0
-            self.wait(layer)
-        for layer in wanted[Action.FACTORIZE]:
+            self.schedule_end(layer)
+        for layer in requests[Action.FACTORIZE]:
             if not self.lifecycle.beyond_break_even(layer, layer.rank):
                 self.factorize(layer, step)
-        for layer in wanted[Action.MERGE]:
+        for layer in requests[Action.MERGE]:
             self.merge(layer, step)
-        for layer in (*wanted[Action.SHRINK], *wanted[Action.GROW]):
+        for layer in (*requests[Action.SHRINK], *requests[Action.GROW]):
             self.resize(layer, step)
 
     def factorize(self, layer: _Layer, step: int) -> None:
-        """Into factors, as it is exact enough already; not where the weight could not be decomposed then."""
+        """Factorize a layer that is accurate enough; not if its weight could not be decomposed in the run."""
         event = self.recorded_event(layer, step, "factorize")
         if event is not None:
             layer.status.rank = int(event.numbers["rank"])
             error = event.numbers["reconstruction_error"]
             self.lifecycle.factorize(layer, step, Trigger.FACTORIZE, "decided", error)
-        elif self.news(layer, step):
+        elif self.is_new(layer, step):
             error = layer.history[-1].reconstruction_error or 0.0
             self.lifecycle.factorize(layer, step, Trigger.FACTORIZE, "decided", error)
 
     def merge(self, layer: _Layer, step: int) -> None:
-        """Dense again."""
+        """Make a factorized layer dense again."""
         assert layer.decision is not None
         self.lifecycle.merge(layer, step, Trigger.MERGE, layer.decision.reason)
         layer.decision = None
 
     def resize(self, layer: _Layer, step: int) -> None:
-        """Another rank, or dense where that would be beyond break-even; not where the run had no room for it."""
+        """Change the rank, or make it dense if that is past break-even; not if the run did not, for lack of room."""
         event = self.recorded_event(layer, step, "grow", "shrink", "merge")
-        if layer.decision is None or (event is None and not self.news(layer, step)):
+        if layer.decision is None or (event is None and not self.is_new(layer, step)):
             return
         rank = layer.decision.rank if event is None or event.kind == "merge" else int(event.numbers["rank"])
         if rank is None or self.lifecycle.beyond_break_even(layer, rank):
@@ -318,8 +319,8 @@ class _Replayer:
         else:
             self.lifecycle.resize(layer, step, rank, layer.decision.reason)
 
-    def news(self, layer: _Layer, step: int) -> bool:
-        """Whether the run itself did not ask for this: then what stood in its way then says nothing of it."""
+    def is_new(self, layer: _Layer, step: int) -> bool:
+        """Whether the run did not request this action: then what prevented actions in the run does not apply."""
         report = layer.recorded(step)
         if report is None:
             return True

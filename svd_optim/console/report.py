@@ -1,4 +1,4 @@
-"""Events, alerts, the summary at the end, why a layer waits; and the listener that prints them."""
+"""Rendering of events, alerts, summaries and decisions; the listener that prints them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
 
 
 def event_line(event: Event) -> Text:
-    """One line: step, layer, kind, move between states, reason, numbers. Never cut: it may wrap."""
+    """One line: step, layer, kind, transition, reason, numbers. It is not truncated and may wrap."""
     line = Text(f"step {event.step}  ")
     line.append(layer_name(event.layer) if event.layer != "*" else "run", style="bold")
     alarm = event.kind in _ALARMS
@@ -51,7 +51,7 @@ def event_line(event: Event) -> Text:
 
 
 def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
-    """A line for each level and kind: the first few layers with their numbers, and how many more there are."""
+    """One line per level and kind: the first ``names`` layers with their values, and the number of other ones."""
     groups: dict[tuple[Level, str], list[Alert]] = {}
     for alert in alerts:
         groups.setdefault((alert.level, alert.kind), []).append(alert)
@@ -62,8 +62,8 @@ def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
         line.append(clean(kind), style="bold")
         for alert in members[:names]:
             value = "" if alert.value is None else f" {number(alert.value)}"
-            told = f"{layer_name(alert.layer)}: {clean(alert.text)}" if len(members) == 1 else ""
-            line.append(f"  {told or shorten(layer_name(alert.layer), 30) + value}")
+            details = f"{layer_name(alert.layer)}: {clean(alert.text)}" if len(members) == 1 else ""
+            line.append(f"  {details or shorten(layer_name(alert.layer), 30) + value}")
         if len(members) > names:
             line.append(f"  and {len(members) - names} more")
         lines.append(line)
@@ -71,14 +71,16 @@ def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
 
 
 def _sizes(summary: Summary) -> Table:
-    """Parameters and resident bytes of the tracked layers: all dense under the bare optimizer, and now."""
+    """Parameters and resident bytes of the tracked layers: dense under the bare optimizer, and now."""
     table = plain_table("tracked layers")
     for header in ("", "before", "after", "after/before"):
         table.add_column(header, no_wrap=True, justify="right" if header else "left")
     rows = {"parameters": summary.parameters(), "bytes": (0, 0)}
     kinds = {"weights": "weight", "gradients": "grad", "optimizer state": "state", "monitoring": "monitoring"}
     for label, kind in kinds.items():
-        before = sum(getattr(layer, f"{kind}_bytes_dense", 0) for layer in summary.layers)  # unwatched before
+        before = sum(
+            getattr(layer, f"{kind}_bytes_dense", 0) for layer in summary.layers
+        )  # there is no monitoring_bytes_dense
         after = sum(getattr(layer, f"{kind}_bytes") for layer in summary.layers)
         rows[f"  {label}"] = before, after
         rows["bytes"] = rows["bytes"][0] + before, rows["bytes"][1] + after
@@ -98,7 +100,7 @@ def _times(summary: Summary) -> Text:
 
 
 def why_table(layer: LayerReport) -> Table:
-    """All that the last decision of a layer rests on: each condition, its value, its threshold, whether it holds."""
+    """The last decision of a layer: each condition with its value, its threshold and whether it holds."""
     table = plain_table(f"{layer_name(layer.name)}: {layer.state}, rank {layer.rank}")
     for header in ("condition", "value", "", "threshold", "holds"):
         table.add_column(header, no_wrap=True, justify="right" if header in ("value", "threshold") else "left")
@@ -117,7 +119,7 @@ def why_table(layer: LayerReport) -> Table:
 
 
 def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
-    """For each layer that is not factorized: the first condition that fails, and by how much."""
+    """For each layer that is not factorized: the first condition that fails, with its distance."""
     table = plain_table("did not switch, because")
     table.add_column("layer", no_wrap=True)
     table.add_column("condition: value, threshold, distance", overflow="fold")
@@ -127,7 +129,7 @@ def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
         blocker = decision.blocker if decision else None
         if layer.state == LayerState.DESCENDING:
             text = "still descending"
-        elif blocker is not None and blocker.name not in FACTS:  # of those the reason says more
+        elif blocker is not None and blocker.name not in FACTS:  # for those the reason is more specific
             text = ("~" if blocker.near else "") + str(blocker)
         elif decision is not None and decision.action != Action.HOLD:
             text = f"would {decision.action}: {decision.reason}"
@@ -138,21 +140,21 @@ def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
 
 
 def _failing(layer: LayerReport) -> list[Condition]:
-    """What does not hold; patience, which fails whenever anything does, only if nothing else fails."""
+    """The conditions that do not hold; patience, which fails whenever any other does, only if it is alone."""
     failing = [c for c in (layer.decision.conditions if layer.decision else ()) if not c.holds]
     return [c for c in failing if c.name != "patience"] or failing
 
 
-def _farness(layer: LayerReport) -> tuple[int, float]:
-    """(conditions that fail, the worst relative distance among them): small is near."""
+def _distance_to_action(layer: LayerReport) -> tuple[int, float]:
+    """(number of conditions that fail, the largest relative distance among them): small is near."""
     failing = _failing(layer)
     distances = ((math.inf if c.distance is None else abs(c.distance), abs(c.threshold)) for c in failing)
-    far = [distance / max(threshold, 1e-12) for distance, threshold in distances]
-    return len(failing), max((math.inf if math.isnan(x) else x for x in far), default=math.inf)
+    relative = [distance / max(threshold, 1e-12) for distance, threshold in distances]
+    return len(failing), max((math.inf if math.isnan(x) else x for x in relative), default=math.inf)
 
 
 def _nothing_acted(summary: Summary) -> Text | None:
-    """What to say if no layer ever left the dense state, or ``None``."""
+    """The text for a run in which no layer ever left the dense state; ``None`` for other runs."""
     acted = any(event.kind in ("descend", "factorize") for event in summary.events)
     moved = summary.count(LayerState.DESCENDING) + summary.count(LayerState.FACTORIZED)
     blocked = [layer for layer in summary.layers if _failing(layer)]
@@ -160,7 +162,7 @@ def _nothing_acted(summary: Summary) -> Text | None:
         return None
     loud = summary.analyses >= summary.stall_analyses or any(event.kind == "stalled" for event in summary.events)
     counts = Counter(clean(layer.condition) for layer in blocked).most_common()
-    nearest = min(blocked, key=_farness)
+    nearest = min(blocked, key=_distance_to_action)
     text = Text("!! NOTHING ACTED" if loud else "nothing acted", style="bold red" if loud else "")
     text.append(f" in {summary.analyses} analyses of {len(summary.layers)} layers. Blocked by ")
     text.append(", ".join(f"{name} ({count})" for name, count in counts))
@@ -169,11 +171,11 @@ def _nothing_acted(summary: Summary) -> Text | None:
 
 
 def _skipped(summary: Summary, names: int = 4) -> Text:
-    """The parameters left alone, grouped by reason, with the first few names of each group."""
+    """The parameters that are not tracked, grouped by reason, with the first ``names`` names of each group."""
     groups: dict[str, list[str]] = {}
     for item in summary.skipped:
         groups.setdefault(clean(item.reason), []).append(shorten(layer_name(item.name), 40))
-    text = Text("left alone")
+    text = Text("not tracked")
     for reason, members in groups.items():
         more = f" and {len(members) - names} more" if len(members) > names else ""
         text.append(f"\n  {reason} ({len(members)}): {', '.join(members[:names])}{more}")
@@ -181,12 +183,12 @@ def _skipped(summary: Summary, names: int = 4) -> Text:
 
 
 def summary_renderable(summary: Summary, width: int | None = None) -> Group:
-    """The run at its end: states, parameters and bytes before and after (what monitoring keeps resident
-    included), the share of the time spent in analysis, why layers did not switch, and what was left alone.
+    """The summary at the end of a run: states, parameters and bytes before and after (monitoring included), host time
+    by phase, why layers did not switch, and the parameters that are not tracked.
 
-    If no layer ever acted in ``auto`` mode, it says so, with the conditions that blocked and the layer
-    that came nearest: loudly after ``stall_analyses`` analyses or a ``"stalled"`` event. ``width`` is
-    as in :func:`layer_table`.
+    If no layer ever acted in ``auto`` mode, it says so, with the blocking conditions and the layer that came nearest,
+    and prominently so after ``stall_analyses`` analyses or a ``"stalled"`` event. ``width`` is as in
+    :func:`layer_table`.
     """
     width = rich.get_console().width if width is None else width
     states = " · ".join(f"{summary.count(state)} {state}" for state in LayerState)
@@ -195,16 +197,16 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     stalled = _nothing_acted(summary)
     if stalled is not None:
         parts += [Text(), stalled]
-    rest = [layer for layer in summary.layers if layer.state != LayerState.FACTORIZED]
-    if rest:
-        parts += [Text(), _why_not(rest, width)]
+    unfactorized = [layer for layer in summary.layers if layer.state != LayerState.FACTORIZED]
+    if unfactorized:
+        parts += [Text(), _why_not(unfactorized, width)]
     if summary.skipped:
         parts += [Text(), _skipped(summary)]
     return Group(*parts)
 
 
 def renderable(record: object, width: int) -> RenderableType:
-    """What rich shows of a record, a summary or a plan, in so many columns.
+    """The rich renderable of a summary or a plan, ``width`` columns wide.
 
     Raises:
         TypeError: it is neither.
@@ -217,7 +219,7 @@ def renderable(record: object, width: int) -> RenderableType:
 
 
 def html(what: RenderableType, width: int = 120) -> str:
-    """As a block of HTML with its own styles, for a notebook; ``width`` in columns."""
+    """``what`` as a block of HTML with inline styles, for notebooks; ``width`` in columns."""
     console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)
     console.print(what)
     block = "<pre style='white-space:pre;overflow-x:auto;line-height:normal'>{code}</pre>"
@@ -225,19 +227,20 @@ def html(what: RenderableType, width: int = 120) -> str:
 
 
 class ConsoleReport(Listener):
-    """Prints during training: each event as a line, and the layer table now and then.
+    """Prints during training: each event as a line, and the layer table at regular intervals.
 
-    Prints nothing in a distributed run except on rank 0 (environment variable ``RANK``). Bars of tqdm are
-    taken aside while it prints.
+    In a distributed run only rank 0 prints (environment variable ``RANK``). Progress bars of tqdm are cleared while it
+    prints.
 
     Args:
         every: analyses between layer tables; 0 prints events and alerts only.
-        console: where to print; default: rich's own, which a progress bar shares.
-        alerts: the least level to print, ``"critical"``, ``"warning"`` or ``"info"``; see :mod:`.alerts`.
+        console: where to print; default: rich's global console, which progress bars of rich use too.
+        alerts: the lowest level to print, ``"critical"``, ``"warning"`` or ``"info"``; see
+            :mod:`svd_optim.decisions.alerts`.
 
     Raises:
         TypeError: ``every`` is not an integer.
-        ValueError: ``every`` is negative, or ``alerts`` is no level.
+        ValueError: ``every`` is negative, or ``alerts`` is not a level.
     """
 
     def __init__(self, every: int = 10, console: Console | None = None, alerts: str = "critical") -> None:
@@ -253,7 +256,7 @@ class ConsoleReport(Listener):
         self.levels = levels[: levels.index(alerts) + 1]
 
     def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
-        """Print a line for each kind of alert, but for danger, of which an event tells."""
+        """Print one line per kind of alert, except danger, for which there is an event."""
         for line in alert_lines([a for a in alerts if a.level in self.levels and a.kind != "danger"]):
             self._print(line)
 
@@ -274,7 +277,7 @@ class ConsoleReport(Listener):
         if not is_main_process():
             return
         encoding = self.console.encoding
-        if not encoding.startswith("utf"):  # an ASCII log file must not end the training with an exception
+        if not encoding.startswith("utf"):  # an ASCII log file must not stop the training with an exception
             plain = Console(file=io.StringIO(), width=self.console.width, color_system=None)
             with plain.capture() as capture:
                 plain.print(what)

@@ -1,21 +1,20 @@
-"""The log of a run: JSON Lines, written while it trains, read while it goes on or afterwards.
+"""The log of a run: JSON Lines, written during training, which can be read at any time.
 
 Version 2. Each line is an object with a key ``record``:
 
-- ``run``: at the head, and again where a resumed process goes on: ``schema``, ``svd_optim``, ``torch``,
-  ``python``, ``time`` (UTC), ``step`` (of the record behind it: what an earlier process wrote of this step and
-  later ones no longer counts), ``optimizer``, ``mode``, ``config``, ``skipped`` ([name, shape, reason]) and
-  ``columns``, the names of the values in what follows;
-- ``layer``: before a layer is first spoken of: ``layer`` (its number in this log), ``name``, ``shape``;
+- ``run``: the header, repeated where a resumed process continues: ``schema``, ``svd_optim``, ``torch``, ``python``,
+  ``time`` (UTC), ``step`` (of the next record: earlier records of this step and later ones are void), ``optimizer``,
+  ``mode``, ``config``, ``skipped`` ([name, shape, reason]) and ``columns``, the names of the values in ``metrics``;
+- ``layer``: before the first record of a layer: ``layer`` (its number in this log), ``name``, ``shape``;
 - ``metrics``: a layer at an analysis: ``step``, ``layer``, ``state`` and ``rank`` (after it acted), ``values`` (one
-  for each column, null where undefined), ``spectrum``, and where there is something to say ``protected``,
-  ``bytes`` (of weight, gradient, optimizer state, monitoring; the first three of the dense layer; if they changed),
-  ``policy_input`` (what the policy was asked: :class:`PolicyInput`, without what the rest says), ``decision`` (of a
-  policy of the user's; the library's own is asked again by whoever reads);
-- ``analysis``: behind the metrics of all layers: ``step``, ``analyses``, ``seconds`` by phase, ``seconds_total``;
+  per column, null where undefined), ``spectrum``, and optionally ``protected``, ``bytes`` (of weight, gradient,
+  optimizer state, monitoring; the first three of the dense layer; if they changed), ``policy_input``
+  (:class:`PolicyInput` without defaults and what other keys contain), ``decision`` (of a user's policy; decisions of
+  the library's policy are recomputed by the reader; null: there was an intervention since);
+- ``analysis``: after the metrics of all layers: ``step``, ``analyses``, ``seconds`` by phase, ``seconds_total``;
 - ``event``: see :class:`Event`; its kinds are those of :data:`svd_optim.decisions.lifecycle.EVENTS`.
 
-A number that is not finite is a string, as JSON has none. Keys that a reader does not know are to be ignored.
+A number that is not finite is a string, as JSON has no such numbers. Readers must ignore unknown keys.
 """
 
 from __future__ import annotations
@@ -43,11 +42,13 @@ SCHEMA = 2
 COLUMNS = tuple(field.name for field in fields(LayerMetrics) if field.name != "step")
 BYTES = ("weight_bytes", "grad_bytes", "state_bytes", "monitoring_bytes",
           "weight_bytes_dense", "grad_bytes_dense", "state_bytes_dense")  # fmt: skip
-ASKED = {field.name: field.default for field in fields(LayerInfo) if field.name not in ("name", "shape", "rank")}
+INFO_DEFAULTS = {
+    field.name: field.default for field in fields(LayerInfo) if field.name not in ("name", "shape", "rank")
+}
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: numbers that are not finite become strings."""
+    """``value`` for JSON: mappings, lists and tuples converted, numbers that are not finite as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -56,28 +57,28 @@ def plain(value: Any) -> Any:
 
 
 class RunLog(Listener):
-    """Appends everything that an optimizer finds and does to a file: see the module's docstring.
+    """Appends all metrics and events of an optimizer to a file; the module's docstring has the format.
 
         optimizer.add_listener(RunLog("runs/log.jsonl"))
 
-    Read it with :func:`svd_optim.console.read_log` or ``python -m svd_optim``. One line at a time is handed to
-    the operating system, whole; a run that is killed loses at most the line it was writing, and one that is
-    resumed with the same path goes on in the same file. A layer takes 300 to 350 bytes an analysis. In a
-    distributed run only rank 0 writes. A full disk ends the log, with a warning, and not the training.
+    Read it with :func:`svd_optim.console.read_log` or ``python -m svd_optim``. Only complete lines are written; a run
+    that is killed loses at most the last one, and one that is resumed with the same path appends to the file. It takes
+    300 to 350 bytes per layer and analysis. In a distributed run only rank 0 writes. If the disk is full, logging stops
+    with a warning and training continues.
 
     Args:
-        path: of the file; its folders are made.
+        path: of the file; missing folders are created.
 
     Raises:
         OSError: the file can't be opened for writing.
-        ValueError: on being added to a second optimizer; each needs a log of its own.
+        ValueError: it is added to a second optimizer; each needs its own log.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._head: dict[str, Any] | None = None  # until it is written
+        self._head: dict[str, Any] | None = None  # the header, until it is written
         self._started = False
-        self._keep_decisions = False
+        self._write_decisions = False
         self._layers: dict[str, int] = {}
         self._bytes: dict[str, list[int]] = {}
         self._file = None
@@ -85,7 +86,7 @@ class RunLog(Listener):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
             if self._file.tell() and not self._ends_with_newline():
-                self._file.write(b"\n")  # the line that a killed run left unfinished stays a line of its own
+                self._file.write(b"\n")  # terminates the line that a killed run left incomplete
 
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
@@ -93,12 +94,12 @@ class RunLog(Listener):
             return file.read(1) == b"\n"
 
     def on_start(self, optimizer: Monitored) -> None:
-        """Remember what stands at the head."""
+        """Collect the header."""
         if self._started:
             raise ValueError(f"RunLog({str(self.path)!r}) belongs to another optimizer already; give each its own file")
         self._started = True
         config = optimizer.config
-        self._keep_decisions = config.policy is not None
+        self._write_decisions = config.policy is not None
         self._head = {
             "record": "run",
             "schema": SCHEMA,
@@ -124,11 +125,11 @@ class RunLog(Listener):
         self._write([{"record": "event", **event.as_plain()}], event.step)
 
     def on_analysis(self, summary: Summary) -> None:
-        """Write the layers, and that the analysis is complete."""
+        """Write the layers' records, then that of the analysis."""
         records = [record for layer in summary.layers for record in self._records(layer, summary.step)]
         seconds = {phase: round(value, 4) for phase, value in summary.seconds.items()}
-        whole = {"analyses": summary.analyses, "seconds": seconds, "seconds_total": round(summary.seconds_total, 3)}
-        self._write([*records, {"record": "analysis", "step": summary.step, **whole}], summary.step)
+        totals = {"analyses": summary.analyses, "seconds": seconds, "seconds_total": round(summary.seconds_total, 3)}
+        self._write([*records, {"record": "analysis", "step": summary.step, **totals}], summary.step)
 
     def _records(self, layer: LayerReport, step: int) -> Iterator[dict[str, Any]]:
         if layer.name not in self._layers:
@@ -145,7 +146,7 @@ class RunLog(Listener):
         if sizes != self._bytes.get(layer.name):
             self._bytes[layer.name] = record["bytes"] = sizes
         if layer.policy_input is not None:
-            info = {key: value for key, default in ASKED.items()
+            info = {key: value for key, default in INFO_DEFAULTS.items()
                     if (value := getattr(layer.policy_input.info, key)) != default}  # fmt: skip
             record["policy_input"] = {
                 "state": str(layer.policy_input.state),
@@ -156,8 +157,8 @@ class RunLog(Listener):
                 {} if layer.policy_input.info.rank == layer.rank else {"rank": layer.policy_input.info.rank}
             )
             if layer.decision is None:
-                record["decision"] = None  # somebody has stepped in since
-            elif self._keep_decisions:
+                record["decision"] = None  # there was an intervention since
+            elif self._write_decisions:
                 record["decision"] = asdict(layer.decision)
         yield record
 

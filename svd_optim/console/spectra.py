@@ -1,7 +1,7 @@
-"""The spectra of a model's matrices, from its file alone: also of a model that never saw this library.
+"""The spectra of the matrices in a model file, whether or not the model was trained with this library.
 
-A matrix is a tensor of two dimensions, both at least 2, in float64, float32, float16 or bfloat16. What a
-factorized layer of this library keeps as U, S and V is one matrix, under the name its dense weight would have.
+A matrix is a two-dimensional tensor in float64, float32, float16 or bfloat16 with both sizes at least 2. U, S and V of
+a factorized layer are one matrix, under the name of its dense weight.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..tracking.refreshing import octaves
 from .tables import ALWAYS, Strip, name_table
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-DIRECT_BELOW = 512  # smaller side up to which a matrix is decomposed itself; above, its Gram matrix is
-BLOCK = 2**24  # numbers of a matrix that are in float64 at a time: 128 MiB
+DIRECT_BELOW = 512  # smaller side up to which a matrix is decomposed directly; above, by its Gram matrix
+BLOCK = 2**24  # entries of a matrix that are converted to float64 at a time: 128 MiB
 _EPS32 = 2.0**-23
 _DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _LEGEND = (
@@ -39,26 +39,26 @@ _LEGEND = (
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixReport:
-    """One matrix W (m, n) with singular values S. What is undefined, as of a zero matrix, is ``None``."""
+    """One matrix W (m, n) with singular values S. A value is ``None`` where it is undefined, as for a zero matrix."""
 
     name: str
     shape: tuple[int, int]
-    dtype: str  # "bfloat16", ...: as it is stored
-    factorized: int | None = None  # the rank, if it is stored as U (m, k), S (k,), V (n, k)
-    parameters: int  # numbers that are stored
-    problem: str = ""  # "NaN or Inf", "zero", "no convergence"; empty where all numbers are known
+    dtype: str  # "bfloat16", ...: as stored
+    factorized: int | None = None  # the rank, if stored as U (m, k), S (k,), V (n, k)
+    parameters: int  # as stored
+    problem: str = ""  # "NaN or Inf", "zero", "no convergence"; empty if all values are defined
     stable_rank: float | None = None  # ||W||_F^2 / S_1^2
     effective_rank: int | None = None  # components for 95 % of the energy ||W||_F^2
     effective_rank_99: int | None = None  # for 99 %
     numerical_rank: int | None = None  # singular values above S_1 max(m, n) 2^-23
-    budget_rank: int  # the largest whose factors fit into the budget, at least 1
-    budget_energy: float | None = None  # share of the energy that it keeps
-    budget_error: float | None = None  # relative Frobenius error of keeping only it
+    budget_rank: int  # the largest rank within the budget, at least 1
+    budget_energy: float | None = None  # share of the energy that the truncation to it keeps
+    budget_error: float | None = None  # relative Frobenius error of that truncation
     spectrum: tuple[float, ...] = ()  # S at the ranks 1, 2, 4, ... and the last, over ||W||_F
 
     @property
     def parameters_dense(self) -> int:
-        """Numbers in the dense matrix."""
+        """Parameters of the dense matrix."""
         return self.shape[0] * self.shape[1]
 
 
@@ -67,46 +67,46 @@ class Inspection:
     """All matrices of a model, in the order of their names or of the file."""
 
     path: str
-    budget: float  # share of each dense matrix's numbers
+    budget: float  # share of each dense matrix's parameters
     matrices: tuple[MatrixReport, ...]
-    others: Mapping[str, int] = field(default_factory=dict)  # reason -> tensors that are no matrices
+    others: Mapping[str, int] = field(default_factory=dict)  # reason -> number of tensors that are no matrices
 
     @property
     def parameters_dense(self) -> int:
-        """Numbers in all matrices, were they dense."""
+        """Parameters of all matrices if they were dense."""
         return sum(matrix.parameters_dense for matrix in self.matrices)
 
     @property
     def parameters(self) -> int:
-        """Numbers that all matrices are stored in."""
+        """Parameters of all matrices as stored."""
         return sum(matrix.parameters for matrix in self.matrices)
 
 
 def inspect_file(
     path: str | Path, budget: float = 0.5, progress: Callable[[int, int], None] | None = None
 ) -> Inspection:
-    """The spectra of all matrices of a model; one of them at a time is in memory.
+    """The spectra of all matrices of a model; only one of them at a time is in memory.
 
-    Up to a smaller side of 512 (and 2^24 numbers) singular values are those of an SVD in float64. Above, they
-    are roots of the eigenvalues of the Gram matrix of the smaller side, summed in float64 by blocks: S_i is exact
-    to a share of about 1e-15 (S_1 / S_i)^2, so those below 3e-8 S_1 are noise. The numerical rank counts
-    from 1e-7 max(m, n) S_1 on. An (m, n) matrix, m >= n, then takes n^2 float64 numbers, 2 m n^2 operations for
-    the Gram matrix and about 1.5 n^3 for its eigenvalues.
+    Up to a smaller side of 512 (and 2^24 entries) singular values are computed by an SVD in float64. Above, they are
+    the square roots of the eigenvalues of the Gram matrix of the smaller side, accumulated in float64 by blocks: the
+    relative error of S_i is about 1e-15 (S_1 / S_i)^2, so values below 3e-8 S_1 are noise. The numerical rank counts
+    values above 1e-7 max(m, n) S_1. For an (m, n) matrix, m >= n, that needs n^2 float64 numbers of memory, 2 m n^2
+    operations for the Gram matrix and about 1.5 n^3 for its eigenvalues.
 
     Args:
         path: a safetensors file, a PyTorch state dict, an index of shards, a folder, a checkpoint: see
             :func:`~svd_optim.storage.model_files.open_tensors`.
-        budget: the share of each matrix's numbers that the ranks asked about may keep, in (0, 1].
-        progress: called before each matrix and at the end with (matrices done, matrices in all).
+        budget: the share of each matrix's parameters that ``budget_rank`` may keep, in (0, 1].
+        progress: called before each matrix and at the end with (number of matrices done, total number).
 
     Raises:
         OSError: a file is missing or can't be read.
-        ValueError: it is no model file, or damaged, or the budget is out of range.
+        ValueError: it is no model file, it is damaged, or the budget is out of range.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget!r}: the share of the numbers to keep")
     with open_tensors(path) as tensors:
-        found, others = _sorted_out(tensors)
+        found, others = _matrices_in(tensors)
         matrices: list[MatrixReport] = []
         for matrix in found:
             if progress is not None:
@@ -121,13 +121,15 @@ def inspect_file(
 
 
 class _Matrix(NamedTuple):
+    """A matrix that is stored as one tensor or as factors."""
+
     name: str
     shape: tuple[int, int]
     parts: tuple[StoredTensor, ...]  # W, or U, S, V
 
 
-def _sorted_out(tensors: Sequence[StoredTensor]) -> tuple[list[_Matrix], dict[str, int]]:
-    """The matrices, and why the others are none."""
+def _matrices_in(tensors: Sequence[StoredTensor]) -> tuple[list[_Matrix], dict[str, int]]:
+    """The matrices, and the number of other tensors by reason."""
     by_name = {tensor.name: tensor for tensor in tensors}
     matrices: list[_Matrix] = []
     used: set[str] = set()
@@ -140,7 +142,7 @@ def _sorted_out(tensors: Sequence[StoredTensor]) -> tuple[list[_Matrix], dict[st
             U, _, V = factors
             used.update(factor.name for factor in factors)
             matrices.append(_Matrix(f"{tensor.name[:-1]}weight", (U.shape[0], V.shape[0]), factors))
-        elif reason := _no_matrix(tensor):
+        elif reason := _skip_reason(tensor):
             others[reason] += 1
         else:
             matrices.append(_Matrix(tensor.name, (tensor.shape[0], tensor.shape[1]), (tensor,)))
@@ -148,7 +150,7 @@ def _sorted_out(tensors: Sequence[StoredTensor]) -> tuple[list[_Matrix], dict[st
 
 
 def _factors(tensors: Mapping[str, StoredTensor], key: str) -> tuple[StoredTensor, ...] | None:
-    """U (m, k), S (k,), V (n, k) of the layer whose names begin with ``key``, if that is what they are."""
+    """U (m, k), S (k,), V (n, k) under the prefix ``key``; ``None`` if they are missing or of other shapes."""
     if key and not key.endswith("."):
         return None
     factors = tuple(f for name in "USV" if (f := tensors.get(f"{key}{name}")) is not None and f.dtype in FLOATS)
@@ -158,16 +160,16 @@ def _factors(tensors: Mapping[str, StoredTensor], key: str) -> tuple[StoredTenso
     return factors if k == rank == right and 1 <= k <= min(m, n) else None
 
 
-def _no_matrix(tensor: StoredTensor) -> str:
-    """Why a tensor is not looked at; empty if it is."""
-    if tensor.dtype not in FLOATS:  # of scaled 8-bit types the scales are elsewhere
+def _skip_reason(tensor: StoredTensor) -> str:
+    """Why a tensor is no matrix; empty if it is one."""
+    if tensor.dtype not in FLOATS:  # scaled 8-bit types have their scales elsewhere
         return tensor.dtype
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)}-D"
     return "one row or column" if min(tensor.shape) == 1 else "" if min(tensor.shape) else "empty"
 
 
-# ---- its numbers -------------------------------------------------------------------------------------
+# ---- singular values ---------------------------------------------------------------------------------
 
 
 def _report(matrix: _Matrix, budget: float) -> MatrixReport:
@@ -196,12 +198,12 @@ def _report(matrix: _Matrix, budget: float) -> MatrixReport:
 
 
 def _largest(X: Tensor) -> Tensor:
-    """The largest absolute value of X, NaN if X holds one; in its own precision, so without a copy."""
+    """The largest absolute value of X, NaN if X contains one; in X's dtype, so without a copy."""
     return torch.linalg.vector_norm(X, ord=math.inf)
 
 
 def singular_values(W: Tensor) -> Tensor:
-    """All min(m, n) singular values of a finite W (m, n) of any floating type, descending, in float64."""
+    """All min(m, n) singular values of a finite W (m, n) of any floating-point dtype, descending, in float64."""
     scale = _power_of_two(W)
     tall = W if W.shape[0] >= W.shape[1] else W.mT
     if tall.shape[1] <= DIRECT_BELOW and tall.numel() <= BLOCK:
@@ -214,35 +216,35 @@ def singular_values(W: Tensor) -> Tensor:
 
 
 def singular_values_of_factors(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """The k singular values of U diag(S) V^T, descending, in float64: also where U (m, k), V (n, k) have drifted."""
+    """The k singular values of U diag(S) V^T, descending, in float64; U (m, k), V (n, k) need not be orthonormal."""
     _, left = torch.linalg.qr(U.double(), mode="r")  # (k, k)
     _, right = torch.linalg.qr(V.double(), mode="r")
     return singular_values((left * S.double()) @ right.mT)
 
 
 def _power_of_two(W: Tensor) -> float:
-    """One near the largest number of W, so that squares neither overflow nor vanish; 1 if W is zero."""
+    """A power of two near the largest value of W, to avoid overflow and underflow of squares; 1 if W is zero."""
     largest = float(_largest(W))
     return 2.0 ** max(-1000, math.frexp(largest)[1]) if largest else 1.0
 
 
 def spectral_numbers(S: Tensor, shape: tuple[int, int], keep: int) -> dict[str, Any]:
-    """What a :class:`MatrixReport` says of singular values.
+    """The fields of a :class:`MatrixReport` that follow from the singular values.
 
     Args:
-        S: (r,), descending, float64, S_1 > 0. All that are not zero.
+        S: all singular values that may be nonzero (r,), descending, float64, S_1 > 0.
         shape: of the matrix.
-        keep: the rank that a budget allows.
+        keep: the rank within the budget.
     """
     relative = S / S[0]
     energies = relative.square()
     total = energies.sum()
     lost = float(energies[keep:].sum() / total)
-    kept = energies.cumsum(0) / total
+    cumulative = energies.cumsum(0) / total
     return {
         "stable_rank": significant(float(total)),
-        "effective_rank": _components(kept, 0.95),
-        "effective_rank_99": _components(kept, 0.99),
+        "effective_rank": _components(cumulative, 0.95),
+        "effective_rank_99": _components(cumulative, 0.99),
         "numerical_rank": int((relative > max(shape) * _EPS32).sum()),
         "budget_energy": significant(1.0 - lost),
         "budget_error": significant(math.sqrt(lost)),
@@ -250,27 +252,27 @@ def spectral_numbers(S: Tensor, shape: tuple[int, int], keep: int) -> dict[str, 
     }
 
 
-def _components(kept: Tensor, share: float) -> int:
-    """How many leading components hold a share of the energy, but for rounding, from the running sums."""
-    return int((kept < share - 1e-12).sum()) + 1
+def _components(cumulative: Tensor, share: float) -> int:
+    """Number of leading components with a share of the energy, up to rounding, from the cumulative shares."""
+    return int((cumulative < share - 1e-12).sum()) + 1
 
 
-# ---- what is shown -----------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------
 
 
 def inspection_table(inspection: Inspection, width: int | None = None) -> Table:
-    """One row per matrix: name, type, shape, stable rank, components for 95 and 99 % of the energy, numerical
-    rank, and what a rank within the budget keeps: its energy, and the relative error.
+    """One row per matrix: name, dtype, shape, stable rank, components for 95 and 99 % of the energy, numerical rank,
+    and for the rank within the budget its share of the energy and its relative error.
 
-    The last column says what a matrix holds that is factorized already, or why there are no numbers (``–``).
-    ``width`` (columns; default: the terminal's) is as in :func:`.report.layer_table`.
+    The last column has the rank and size of a factorized matrix, or why there are no values (``–``). ``width``
+    (columns; default: the terminal's) is as in :func:`.tables.layer_table`.
     """
     width = rich.get_console().width if width is None else width
     rows = inspection.matrices
     strips = [
         Strip("type", [_DTYPES.get(row.dtype, clean(row.dtype)) for row in rows], 0, left=True),
         Strip("shape", ["x".join(map(str, row.shape)) for row in rows], 3, left=True),
-        Strip("drift_stable", _cells(rows, lambda row: row.stable_rank, "{:.1f}"), 5),
+        Strip("stable", _cells(rows, lambda row: row.stable_rank, "{:.1f}"), 5),
         Strip("r95", _cells(rows, lambda row: row.effective_rank, "{}"), 8),
         Strip("r99", _cells(rows, lambda row: row.effective_rank_99, "{}"), 2),
         Strip("num", _cells(rows, lambda row: row.numerical_rank, "{}"), 4),
@@ -298,7 +300,7 @@ def _style(row: MatrixReport) -> str:
 
 
 def _caption(inspection: Inspection, width: int) -> Text:
-    """The legend, parameters now against dense, and what was not looked at."""
+    """The legend, the number of parameters as stored and dense, and the other tensors."""
     lines = _LEGEND if width >= max(map(len, _LEGEND.split("\n"))) else _LEGEND.replace("  ", "\n")
     caption = Text(lines, style="dim")
     dense, now = inspection.parameters_dense, inspection.parameters

@@ -1,9 +1,9 @@
-"""What a person sees in the terminal: tables, event lines and the summary at the end.
+"""Tables of layers and plans, and the formatting of names, numbers and conditions in them.
 
-Renders plain records. Everything that comes from outside (names, reasons, conditions of a user's policy) goes
-through :func:`svd_optim.records.clean` into ``Text``: rich would
-take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
-(``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined); colour only repeats it.
+All text from outside the library (names, reasons, conditions of a user's policy) is passed through
+:func:`svd_optim.records.clean` into ``Text``: rich would interpret ``x[/y]`` as markup, and a terminal would execute
+escape sequences. Signs carry the meaning (``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined);
+color only repeats it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from rich.text import Text
 
 from ..records import Action, Condition, LayerReport, LayerState, Plan, Summary, clean
 
-NARROW = 100  # below so many columns: abbreviations, and a gap of one
-ALWAYS = 99  # importance of a column that is never left out
+NARROW = 100  # columns below which headers are abbreviated, and the gap is 1
+ALWAYS = 99  # importance of a column that is never omitted
 _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "factorized": "fact"}
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
-# Conditions that are plain facts, as a word; the policy's reason says the rest.
+# Conditions without a measured value, as a short text; the policy's reason is more specific.
 FACTS = {"base_supported": "unsupported", "in_plan": "kept dense", "unprotected": "protected", "in_time": "too late"}
 
 
 def layer_name(name: str) -> str:
-    return clean(name) or "(model)"  # the model itself may be the layer; its name is empty
+    """The name of a layer for display; a model that is itself the layer has an empty name."""
+    return clean(name) or "(model)"
 
 
 def shorten(text: str, width: int, head: int | None = None) -> str:
@@ -45,10 +46,10 @@ def shorten(text: str, width: int, head: int | None = None) -> str:
 
 
 def shorten_names(names: Sequence[str], width: int) -> list[str]:
-    """Each name in at most ``width`` cells, and different names differently if that can be had.
+    """Each name in at most ``width`` cells, with different results for different names if possible.
 
-    Cut in half, ``model.layers.7.attn.q_proj`` and ``model.layers.8.attn.q_proj`` are the same; so other
-    cuts are tried, then inner parts become initials: ``m.l.7.a.q_proj``.
+    Shortened in the middle, ``model.layers.7.attn.q_proj`` and ``model.layers.8.attn.q_proj`` would be equal, so other
+    positions are tried, then inner parts are abbreviated to initials: ``m.l.7.a.q_proj``.
     """
     parts = [name.split(".") if cell_len(name) > width else [name] for name in names]
     initials = [".".join([p if p.isdigit() else p[:1] for p in x[:-1]] + x[-1:]) for x in parts]
@@ -63,7 +64,7 @@ def shorten_names(names: Sequence[str], width: int) -> list[str]:
 
 
 def number(value: object, digits: int = 3) -> str:
-    """A number in few cells, ``–`` if undefined; never raises."""
+    """A compact representation of a number, ``–`` if undefined; never raises."""
     if value is None:
         return "–"
     try:
@@ -82,7 +83,7 @@ def number(value: object, digits: int = 3) -> str:
 
 
 def blocker_cell(condition: Condition) -> str:
-    """A condition that does not hold, in short: ``stable .21>.10`` (the value, then the threshold)."""
+    """A condition that does not hold, abbreviated: ``drift .21>.10`` (the value, then the threshold)."""
     if condition.name in FACTS:
         return FACTS[condition.name]
     value, threshold = condition.value, condition.threshold
@@ -93,7 +94,7 @@ def blocker_cell(condition: Condition) -> str:
     if value is None:
         return f"{name} –"
     texts = f"{value:.3g}", f"{threshold:.3g}"
-    for digits in (2, 3, 4):  # the fewest decimals that are true of the threshold and tell the two apart
+    for digits in (2, 3, 4):  # the fewest decimals that represent the threshold and distinguish the two
         a, b = f"{value:.{digits}f}", f"{threshold:.{digits}f}"
         if abs(threshold) < 1 and a != b and math.isclose(float(b), threshold) and len(a) < 8:
             texts = a.replace("0.", ".", 1) if abs(value) < 1 else a, b.replace("0.", ".", 1)
@@ -103,7 +104,7 @@ def blocker_cell(condition: Condition) -> str:
 
 
 def decision_cell(layer: LayerReport) -> str:
-    """The last column: what happens to a layer, or what blocks it."""
+    """The last column: the action or state of a layer, or the blocking condition."""
     decision = layer.decision
     if layer.state == LayerState.DESCENDING:
         text = str(layer.state)
@@ -119,16 +120,19 @@ def decision_cell(layer: LayerReport) -> str:
 
 
 def state_cell(state: LayerState, narrow: bool) -> str:
+    """The name of a state, abbreviated in narrow tables."""
     return _STATE_SHORT[state] if narrow else str(state)
 
 
 class Column(NamedTuple):
+    """A column of the layer table."""
+
     header: str
-    short: str  # header when narrow
-    digits: int  # decimals when narrow
-    importance: int  # the least important columns are left out where there is no room
+    short: str  # header in narrow tables
+    digits: int  # decimals in narrow tables
+    importance: int  # the least important columns are omitted first
     field: str  # of the layer's metrics, or of the layer
-    condition: str = ""  # that tests the value
+    condition: str = ""  # name of the condition that tests the value
 
 
 COLUMNS = (
@@ -168,6 +172,7 @@ def _cell(column: Column, layer: LayerReport, narrow: bool) -> str:
 
 
 def plain_table(title: str, gap: int = 2) -> Table:
+    """An empty table in the common style."""
     table = Table(title=Text(title), title_justify="left", title_style="bold", caption_justify="left")
     table.box, table.padding = box.SIMPLE_HEAD, (0, gap - 1, 0, 0)
     table.show_edge = table.pad_edge = False
@@ -175,7 +180,7 @@ def plain_table(title: str, gap: int = 2) -> Table:
 
 
 class Strip(NamedTuple):
-    """A column of a table as it is printed."""
+    """The content of a table column."""
 
     header: str
     cells: Sequence[str]
@@ -190,28 +195,32 @@ class Strip(NamedTuple):
 
 
 def name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence[Strip], width: int) -> Table:
-    """Rows of layers. Where ``width`` does not hold all of it, names are cut and strips left out."""
+    """A table with one row per name. If it is wider than ``width``, names are shortened and strips omitted."""
     narrow = width < NARROW
     gap = 1 if narrow else 2
     names = [layer_name(name) for name in names]
     widest = max(map(cell_len, ["layer", *names]))
     shown = list(strips)
 
-    def room() -> int:
+    def width_for_names() -> int:
         return width - sum(strip.width + gap for strip in shown)
 
     for strip in sorted(strips, key=lambda s: s.importance):
-        if room() >= min(widest, 18 if narrow else 30) or strip.importance == ALWAYS:
+        if width_for_names() >= min(widest, 18 if narrow else 30) or strip.importance == ALWAYS:
             break
         shown = [s for s in shown if s is not strip]
-    caption_width = min(width, max(map(cell_len, caption.plain.split("\n"))))  # it would wrap at the table's
-    name_width = max(5, min(room(), widest), room() - width + caption_width)
+    caption_width = min(
+        width, max(map(cell_len, caption.plain.split("\n")))
+    )  # else the caption would wrap at the table's width
+    name_width = max(5, min(width_for_names(), widest), width_for_names() - width + caption_width)
 
     table = plain_table(title, gap)
     table.caption = caption
     table.add_column("layer", no_wrap=True, width=name_width)
     for strip in shown:
-        fixed = None if strip.importance == ALWAYS else strip.width  # else that one is cut where nothing helps
+        fixed = (
+            None if strip.importance == ALWAYS else strip.width
+        )  # an ALWAYS strip is shortened by rich as a last resort
         justify: JustifyMethod = "left" if strip.left else "right"
         table.add_column(strip.header, no_wrap=True, width=fixed, justify=justify, overflow="ellipsis")
     for i, name in enumerate(shorten_names(names, name_width)):
@@ -226,9 +235,9 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
     (principal alignment above chance), drift (sine per 20 steps), angle (radians), reconstruction
     error (relative), tangent capture, the same above chance, and the decision or what blocks it.
     ``~`` marks a value within the warning margin of its threshold, ``!`` a layer in danger, ``*`` one
-    whose principal block is protected, ``–`` an undefined value. Where ``width`` (columns; default: the
-    terminal's) does not hold all of it, names are cut in the middle and the least important columns are
-    left out; numbers never wrap.
+    whose principal block is protected, ``–`` an undefined value. If it is wider than ``width`` (columns;
+    default: the terminal's), names are shortened in the middle and the least important columns are omitted; numbers
+    never wrap.
     """
     width = rich.get_console().width if width is None else width
     title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}"
@@ -242,10 +251,10 @@ def layer_rows(
     legend: bool = True,
     mark: Callable[[str, str], str] = lambda layer, metric: "",
 ) -> Table:
-    """The rows of :func:`layer_table` for some layers, in the order given.
+    """The table of :func:`layer_table` for some layers, in the given order.
 
     Args:
-        mark: of (layer, metric): what to put behind the value.
+        mark: (layer name, metric) -> a suffix for the value.
     """
     narrow = width < NARROW
     strips = []
@@ -257,7 +266,7 @@ def layer_rows(
                 [_cell(column, layer, narrow) + mark(layer.name, column.field) for layer in layers],
                 column.importance,
                 left=state or column.field == "shape",
-                # so that columns do not come and go with the marks
+                # so that the set of columns does not depend on the marks
                 least=len("~0.") + (column.digits if narrow else 3) if column.condition else 0,
                 styles=[_STATE_STYLE[layer.state] for layer in layers] if state else (),
             )
@@ -271,12 +280,11 @@ def layer_rows(
 
 
 def plan_table(plan: Plan, width: int | None = None) -> Table:
-    """How ``optimizer.plan()`` spreads the parameter budget: one row per tracked layer, in model order.
+    """The allocation of the parameter budget by ``optimizer.plan()``: one row per tracked layer, in model order.
 
-    Columns: name, shape, state, planned rank or ``dense``, the share of its dense parameters that the
-    layer keeps, what factors of that rank are expected to miss of its gradient's energy, and why the plan
-    can't choose, where it can't. The last lines sum up, and say so if the plan is above the budget.
-    ``width`` is as in :func:`layer_table`.
+    Columns: name, shape, state, planned rank or ``dense``, the share of its dense parameters that the layer keeps, the
+    expected fraction of ‖G‖² that factors of that rank miss, and for fixed layers why they are. The last lines have the
+    totals, with a warning if the plan exceeds the budget. ``width`` is as in :func:`layer_table`.
     """
     width = rich.get_console().width if width is None else width
     narrow = width < NARROW
@@ -294,8 +302,8 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
     kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
     target = "a rank or energy for each layer" if plan.budget is None else f"budget {plan.budget:.1%}"
     caption.append(f"\n{kept} ({target})", style="not dim")
-    over = math.ceil(round(-plan.room, 3))  # 0.7 * 180 < 126
-    if over > 0:
-        caption.append(f"\n! above the budget by {over:,}: fixed layers and least ranks take more", style="bold red")
+    excess = math.ceil(round(-plan.room, 3))  # rounded: in floating point 0.7 * 180 < 126
+    if excess > 0:
+        caption.append(f"\n! above the budget by {excess:,}: fixed layers and least ranks take more", style="bold red")
     title = f"step {plan.step} · plan: {target}"
     return name_table(title, caption, [row.name for row in rows], strips, width)

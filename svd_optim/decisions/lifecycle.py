@@ -94,7 +94,7 @@ class Lifecycle(Generic[L]):
         self.emit(Event(step=step, layer=layer.name, kind=kind, reason=reason,
                         before=before, after=layer.state, numbers=numbers()))  # fmt: skip
 
-    # ---- decisions -------------------------------------------------------------------------------------
+    # ---- decisions -----------------------------------------------------------------------------------
 
     def begin_analysis(self, step: int) -> bool:
         """Count an analysis. Returns whether it is the first of a cohort: only then layers act, together."""
@@ -166,7 +166,7 @@ class Lifecycle(Generic[L]):
         reason = f"{self.analyses} analyses and nothing ever acted: {counts} of {len(self.layers)} layers ({examples})"
         self.note(step, "*", "stalled", reason)
 
-    # ---- descents --------------------------------------------------------------------------------------
+    # ---- descents ------------------------------------------------------------------------------------
 
     def descend(self, layer: L, step: int) -> None:
         """A dense layer starts its descent; its length follows from the measured capture."""
@@ -223,7 +223,7 @@ class Lifecycle(Generic[L]):
         """A descent is canceled, and the layer stays dense."""
         self._fire(layer, trigger, step, "descent_stopped", reason, dict)
 
-    # ---- factors ---------------------------------------------------------------------------------------
+    # ---- factors -------------------------------------------------------------------------------------
 
     def factorize(self, layer: L, step: int, trigger: Trigger, reason: str, error: float) -> None:
         """A layer was factorized at its present rank.
@@ -252,7 +252,7 @@ class Lifecycle(Generic[L]):
         """Whether factors of this rank would have at least as many parameters as the dense weight."""
         return rank >= break_even_rank(*layer.shape)
 
-    # ---- protection ------------------------------------------------------------------------------------
+    # ---- protection ----------------------------------------------------------------------------------
 
     def may_protect(self, layer: L, begin: bool, manual: bool) -> bool:
         """Whether protection can begin or end now; manual protection ends only manually."""

@@ -1,10 +1,10 @@
-"""Checkpoints: model, optimizers, what the wrapper knows, random generators and your own values, by name.
+"""Checkpoints of model, optimizers, wrapper state, random generators and values of the user, by parameter name.
 
     save_checkpoint("run/checkpoints", model, optimizer, extra={"step": step}, keep=3)
-    extra = load_checkpoint("run/checkpoints", model, optimizer)  # freshly built, dense: made what it was
+    extra = load_checkpoint("run/checkpoints", model, optimizer)  # a newly built model may be dense
 
-A run that is resumed on the same machine, with as many threads, goes on bit for bit. No pickle is written
-or read; what is loaded is verified first, and on any error model and optimizers are what they were.
+A run that is resumed on the same machine with the same number of threads continues bitwise identically. No pickle is
+written or read; everything is verified before it is loaded, and on any error model and optimizers are unchanged.
 
 For inference :func:`load_model` takes the model alone; :func:`export_dense` gives an ordinary model with the original
 names, :func:`export_safetensors` the file of it.
@@ -40,10 +40,9 @@ from ..factors.linear import FactorizedLinear
 from ..factors.surgery import factorize_, merge_
 from ..linalg import Basis
 from ..optimizer import SubspaceAwareOptimizer, wrappers_of
-from ..storage import files as storage
-from ..storage import validation as verification
 from ..tracking.replacement import Replacement, replace_parameters_
 from ..tracking.transactions import transaction
+from . import files, validation
 from .file_system import sync
 from .files import MODEL, STATE, CheckpointError, Part, encode, on_cpu
 from .validation import base_of, group_names, joined, linear_layers, prefix_in
@@ -82,68 +81,72 @@ def save_checkpoint(
 ) -> Path | Future[Path]:
     """Save everything that a resumed run needs as a new checkpoint in ``folder``.
 
-    It is written beside, synced to the disk and renamed; then the file ``latest`` names it. Whatever
-    happens, the checkpoints that were there stay. The same state gives the same bytes. Gradients are
-    not saved: call it between steps, with no gradients accumulated. POSIX only.
+    It is written to a temporary folder, synced to disk and renamed; then the file ``latest`` is updated. A failure
+    leaves existing checkpoints intact. Equal states give equal bytes. Gradients are not saved: call it between steps,
+    without accumulated gradients. POSIX only.
 
     Args:
-        folder: of checkpoints; made if it is not there.
-        optimizer: wrapped or not, or a list of several on one model.
-        extra: your own tensors and plain values (dicts, lists, tuples): step, scheduler, data position.
-        keep: delete all but the newest so many checkpoints; ``None``: keep all.
-        background: take the state now and write it in another thread.
+        folder: the folder of checkpoints; created if missing.
+        optimizer: wrapped or not, or a list of several for one model.
+        extra: tensors and plain values (dicts, lists, tuples) of yours: step, scheduler, data position.
+        keep: number of checkpoints to keep, the newest ones; ``None``: all.
+        background: copy the state now and write it in another thread.
 
     Returns:
-        The checkpoint's path; with ``background`` a future of it, whose ``result()`` raises what went wrong.
+        The checkpoint's path; with ``background`` a future of it, whose ``result()`` raises the error if there was one.
 
     Raises:
-        CheckpointError: the state holds NaN or Inf or what can't be saved, or writing failed.
+        CheckpointError: the state contains NaN, Inf or a value that can't be saved, or writing failed.
+        TypeError: ``model`` or ``optimizer`` is of the wrong type.
+        ValueError: ``keep`` is not a positive integer.
     """
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"save_checkpoint: keep must be an integer of at least 1, or None, got {keep!r}")
     model, optimizers = _checked(model, optimizer)
     parts = _parts(model, optimizers, extra)
     if not background:
-        return storage.write(Path(folder), parts, keep)
+        return files.write(Path(folder), parts, keep)
     future: Future[Path] = Future()
 
     def write() -> None:
         try:
-            future.set_result(storage.write(Path(folder), parts, keep))
+            future.set_result(files.write(Path(folder), parts, keep))
         except BaseException as error:
             logger.error("saving in the background failed: %s", error)
             future.set_exception(error)
 
-    threading.Thread(target=write, name="save_checkpoint").start()  # no daemon: Python waits for it at the end
+    threading.Thread(target=write, name="save_checkpoint").start()  # no daemon: Python waits for it at exit
     return future
 
 
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizers) -> Any:
     """Load a checkpoint, or the latest in a folder of them, and return its ``extra``.
 
-    Layers become factorized or dense as they were, descents and protection go on, then all values are
-    loaded. With another number of threads than it was saved with, results differ in their last bits,
-    and the log says so.
+    Layers are factorized or made dense as saved, descents and protection continue, and all values are loaded. With
+    another number of threads than at saving, results differ in their last bits, and a warning is logged.
 
     Args:
-        model: built as it was, freshly or not; layers may be dense or factorized.
-        optimizer: built as they were, in the same order.
+        folder: a checkpoint, or a folder of them.
+        model: of the same architecture; its layers may be dense or factorized.
+        optimizer: of the same kind and param groups; several in the same order.
 
     Raises:
-        CheckpointError: with the file, the tensor and the reason. Model and optimizers are as before.
+        CheckpointError: it is damaged or does not fit; with the file, the tensor and the reason. Model and optimizers
+            are unchanged.
+        TypeError: ``model`` or ``optimizer`` is of the wrong type.
     """
     model, optimizers = _checked(model, optimizer)
-    parts = storage.read(Path(folder))
+    parts = files.read(Path(folder))
     tree = parts[STATE].tree
-    with _explained(folder):
-        verification.check_model(parts[MODEL], model)
+    with _checkpoint_errors(folder):
+        validation.check_model(parts[MODEL], model)
         known = {"torch", "threads", "optimizers", "random", "extra"}
         if not isinstance(tree, dict) or tree.keys() != known or type(tree["threads"]) is not int:
             raise CheckpointError("unknown structure")
         factors = parts[MODEL].tree["factors"]
-        verification.check_optimizers(tree["optimizers"], factors, parts[MODEL].named, model, optimizers)
+        validation.check_optimizers(tree["optimizers"], factors, parts[MODEL].named, model, optimizers)
         generators = _checked_generators(tree["random"])
-    with _explained(folder), _all_or_nothing(model, optimizers):
+    with _checkpoint_errors(folder), _all_or_nothing(model, optimizers):
         _load_model(model, optimizers, parts[MODEL])
         for optimizer, saved in zip(optimizers, tree["optimizers"], strict=True):
             optimizer.load_state_dict(_positional(model, optimizer, saved))
@@ -159,19 +162,19 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
 
 
 def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
-    """Load a checkpoint's model alone, for inference: layers become factorized or dense as they were.
+    """Load only the model of a checkpoint, for inference: layers are factorized or made dense as saved.
 
-    Values are cast to the types of ``model``. Where a wrapper follows its layers, they stay tracked.
+    Values are cast to the dtypes of ``model``. Layers that are tracked stay tracked.
 
     Raises:
-        CheckpointError: as for :func:`load_checkpoint`; the model is as before.
+        CheckpointError: as for :func:`load_checkpoint`; the model is unchanged.
     """
     model = getattr(model, "_orig_mod", model)
-    part = storage.read(Path(folder), (MODEL,))[MODEL]
-    with _explained(folder):
-        verification.check_model(part, model, same_type=False)
+    part = files.read(Path(folder), (MODEL,))[MODEL]
+    with _checkpoint_errors(folder):
+        validation.check_model(part, model, same_type=False)
     wrappers = wrappers_of(model)
-    with _explained(folder), _all_or_nothing(model, wrappers):
+    with _checkpoint_errors(folder), _all_or_nothing(model, wrappers):
         _load_model(model, wrappers, part)
 
 
@@ -179,9 +182,9 @@ def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
 
 
 def export_dense(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with dense layers only, named as they were before any was factorized.
+    """A copy of ``model`` with dense layers only, and the parameter names from before any was factorized.
 
-    It knows nothing of this library; outputs are the same up to rounding. ``model`` stays as it is.
+    It does not depend on this library; outputs are equal up to rounding. ``model`` is not changed.
     """
     dense = copy.deepcopy(getattr(model, "_orig_mod", model))
     for module in dense.modules():
@@ -194,24 +197,24 @@ def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the dense weights and buffers under their original names to a safetensors file.
 
     Raises:
-        CheckpointError: it could not be written; what was at ``path`` is still there.
+        CheckpointError: it could not be written; an existing file at ``path`` is unchanged.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     tensors = on_cpu({k: v for k, v in export_dense(model).state_dict().items() if isinstance(v, Tensor)})
     try:
         try:
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 file.write(safetensors.torch.save(tensors, {"format": "pt"}))
-            sync(beside, path.parent)
-            os.replace(beside, path)
+            sync(temporary, path.parent)
+            os.replace(temporary, path)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"could not write {str(path)!r}: {error!r}") from error
 
 
-# ---- taking a state ----------------------------------------------------------------------------------
+# ---- collecting the state ----------------------------------------------------------------------------
 
 
 def _checked(model: nn.Module, optimizer: Optimizers) -> tuple[nn.Module, list[Optimizer]]:
@@ -228,7 +231,7 @@ def _checked(model: nn.Module, optimizer: Optimizers) -> tuple[nn.Module, list[O
 
 
 def _parts(model: nn.Module, optimizers: Sequence[Optimizer], extra: Any) -> dict[str, Part]:
-    """The whole state as of now, copied, verified like one that is loaded."""
+    """A copy of the present state, verified like one that is loaded."""
     state = model.state_dict()
     named = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     layers = linear_layers(model)
@@ -241,7 +244,7 @@ def _parts(model: nn.Module, optimizers: Sequence[Optimizer], extra: Any) -> dic
         "values": {name: value for name, value in state.items() if name not in named},
         "metadata": getattr(state, "_metadata", None),
     }
-    rest = {
+    training = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "optimizers": [_by_name(model, optimizer) for optimizer in optimizers],
@@ -249,22 +252,22 @@ def _parts(model: nn.Module, optimizers: Sequence[Optimizer], extra: Any) -> dic
         "extra": extra,
     }
     try:
-        verification.check_model(Part(tree, named), model)
-        verification.check_optimizers(rest["optimizers"], tree["factors"], named, model, optimizers)
+        validation.check_model(Part(tree, named), model)
+        validation.check_optimizers(training["optimizers"], tree["factors"], named, model, optimizers)
     except CheckpointError as error:
         raise CheckpointError(f"not saved, as it could not be loaded: {error}") from None
     parts = {}
-    for file, content, tensors in ((MODEL, tree, named), (STATE, rest, {})):
+    for file, content, tensors in ((MODEL, tree, named), (STATE, training, {})):
         encoded = encode(content, "", tensors)
         parts[file] = Part(encoded, on_cpu(tensors))
     return parts
 
 
 def _by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state dict with names in place of positions."""
+    """An optimizer's state dict with parameter names in place of positions."""
     state_dict = optimizer.state_dict()
     names = group_names(model, optimizer)
-    position = {p: name for g, ns in zip(state_dict["param_groups"], names, strict=True)
+    name_of = {p: name for g, ns in zip(state_dict["param_groups"], names, strict=True)
                 for p, name in zip(g["params"], ns, strict=True)}  # fmt: skip
     return {
         "class": type(base_of(optimizer)).__name__,
@@ -272,17 +275,17 @@ def _by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             {"params": ns, "options": {k: v for k, v in g.items() if k not in ("params", "param_names")}}
             for g, ns in zip(state_dict["param_groups"], names, strict=True)
         ],
-        "state": {position[p]: values for p, values in state_dict["state"].items()},
+        "state": {name_of[p]: values for p, values in state_dict["state"].items()},
         "svd_optim": state_dict.get("svd_optim"),
     }
 
 
-# ---- giving it back ----------------------------------------------------------------------------------
+# ---- restoring the state -----------------------------------------------------------------------------
 
 
 @contextmanager
-def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """One kind of error, which says what it is about."""
+def _checkpoint_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn any error of the block into a :class:`CheckpointError` that names the checkpoint."""
     try:
         yield
     except Exception as error:
@@ -290,23 +293,22 @@ def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"the checkpoint in {os.fspath(folder)!r} does not fit: {reason}") from error
 
 
-def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part: Part, tracked: set[str]) -> None:
-    """The structure of layers that no wrapper follows; those of wrappers come with the model's values."""
+def _restore_untracked(model: nn.Module, optimizers: Sequence[Optimizer], part: Part, tracked: set[str]) -> None:
+    """Convert the layers that no wrapper tracks; tracked ones are converted by ``model.load_state_dict``."""
     for name, layer in linear_layers(model).items():
-        about = part.tree["factors"].get(name)
-        if name in tracked or (layer.rank if isinstance(layer, FactorizedLinear) else None) == (
-            about and about["rank"]
-        ):
+        saved = part.tree["factors"].get(name)
+        rank = layer.rank if isinstance(layer, FactorizedLinear) else None
+        if name in tracked or rank == (saved and saved["rank"]):
             continue
         old = list(layer.parameters(recurse=False))
         old = [p for p in old if p is not layer.bias]
         if isinstance(layer, FactorizedLinear):
             merge_(layer)
-        if about:
+        if saved:
             U, S, V = (part.named[joined(name, factor)] for factor in "USV")
-            factorize_(layer, about["rank"], Basis(U, S, V))
+            factorize_(layer, saved["rank"], Basis(U, S, V))
         new = [p for p in layer.parameters(recurse=False) if p is not layer.bias]
-        suffixes = ["U", "S", "V"] if about else ["weight"]
+        suffixes = ["U", "S", "V"] if saved else ["weight"]
         for optimizer in optimizers:
             for parameter in old:
                 optimizer.state.pop(parameter, None)
@@ -314,7 +316,7 @@ def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part:
 
 
 def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
-    """On an error model and optimizers are what they were, object for object."""
+    """Restore model and optimizers, object for object, if the block raises."""
     runs = [optimizer._controller for optimizer in optimizers if isinstance(optimizer, SubspaceAwareOptimizer)]
     records = [record for run in runs for record in run.records()]
     journals = [run.journal for run in runs]
@@ -324,11 +326,11 @@ def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> Abstra
 def _load_model(model: nn.Module, optimizers: Sequence[Optimizer], part: Part) -> None:
     wrappers = [o for o in optimizers if isinstance(o, SubspaceAwareOptimizer)]
     tracked = {joined(prefix_in(model, w), name) for w in wrappers for name in w.layers}
-    _restore_unfollowed(model, optimizers, part, tracked)
+    _restore_untracked(model, optimizers, part, tracked)
     state: dict[str, Any] = part.named | part.tree["values"]
     if part.tree["metadata"] is not None:
         state = _WithMetadata(state)
-        state._metadata = part.tree["metadata"]  # what load_state_dict knows old formats by
+        state._metadata = part.tree["metadata"]  # by which load_state_dict recognizes old formats
     model.load_state_dict(state)
 
 
@@ -340,8 +342,8 @@ def _positional(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]
     """The inverse of :func:`_by_name`, in the order that the optimizer's parameters have now."""
     names = group_names(model, optimizer)
     wanted = [set(group["params"]) for group in saved["groups"]]
-    following = isinstance(optimizer, SubspaceAwareOptimizer)
-    if not following and [set(ns) for ns in names] != wanted:
+    wrapped = isinstance(optimizer, SubspaceAwareOptimizer)
+    if not wrapped and [set(ns) for ns in names] != wanted:
         raise CheckpointError(f"its parameters are {names}, those saved {wanted}")
     order: dict[str, int] = {}
     groups = []
@@ -350,7 +352,7 @@ def _positional(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]
         order.update((name, start + i) for i, name in enumerate(ns))
         groups.append({**group["options"], "params": [order[name] for name in ns]})
     state = {order[name]: values for name, values in saved["state"].items()}
-    own = {"svd_optim": saved["svd_optim"]} if following else {}
+    own = {"svd_optim": saved["svd_optim"]} if wrapped else {}
     return {"state": state, "param_groups": groups, **own}
 
 
@@ -372,7 +374,7 @@ def _numpy_state(numpy: Any) -> Any:
 
 
 def _checked_generators(saved: Any) -> list[tuple[Any, Any]]:
-    """Pairs of a function that restores a generator and its state, each tried on a generator of its own."""
+    """Pairs of a function that restores a generator and its state, each tested on a separate generator."""
     if not isinstance(saved, dict) or saved.keys() != {"python", "numpy", "torch", "cuda"}:
         raise CheckpointError("random generators: unknown structure")
     try:

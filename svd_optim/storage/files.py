@@ -1,14 +1,14 @@
-"""A checkpoint on disk: safetensors and JSON in one folder, written whole or not at all, verified before use.
+"""Checkpoints on disk: safetensors and JSON files in one folder, written atomically and verified before use.
 
-A folder of checkpoints holds ``checkpoint-000001``, ``checkpoint-000002``, ... and ``latest``, a text file
-with the name of one of them. Each is written beside, in a ``.tmp-`` folder that its writer keeps locked,
-then synced and renamed, and ``latest`` moves last. In a checkpoint, ``manifest.json`` holds all structure
-and plain values, and the type, shape and SHA-256 of each tensor in the safetensors files beside it.
+A folder of checkpoints contains ``checkpoint-000001``, ``checkpoint-000002``, ... and ``latest``, a text file with the
+name of one of them. Each is written to a ``.tmp-`` folder, which its writer keeps locked, synced and renamed;
+``latest`` is updated last. In a checkpoint, ``manifest.json`` contains all structure and plain values, and the dtype,
+shape and SHA-256 of each tensor in the safetensors files.
 
 Where a file system has no locks, writers still can't take each other's names (a rename never replaces a
 checkpoint) and ``latest`` still ends at the newest; only what a dead writer has left is known later.
 
-This file knows no model and no optimizer: trees of plain values and tensors in, the same out.
+Independent of models and optimizers: trees of plain values and tensors in, the same out.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL, STATE = "model.safetensors", "state.safetensors"
 LATEST = "latest"
-MANIFEST_LIMIT = 256 * 2**20  # bytes; a thousand layers with their histories take a tenth of it
-HEADER_LIMIT = 100 * 2**20  # bytes; safetensors' own
+MANIFEST_LIMIT = 256 * 2**20  # bytes; a thousand layers with their histories need a tenth of it
+HEADER_LIMIT = 100 * 2**20  # bytes; the limit of safetensors itself
 _NAME = re.compile(r"checkpoint-(\d{6,15})")
 _LOCK, _TEMPORARY = ".lock", ".tmp-"
 STALE_SECONDS = 3600.0  # without locks: a temporary folder that nobody has written to for so long has no writer
@@ -53,24 +53,27 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, Arithmeti
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be written, or what is on disk can't be trusted or doesn't fit; nothing was changed."""
+    """A checkpoint can't be written, or one on disk is damaged or doesn't fit; nothing was changed."""
 
 
 class Part(NamedTuple):
-    """A safetensors file's worth of a checkpoint."""
+    """The content of one safetensors file of a checkpoint."""
 
-    tree: Any  # plain values, with tensors between them
-    named: dict[str, Tensor]  # tensors that have a name of their own
+    tree: Any  # plain values and tensors
+    named: dict[str, Tensor]  # tensors outside the tree, by name
 
 
 # ---- trees of plain values and tensors ---------------------------------------------------------------
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON that keeps tuples, NaN and keys that are no strings; its tensors go to ``tensors``.
+    """``value`` as JSON that preserves tuples, NaN and keys other than strings; its tensors are added to ``tensors``.
 
     Args:
-        where: the path of ``value`` in the whole tree (a JSON pointer): the name of a tensor there.
+        where: the path of ``value`` in the whole tree (a JSON pointer), which becomes the name of a tensor.
+
+    Raises:
+        CheckpointError: a value of another type, or two tensors with the same name.
     """
     if isinstance(value, Tensor):
         if where in tensors:
@@ -102,7 +105,7 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`encode`; takes each tensor out of ``tensors``."""
+    """The inverse of :func:`encode`; removes each tensor from ``tensors``."""
     if isinstance(value, list):
         return [decode(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -126,11 +129,11 @@ def decode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")  # RFC 6901: no two places share a name
+    return key.replace("~", "~0").replace("/", "~1")  # RFC 6901: names of different places differ
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that nothing else shares, as of now."""
+    """Contiguous copies on the CPU, which share no memory with the originals."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(f"tensor {name!r} is sparse or quantized, and can't be saved")
@@ -159,7 +162,7 @@ def write(folder: Path, parts: Mapping[str, Part], keep: int | None) -> Path:
         keep: how many checkpoints to keep; ``None``: all.
 
     Raises:
-        CheckpointError: it could not be written; what was there is as it was.
+        CheckpointError: it could not be written; existing checkpoints are unchanged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,26 +170,26 @@ def write(folder: Path, parts: Mapping[str, Part], keep: int | None) -> Path:
             _sweep(folder, locks)
             temporary = folder / _temporary_name()
             temporary.mkdir()
-            held = os.open(temporary, os.O_RDONLY)
-            try_lock(held, folder, _NO_LOCKS)  # until it is renamed: others tell by this that its writer lives
+            handle = os.open(temporary, os.O_RDONLY)
+            try_lock(handle, folder, _NO_LOCKS)  # until it is renamed: shows other processes that its writer is alive
         try:
-            _fill(temporary, parts)
+            _write_files(temporary, parts)
             with locked(folder / _LOCK, _NO_LOCKS):
                 path = _install(temporary, folder)
                 sync(folder, folder)
-                _point(folder)
+                _update_latest(folder)
                 _prune(folder, keep)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         finally:
-            os.close(held)
+            os.close(handle)
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"could not save a checkpoint to {str(folder)!r}: {error!r}; nothing was lost") from error
     return path
 
 
-def _fill(path: Path, parts: Mapping[str, Part]) -> None:
+def _write_files(path: Path, parts: Mapping[str, Part]) -> None:
     with open(path / MANIFEST, "wb") as manifest:
         mode = stat.S_IMODE(os.fstat(manifest.fileno()).st_mode)
         described = {}
@@ -221,7 +224,7 @@ def _install(temporary: Path, folder: Path) -> Path:
             return path
 
 
-def _point(folder: Path) -> None:
+def _update_latest(folder: Path) -> None:
     """``latest`` names the newest; looked at again, for where nothing is locked another writer may be at it too."""
     name = ""
     while name != (newest := f"checkpoint-{max(_numbers(folder)):06d}"):
@@ -235,10 +238,10 @@ def _point(folder: Path) -> None:
 
 def _prune(folder: Path, keep: int | None) -> None:
     for number in sorted(_numbers(folder))[:-keep] if keep is not None else ():
-        doomed = folder / f"{_TEMPORARY}old-{number}"
+        outdated = folder / f"{_TEMPORARY}old-{number}"
         try:
-            os.rename(folder / f"checkpoint-{number:06d}", doomed)  # half of it must not look like a checkpoint
-            shutil.rmtree(doomed)
+            os.rename(folder / f"checkpoint-{number:06d}", outdated)  # half of it must not look like a checkpoint
+            shutil.rmtree(outdated)
         except FileNotFoundError:
             continue  # where nothing is locked another writer may be faster
         except OSError as error:  # the new one is safe, which is what counts
@@ -287,24 +290,29 @@ def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Par
     the checkpoint. Memory stays within a small multiple of the files' sizes.
 
     Raises:
-        CheckpointError: with the file, the tensor and the reason.
+        CheckpointError: it is missing or damaged; with the file, the tensor and the reason.
     """
     path = resolve(folder)
     described = _read_manifest(path / MANIFEST)["files"]
     parts = {}
     for file in files:
-        about = described.get(file)
-        if not isinstance(about, dict) or about.keys() != {"bytes", "tensors", "tree"}:
+        entry = described.get(file)
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "tensors", "tree"}:
             raise CheckpointError(f"{path / MANIFEST}: {file} is not described")
-        tensors = _read_tensors(path / file, about["bytes"], about["tensors"])
+        tensors = _read_tensors(path / file, entry["bytes"], entry["tensors"])
         try:
-            parts[file] = Part(decode(about["tree"], "", tensors), tensors)
-        except (CheckpointError, TypeError, RecursionError) as error:  # TypeError: a key that can't be one
+            parts[file] = Part(decode(entry["tree"], "", tensors), tensors)
+        except (CheckpointError, TypeError, RecursionError) as error:  # TypeError: an unhashable key
             raise CheckpointError(f"{path / MANIFEST}: {error}") from None
     return parts
 
 
 def resolve(folder: Path) -> Path:
+    """The checkpoint that ``folder`` is, or the latest one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     name = ""
     try:
         if not folder.is_dir():
@@ -315,7 +323,7 @@ def resolve(folder: Path) -> Path:
         if (folder / LATEST / MANIFEST).exists():  # a link to a checkpoint
             return folder / LATEST
         numbers = sorted(_numbers(folder))
-        if not os.path.lexists(folder / LATEST):  # a writer died between its first checkpoint and the pointer
+        if not os.path.lexists(folder / LATEST):  # a writer died after its first checkpoint, before ``latest``
             if not numbers:
                 raise CheckpointError(f"{str(folder)!r} holds no checkpoint: no {MANIFEST}, and no checkpoint-...")
             name = f"checkpoint-{numbers[-1]:06d}"
@@ -368,7 +376,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, size: Any, described: Any) -> dict[str, Tensor]:
-    """All tensors of a file, which must be those that the manifest describes, bit for bit."""
+    """All tensors of a file, verified to be bitwise those that the manifest describes."""
     if type(size) is not int or not isinstance(described, dict):
         raise CheckpointError(f"{path} is not described in the manifest")
     data = _read_bytes(path, max(size, 0))

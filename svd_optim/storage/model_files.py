@@ -1,4 +1,4 @@
-"""The tensors in model files, by name, each read when it is called for: safetensors, PyTorch, folders of them.
+"""Lazy access to the tensors in model files: safetensors files, PyTorch files, folders of them.
 
 Opening reads names, types and shapes; values stay on the disk (of PyTorch's old format, from before 1.6, they are
 read at once). Nothing is executed: what PyTorch files hold besides tensors and plain containers is refused
@@ -28,7 +28,7 @@ PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 # What torch.load raises of damaged files; OSError, as that they can be opened is known, for a seek to nowhere.
 _DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
             ArithmeticError, MemoryError, struct.error)  # fmt: skip
-_NESTED = ("state_dict", "model", "model_state_dict")  # where training scripts keep the model in what they save
+_NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save the model
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # fmt: skip
 
@@ -38,13 +38,13 @@ class StoredTensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # as torch calls it: "bfloat16"; where torch has no such type, as the file does
+    dtype: str  # torch's name, e.g. "bfloat16"; the file's name if torch has no such dtype
     load: Callable[[], Tensor]  # its values, on the CPU
 
 
 @contextmanager
 def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
-    """The tensors of a model, readable while the context lasts.
+    """The tensors of a model, which can be loaded within the context.
 
     Args:
         path: a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` state dict (also one under
@@ -53,7 +53,7 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
 
     Raises:
         OSError: a file is missing or can't be read.
-        ValueError: it is no such file, damaged, or two files hold a tensor of the same name.
+        ValueError: it is no such file, it is damaged, or two files contain a tensor of the same name.
     """
     with ExitStack() as stack:
         found: dict[str, StoredTensor] = {}
@@ -68,11 +68,11 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
             if twice := sorted(found.keys() & tensors.keys()):
                 raise ValueError(f"{path}: {twice[0]!r} is in {file.name} and in another file: give one of them")
             found |= tensors
-        yield list(found.values()) if pickled else sorted(found.values(), key=_in_order)
+        yield list(found.values()) if pickled else sorted(found.values(), key=_natural_order)
 
 
-def _in_order(tensor: StoredTensor) -> list[tuple[int, str]]:
-    """Layer 9 before layer 10: safetensors has names in alphabetical order."""
+def _natural_order(tensor: StoredTensor) -> list[tuple[int, str]]:
+    """Sort key by which layer 9 comes before layer 10, unlike in the alphabetical order of safetensors."""
     parts = re.split(r"(\d+)", tensor.name)  # text, number, text, ...
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
@@ -195,7 +195,7 @@ def _pickled(path: Path) -> Iterator[StoredTensor]:
 
 
 def _state_dict(loaded: Any, path: Path) -> Mapping[Any, Any]:
-    """The mapping that holds tensors, which may be nested in what was saved."""
+    """The mapping with the tensors, which may be nested in the saved object."""
     keys: Sequence[Any] = ()
     while isinstance(loaded, Mapping):
         if any(isinstance(value, Tensor) for value in loaded.values()):

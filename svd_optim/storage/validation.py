@@ -1,6 +1,7 @@
-"""Whether a checkpoint fits a model and its optimizers: everything is looked at before anything is changed.
+"""Whether a checkpoint fits a model and its optimizers: everything is checked before anything is changed.
 
-:mod:`.files` has seen to it that the bytes are those that were saved; here they are taken for anybody's.
+:mod:`.files` has verified that the bytes are those that were saved; here their content is treated as untrusted. All
+functions raise :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..tracking.loading import saved_ranks
 from ..tracking.saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, Field, Sizes
 from .files import CheckpointError, Part
 
-SKEW, SKEW_LOW = 1e-3, 2e-2  # largest entry of U^T U - I: in float32 it is 1e-5; rounding to bfloat16 makes 4e-3
+SKEW, SKEW_LOW = 1e-3, 2e-2  # limits on the entries of U^T U - I: 1e-5 in float32, 4e-3 by rounding to bfloat16
 _FACTORS = ("U", "S", "V")
 
 
@@ -33,21 +34,21 @@ def _require(holds: bool, where: str, what: str) -> None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that may be dense or factorized, by all of their names."""
+    """The layers that can be dense or factorized, by all of their names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: m for name, m in modules if isinstance(m, FactorizedLinear) or type(m) is nn.Linear}
 
 
 def joined(prefix: str, name: str) -> str:
-    """The full name of what is called ``name`` inside the module ``prefix``."""
+    """The full name of ``name`` in the module called ``prefix``."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def check_model(part: Part, model: nn.Module, same_type: bool = True) -> None:
-    """The saved model has this model's names, shapes and types; its numbers are finite, its factors orthonormal.
+    """Check that the saved model has this model's names, shapes and dtypes, finite values and orthonormal factors.
 
     Args:
-        same_type: whether the types must be equal too, as a resumed run needs them.
+        same_type: whether dtypes must be equal too, as is needed to resume a run.
     """
     tree, saved = part
     where = "model"
@@ -92,7 +93,7 @@ def _check_factors(saved: Mapping[str, Tensor], name: str, about: Any, layer: nn
     _require(isinstance(about, dict) and about.keys() == {"rank", "orthonormal"}, where, "unknown structure")
     rank, most = about["rank"], min(layer.out_features, layer.in_features)
     _require(type(rank) is int and 1 <= rank <= most, where, f"rank {rank!r} is not in [1, {most}]")
-    if about["orthonormal"] is not False:  # trained on without a wrapper they need not be
+    if about["orthonormal"] is not False:  # if trained without a wrapper they need not be
         for factor, rows in (("U", layer.out_features), ("V", layer.in_features)):
             Q = saved.get(joined(name, factor))
             _require(Q is not None and Q.shape == (rows, rank), where, f"{factor} is not of shape ({rows}, {rank})")
@@ -101,14 +102,14 @@ def _check_factors(saved: Mapping[str, Tensor], name: str, about: Any, layer: nn
 
 
 def check_finite(tensor: Tensor, where: str, name: str) -> None:
-    """No NaN, no Inf. (Buffers may hold them: attention masks do.)"""
+    """Check that there is no NaN or Inf. (Not for buffers: attention masks may contain Inf.)"""
     if tensor.is_floating_point() or tensor.is_complex():
-        numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 knows no isfinite
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
         _require(bool(torch.isfinite(numbers).all()), where, f"{name!r} holds NaN or Inf")
 
 
 def check_orthonormal(Q: Tensor, where: str, name: str) -> None:
-    """Orthonormal columns of Q (m, k), up to the rounding of its type."""
+    """Check that the columns of Q (m, k) are orthonormal, up to the rounding of its dtype."""
     _require(Q.is_floating_point(), where, f"{name} is {Q.dtype}")
     limit = SKEW if Q.dtype in (torch.float32, torch.float64) else SKEW_LOW
     Q = Q.float() if Q.element_size() < 4 else Q
@@ -124,12 +125,12 @@ def _is_dict_of_dicts(value: Any) -> bool:
 
 
 def base_of(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that takes the steps."""
+    """The base optimizer of a wrapper; any other optimizer itself."""
     return optimizer.base_optimizer if isinstance(optimizer, SubspaceAwareOptimizer) else optimizer
 
 
 def prefix_in(model: nn.Module, optimizer: Optimizer) -> str:
-    """The name, in ``model``, of the module that a wrapper was given."""
+    """The name, in ``model``, of the module that a wrapper tracks; empty for other optimizers."""
     if not isinstance(optimizer, SubspaceAwareOptimizer):
         return ""
     for name, module in model.named_modules():
@@ -139,7 +140,7 @@ def prefix_in(model: nn.Module, optimizer: Optimizer) -> str:
 
 
 def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """Per param group, the names that its parameters have in the model."""
+    """The names of the parameters in the model, per param group."""
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     groups = [group["params"] for group in optimizer.param_groups]
     unknown = [(i, tuple(p.shape)) for i, group in enumerate(groups) for p in group if id(p) not in names]
@@ -152,10 +153,10 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 def check_optimizers(
     saved: Any, factors: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Sequence[Any]
 ) -> None:
-    """The saved optimizers are of these kinds, with these parameters in these groups, and what they remember fits.
+    """Check that the saved optimizers have these classes, parameters and groups, and that their state fits.
 
     Args:
-        factors, tensors: of the saved model, checked already.
+        factors, tensors: of the saved model, already checked.
     """
     _require(isinstance(saved, list), "optimizers", "unknown structure")
     counts = f"{len(saved)} were saved, {len(optimizers)} are given"
@@ -200,7 +201,7 @@ def _check_groups(
         _require(not differ and len(params) == len(wanted), inside, f"its parameters differ: {differ[:3]}")
         now = {k: v for k, v in optimizer.param_groups[i].items() if k not in ("params", "param_names")}
         _require(isinstance(options, dict), inside, "unknown structure")
-        # Schedulers add options of their own (initial_lr): these may be on either side.
+        # Schedulers add options (initial_lr), which may be on either side only.
         missing = sorted(set(now) - set(options) - {"initial_lr"})
         _require(not missing, inside, f"it has no {missing[:1]}")
         for key, value in options.items():
@@ -220,15 +221,15 @@ def saved_names(names: Iterable[str], now: set[str], factors: Mapping[str, Any],
     for name in names:
         layer, _, last = name.rpartition(".")
         if layer in factors and last in ("weight", *_FACTORS):
-            kept = ("U", "V") if layer in tracked else _FACTORS
-            result.update(dict.fromkeys(joined(layer, f) for f in kept))
+            present = ("U", "V") if layer in tracked else _FACTORS
+            result.update(dict.fromkeys(joined(layer, f) for f in present))
         else:
             result[joined(layer, "weight") if layer in now and last in _FACTORS else name] = None
     return list(result)
 
 
 def _same_kind(value: Any, now: Any) -> bool:
-    """Whether an option may be what was saved, judging by what it is at present (flags may be unset: ``None``)."""
+    """Whether a saved option has the type of the present one (flags may be unset: ``None``)."""
     if isinstance(now, bool) or now is None:
         return True if now is None else value is None or isinstance(value, bool)
     if isinstance(now, (int, float, Tensor)):
@@ -256,7 +257,7 @@ def _check_state(state: Any, names: set[str], tensors: Mapping[str, Tensor], whe
             _require(key != "step" or value.numel() == 1, where, f"{name}: step has shape {shape}")
 
 
-# ---- what the wrapper knows --------------------------------------------------------------------------
+# ---- the state of the wrapper ------------------------------------------------------------------------
 
 
 def _check_fields(value: Any, table: Mapping[str, Field], sizes: Sizes, where: str) -> None:
@@ -268,7 +269,7 @@ def _check_fields(value: Any, table: Mapping[str, Field], sizes: Sizes, where: s
 
 
 def check_run(own: Any, optimizer: SubspaceAwareOptimizer, where: str) -> None:
-    """What the wrapper saved of itself is complete, and of the layers that it tracks now."""
+    """Check that the saved state of a wrapper is complete, and of the layers that it tracks now."""
     version = own.get("version") if isinstance(own, dict) else None
     _require(version == STATE_VERSION, where, f"state version {version!r}; this svd_optim reads {STATE_VERSION}")
     rest = {name: value for name, value in own.items() if name not in ("version", "layers")}
