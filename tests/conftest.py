@@ -10,11 +10,11 @@ from hypothesis import settings
 
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("tests")
+torch.set_num_threads(1)  # for what test files and the fixtures of a module compute, too
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Whatever a test did to the number of threads."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)

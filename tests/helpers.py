@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig, Thr
 from svd_optim.factors import FactorizedLinear
 
 optim = torch.optim
+ROOT = Path(__file__).resolve().parents[1]
 D_IN, HIDDEN, D_OUT = 48, 64, 40
 
 
@@ -261,3 +266,17 @@ def low_rank_(layer: nn.Linear, rank: int, noise: float = 0.0, seed: int = 0) ->
     W = (U * torch.linspace(2.0, 0.5, rank)) @ V.mT + noise * torch.randn(m, n, generator=generator)
     with torch.no_grad():
         layer.weight.copy_(W)
+
+
+# ---- examples and benchmarks -----------------------------------------------------------------------
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository, by its file: examples and benchmarks are no packages, and are found by no path."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where its dataclasses, and the scripts beside it, look for it
+    spec.loader.exec_module(module)
+    return module

@@ -9,33 +9,16 @@ import numpy
 import pytest
 import torch
 from helpers import PARALLEL, Parallel
-from test_report import layer as full_layer
-from test_report import summary as full_summary
+from helpers_records import report, summary
 
 from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.decisions.alerts import REST, SURE, WINDOW, Alert, AlertWatch, Level, trend
-from svd_optim.records import Action, Condition, Decision, LayerMetrics, LayerReport, LayerState, Summary
-
-
-def report(
-    name: str = "a",
-    drift: float | None = 0.9,
-    excess: float | None = 0.0,
-    step: int = 20,
-    action: Action = Action.HOLD,
-    danger: bool = False,
-    state: LayerState = LayerState.DENSE,
-) -> LayerReport:
-    stable = Condition(name="drift_stable", value=drift, threshold=0.3, above=False, margin=0.05)
-    attack = Condition(name="danger", value=excess, threshold=0.4, above=True, margin=0.05)
-    decision = Decision(action=action, reason="because", conditions=(stable,), danger=danger, attack=attack)
-    metrics = LayerMetrics(step=step, rank=42, measured=4, subspace_drift=drift, principal_excess=excess)
-    return replace(full_layer(name, state), metrics=metrics, decision=decision)
+from svd_optim.records import Action, LayerReport, LayerState, Summary
 
 
 def at(step: int, *layers: LayerReport) -> Summary:
     moved = [x if x.metrics is None else replace(x, metrics=replace(x.metrics, step=step)) for x in layers]
-    return replace(full_summary(*moved), step=step)
+    return summary(*moved, step=step)
 
 
 def told(watch: AlertWatch, reports: list[LayerReport]) -> list[Alert]:

@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,17 +17,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT, script
+from helpers_runs import Run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from rich.progress import Progress
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import corpus
-import forgetting
-import quality
-import results_file
-import thresholds
 from svd_optim.records import Event
+
+BENCHMARKS = ROOT / "benchmarks"
+corpus = script("examples/corpus.py")
+results_file = script("benchmarks/results_file.py")  # this and the next are what the others import
+rivals = script("benchmarks/rivals.py")
+faults = script("benchmarks/faults.py")
+forgetting = script("benchmarks/forgetting.py")
+quality = script("benchmarks/quality.py")
+thresholds = script("benchmarks/thresholds.py")
 
 # ---- the corpus ------------------------------------------------------------------------------------
 
@@ -69,10 +77,10 @@ def test_the_folder_of_an_output_is_made_at_the_start(tmp_path: Path) -> None:
 
 
 def test_every_output_is_such_an_argument() -> None:
-    for script in (Path(__file__).parents[1] / "benchmarks").glob("*.py"):
-        for line in script.read_text().splitlines():
-            if '"--json"' in line or '"--plot"' in line:
-                assert "type=output_file" in line, f"{script.name}: {line}"
+    lines = [line for file in BENCHMARKS.glob("*.py") for line in file.read_text().splitlines()]
+    outputs = [line for line in lines if '"--json"' in line or '"--plot"' in line]
+    assert len(outputs) > 5
+    assert [line for line in outputs if "type=output_file" not in line] == []
 
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
@@ -265,3 +273,65 @@ def test_when_layers_went_into_factors() -> None:
     events.append(event(40, "c", "merge"))
     assert quality.switched_at(events) == 20  # (10 * 300 + 50 * 100) / 400
     assert quality.switched_at([*events, event(60, "c", "factorize", 400)]) == 40
+
+
+# ---- the campaign of faults ------------------------------------------------------------------------
+
+# In a process of its own, as its children look for its module where they are started.
+COUNTED = """
+import sys
+import faults
+name, count, path = sys.argv[1:]
+faults.FAULTS[name] = (faults.FAULTS[name][0], int(count), int(count))
+sys.argv[1:] = ["--only", name, "--json", path]
+sys.exit(faults.main())
+"""
+CAMPAIGN = {  # fault -> how often it is made, and how much is then tried
+    "resumes": (24, 24),  # Muon, AdamW, both; two types; three stages and protection
+    "kills": (50, 51),
+    "disks": (12, 12),
+    "folders": (1, 13),
+    "writers": (5, 21),
+    "nonfinite": (48, 48),
+    "decompositions": (8, 8),
+    "interrupts": (12, 12),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", CAMPAIGN)
+def test_the_campaign_of_faults_loses_nothing(fault: str, tmp_path: Path) -> None:
+    count, tried = CAMPAIGN[fault]
+    path = tmp_path / "outcome.json"
+    command = [sys.executable, "-c", COUNTED, fault, str(count), str(path)]
+    done = subprocess.run(command, cwd=BENCHMARKS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert path.exists(), done.stdout
+    (outcome,) = json.loads(path.read_text())
+    assert outcome["lost"] == [] and done.returncode == 0, done.stdout
+    assert outcome["tried"] >= tried if fault == "folders" else outcome["tried"] == tried
+
+
+@pytest.mark.slow
+def test_mutated_checkpoints_are_refused_whole_or_loaded(tmp_path: Path) -> None:
+    """500 here; the campaign takes 10,000."""
+    fuzzer = faults.Fuzzer(tmp_path)
+    refused = []
+
+    @settings(max_examples=500)
+    @given(st.randoms(use_true_random=False))
+    def fuzz(rng: random.Random) -> None:
+        refused.append(fuzzer.one(rng, []))
+
+    fuzz()
+    assert 0 < sum(refused) < len(refused)
+
+
+def test_the_fuzzer_damages_files_in_every_way(tmp_path: Path) -> None:
+    checkpoint = Run.new("adamw").train(3).save(tmp_path / "whole")
+    rng = random.Random(0)
+    seen = set()
+    for i in range(60):
+        what: list[str] = []
+        faults.mutate_bytes(Path(shutil.copytree(checkpoint, tmp_path / str(i))), rng, what)
+        seen.add(what[0].split()[0])
+    assert len(seen) == 10

@@ -16,7 +16,22 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from helpers import BASES, check_factors, everything, loss_of, make, manual, net, quick, same_bits, train, weights
+from helpers import (
+    BASES,
+    D_IN,
+    check_factors,
+    everything,
+    frozen_copy,
+    loss_of,
+    make,
+    manual,
+    net,
+    quick,
+    same_bits,
+    train,
+    weights,
+)
+from helpers_runs import KINDS, STAGES, Run, digest, leftovers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,7 +42,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from faults import KINDS, STAGES, Run, copied, digest, kills, leftovers, resumes, same, writers
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, export_dense, load_checkpoint, load_model, save_checkpoint
 from svd_optim.factors import FactorizedLinear, factorize_, restore_on_load_
 from svd_optim.records import LayerState
@@ -37,19 +51,16 @@ from svd_optim.storage.files import decode, encode
 # ---- going on --------------------------------------------------------------------------------------
 
 
-def test_resume_in_a_new_process_is_bitwise_the_straight_run(tmp_path: Path) -> None:
-    outcome = resumes(24, random.Random(0), tmp_path)  # Muon, AdamW, both; two types; three stages and protection
-    assert outcome.tried == 24 and not outcome.lost, outcome.lost
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_comes_back(kind: str, stage: str, tmp_path: Path) -> None:
     run = Run.new(kind).train(STAGES[stage])
+    assert stage == "dense" or {row.state for row in run.wrapper.why()} == {LayerState(stage)}
     path = run.save(tmp_path)
     before = run.state()
     fresh = Run.new(kind, seed=7).load(tmp_path)
-    assert same(before, fresh.state()) and fresh.step == run.step
+    same_bits(before, fresh.state())
+    assert fresh.step == run.step
     assert list(fresh.wrapper.events) == list(run.wrapper.events)
     assert [row.state for row in fresh.wrapper.why()] == [row.state for row in run.wrapper.why()]
     again = fresh.save(tmp_path / "again")
@@ -64,7 +75,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(tmp_path: Path) -> None:
     for name in (*STAGES, *reversed(STAGES)):
         run.load(tmp_path / name)
         state = run.state()
-        assert same(state, states.setdefault(name, state))
+        same_bits(state, states.setdefault(name, state))
         run.train(run.step + 7)
 
 
@@ -158,9 +169,9 @@ def test_amsgrad_sgd_and_others(tmp_path: Path) -> None:
 
 def test_load_model_for_inference(tmp_path: Path) -> None:
     run = Run.new("both").train(130)
-    assert run.factorized() == 2
+    assert run.factorized() == ["up", "mid"]
     run.save(tmp_path)
-    x = torch.randn(5, 40)
+    x = torch.randn(5, D_IN)
     model = Run.new("adamw", seed=7).model.eval()
     load_model(tmp_path, model)
     with torch.no_grad():  # with gradients a layer that an optimizer follows multiplies in another order
@@ -177,10 +188,10 @@ def test_load_model_while_an_optimizer_follows_it(tmp_path: Path) -> None:
     for steps in (0, 20, 130):
         other = Run.new("adamw", seed=7).train(steps)
         load_model(tmp_path, other.model)
-        assert same(copied(run.model.state_dict()), copied(other.model.state_dict()))
+        same_bits(run.model.state_dict(), other.model.state_dict())
         other.train(steps + 15)
         check_factors(other.model)
-        assert other.factorized() == 2 and all(layer.factors for layer in other.wrapper.layers.values())
+        assert other.factorized() == ["up", "mid"] and all(layer.factors for layer in other.wrapper.layers.values())
     part = nn.Sequential(Run.new("adamw", seed=7).model)
     inner = SubspaceAwareOptimizer(torch.optim.SGD(part.parameters(), lr=0.1), part[0], quick())
     save_checkpoint(tmp_path / "outer", nn.Sequential(run.model), [])
@@ -192,11 +203,11 @@ def test_export_dense_is_an_ordinary_model(tmp_path: Path) -> None:
     run = Run.new("muon").train(130)
     before = run.state()
     dense = export_dense(run.model)
-    assert same(before, run.state())
-    assert run.factorized() == 2 and not any(isinstance(m, FactorizedLinear) for m in dense.modules())
+    same_bits(before, run.state())
+    assert run.factorized() == ["up", "mid"] and not any(isinstance(m, FactorizedLinear) for m in dense.modules())
     original = Run.new("muon").model
     assert list(dense.state_dict()) == list(original.state_dict())
-    x = torch.randn(5, 40)
+    x = torch.randn(5, D_IN)
     torch.testing.assert_close(dense.eval()(x), run.model.eval()(x), rtol=1e-4, atol=1e-5)
     original.load_state_dict(dense.state_dict())
     file = tmp_path / "model.safetensors"
@@ -291,16 +302,6 @@ def test_saving_in_the_background_saves_the_moment_of_the_call(tmp_path: Path) -
         failed.result(60)
 
 
-def test_four_writers(tmp_path: Path) -> None:
-    outcome = writers(5, random.Random(0), tmp_path)
-    assert outcome.tried == 21 and not outcome.lost, outcome.lost
-
-
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    outcome = kills(50, random.Random(0), tmp_path)
-    assert outcome.tried == 51 and not outcome.lost, outcome.lost
-
-
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     run = Run.new("adamw").train(1)
     run.save(tmp_path)
@@ -333,7 +334,8 @@ def test_trees_of_plain_values_and_tensors_come_back(tree: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     plain = json.loads(json.dumps(encode(tree, "", tensors), allow_nan=False))
     back = decode(plain, "", tensors)
-    assert not tensors and same(copied(tree), copied(back)) and _kinds(tree) == _kinds(back)
+    same_bits(frozen_copy(tree), frozen_copy(back))
+    assert not tensors and _kinds(tree) == _kinds(back)
 
 
 def _kinds(tree: Any) -> Any:
@@ -400,17 +402,17 @@ def test_observe_mode_loads_what_observe_mode_saved(tmp_path: Path) -> None:
     before = watching.state()
     with pytest.raises(CheckpointError, match="mode='observe' replaces nothing"):
         watching.load(tmp_path / "factorized")
-    assert same(before, watching.state())
+    same_bits(before, watching.state())
 
 
 def test_protection_and_descent_go_on(tmp_path: Path) -> None:
-    run = Run.new("muon").train(65)
+    run = Run.new("muon").train(STAGES["descending"])
     assert LayerState.DESCENDING in {row.state for row in run.wrapper.why()}
     run.wrapper.protect_("up", rank=4)
     anchor = run.wrapper.layers["up"].anchor
     assert anchor is not None
     run.save(tmp_path)
-    fresh = Run.new("muon", seed=7).load(tmp_path).train(85)
+    fresh = Run.new("muon", seed=7).load(tmp_path).train(75)
     W = fresh.model.up.weight.detach()
     drift = (anchor.U.mT @ W @ anchor.V - anchor.block).norm() / anchor.block.norm()
     assert float(drift) < 1e-5

@@ -17,6 +17,7 @@ FLOORS = ("_version", "records", "config", "distributed", "decisions", "linalg",
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 TORCH_FREE = ("records", "config", "decisions")
 MOST_LINES = 440
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
 
 def floor_of(module: Path) -> str:
@@ -95,3 +96,13 @@ def test_the_public_names_are_a_dozen_and_each_floor_says_what_it_exports():
     for floor in ("records", "decisions", "linalg", "factors", "tracking", "storage", "console"):
         module = __import__(f"svd_optim.{floor}", fromlist=["__all__"])
         assert module.__doc__ and all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
+def test_what_tests_share_is_in_helpers(file: Path):
+    """A test needs no other test; examples and benchmarks are loaded by their files, with ``helpers.script``."""
+    scripts = {path.stem for folder in ("examples", "benchmarks") for path in (ROOT.parent / folder).glob("*.py")}
+    assert {"corpus", "faults"} <= scripts
+    roots = {name.split(".")[0] for name in imports_of(file)}
+    assert not roots & (scripts | {path.stem for path in TESTS if path.name.startswith("test_")})
+    assert "sys.path" + "." not in file.read_text()

@@ -13,28 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers_records import analyses, names_of, report, summary
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
-from test_alerts import report
-from test_report import PARTS
-from test_report import summary as full_summary
 from tqdm import tqdm
 
 from svd_optim import LiveView
 from svd_optim.console.live import LiveState, urgency
-from svd_optim.decisions.alerts import Alert, Level
-from svd_optim.records import Event, LayerState, Summary
+from svd_optim.records import Event, LayerState
 
 HERE = Path(__file__).parent
-
-
-def names(blocks: int, prefix: str = "blocks") -> list[str]:
-    return [f"{prefix}.{block}.{part}" for block in range(blocks) for part in PARTS]
-
-
-NAMES = {3: names(1)[:3], 24: names(4), 240: names(40)}
-LONG = names(4, "model.decoder.transformer.layers_with_a_name_that_is_far_too_long_for_a_terminal")
+NAMES = {3: names_of(1)[:3], 24: names_of(4), 240: names_of(40)}
+LONG = names_of(4, "model.decoder.transformer.layers_with_a_name_that_is_far_too_long_for_a_terminal")
 
 
 def states(layers: list[str], seed: int = 0, steps: int = 6) -> LiveState:
@@ -42,7 +33,7 @@ def states(layers: list[str], seed: int = 0, steps: int = 6) -> LiveState:
     state = LiveState()
     for step in range(20, 20 * steps + 20, 20):
         rows = [report(name, drift=rng.uniform(0.4, 1), excess=0.01 * step / 20, step=step) for name in layers]
-        state.update(replace(full_summary(*rows), step=step))
+        state.update(summary(*rows, step=step))
     return state
 
 
@@ -95,9 +86,7 @@ def test_urgency_orders_what_can_happen_to_a_layer():
 def test_marks_show_where_a_metric_goes():
     state = LiveState()
     for step in range(20, 120, 20):
-        state.update(
-            replace(full_summary(report("a", drift=1 - step / 1000, excess=step / 1000, step=step)), step=step)
-        )
+        state.update(summary(report("a", drift=1 - step / 1000, excess=step / 1000, step=step), step=step))
     assert state.mark("a", "subspace_drift") == "↓" and state.mark("a", "principal_excess") == "↑"
     assert state.mark("a", "tangent_capture") == " " and state.mark("b", "subspace_drift") == " "
 
@@ -107,15 +96,6 @@ def test_before_the_first_analysis_it_says_so():
 
 
 # ---- other people's terminals ------------------------------------------------------------------------
-
-
-def run(view: LiveView, steps: int = 3) -> None:
-    for step in range(20, 20 * steps + 20, 20):
-        summary: Summary = replace(full_summary(report(step=step), analyses=step // 20), step=step)
-        alert = Alert(step=step, layer="a", level=Level.CRITICAL, kind="about to act", text="descend: now")
-        view.on_alerts((alert,))
-        view.on_event(Event(step=step, layer="a", kind="descend", reason="why not"))
-        view.on_analysis(summary)
 
 
 def terminal(**options: object) -> Console:
@@ -139,7 +119,7 @@ def no_ci(monkeypatch: pytest.MonkeyPatch):
 def test_in_a_terminal_it_redraws_and_gives_the_cursor_back():
     console = terminal()
     with LiveView(console) as view:
-        run(view)
+        analyses(view)
     text = written(console)
     assert MOVES in text and "\x1b[?25l" in text and text.rstrip().endswith("\x1b[?25h")
     view.close()
@@ -155,7 +135,7 @@ def test_elsewhere_it_prints_lines(why: str, monkeypatch: pytest.MonkeyPatch):
     if why == "notebook":
         console.is_jupyter = True
         monkeypatch.setattr(console, "print", lambda what: Console(file=console.file, width=80).print(what))
-    run(LiveView(console, every=1))
+    analyses(LiveView(console, every=1))
     text = written(console)
     assert MOVES not in text and "\x1b[?25l" not in text
     assert text.count("why not") == 3 and text.count("descend: now") == 3 and text.count("drift") >= 3
@@ -164,7 +144,7 @@ def test_elsewhere_it_prints_lines(why: str, monkeypatch: pytest.MonkeyPatch):
 def test_it_prints_nothing_off_rank_0(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "3")
     console = terminal()
-    run(LiveView(console))
+    analyses(LiveView(console))
     assert written(console) == ""
 
 
@@ -173,15 +153,15 @@ def test_a_progress_bar_of_the_users_keeps_its_place():
     view = LiveView(console, every=1)
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=3)
-        run(view)
+        analyses(view)
         progress.advance(bar, 3)
     assert view._lives == []
     assert "training" in written(console) and "why not" in written(console)
-    run(view)  # the bar is gone: now there is room
+    analyses(view)  # the bar is gone: now there is room
     assert view._lives
     with Progress(console=console) as progress:  # and one that comes later drives it away
         progress.add_task("again", total=3)
-        run(view)
+        analyses(view)
         assert view._lives == []
     view.close()
 
@@ -191,7 +171,7 @@ def test_a_bar_of_tqdm_keeps_its_line():
     view = LiveView(console, every=1)
     out = io.StringIO()
     for _ in tqdm(range(1), file=out):
-        run(view)
+        analyses(view)
     assert MOVES not in written(console) and written(console).count("why not") == 3
 
 
@@ -199,12 +179,12 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NO_COLOR", "1")
     console = terminal()
     with LiveView(console) as view:
-        run(view)
+        analyses(view)
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", written(console))
 
 
 def test_a_program_that_forgets_it_leaves_a_terminal_with_a_cursor():
-    code = "import test_live, svd_optim; view = svd_optim.LiveView(); test_live.run(view); print('done')"
+    code = "import helpers_records as h, svd_optim; view = svd_optim.LiveView(); h.analyses(view); print('done')"
     parent, child = pty.openpty()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "TERM": "xterm", "COLUMNS": "80"}
     env.pop("CI", None)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import matrices, net, train
+from helpers_records import names_of
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,8 +37,7 @@ HEAD = {
     "optimizer": "Muon", "mode": "auto", "skipped": [], "columns": COLUMNS,
     "config": {"analyze_every": 20, "warmup_steps": 20, "thresholds": {}, "overrides": {}},
 }  # fmt: skip
-PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-GPT = [f"blocks.{block}.{part}" for block in range(40) for part in PARTS]
+GPT = names_of(40)
 LONG = [f"model.decoder.layers.{i}.self_attention.{part}_projection.{'z' * 40}" for i in (1, 11) for part in "qkv"]
 SHAPE = (256, 512)
 

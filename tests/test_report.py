@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import make, quick, train
+from helpers_records import METRICS, layer, names_of, summary
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
@@ -22,32 +23,20 @@ from svd_optim.records import (
     Condition,
     Decision,
     Event,
-    LayerMetrics,
     LayerReport,
     LayerState,
     Plan,
     PlannedLayer,
     Skipped,
-    Summary,
 )
 
-PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-GPT = [f"blocks.{block}.{part}" for block in range(4) for part in PARTS]
+GPT = names_of(4)
 LONG = [f"model.decoder.layers.{i}.self_attention.{p}_projection.{'z' * 36}" for i in (1, 11) for p in "qkv"]
 HOSTILE = {  # name -> as printed
     "x[/y]": "x[/y]",
     "[link=http://a]b": "[link=http://a]b",
     "a\x1b[31mred\r\nz\u202e": "a[31mredz",
     "": "(model)",
-}
-METRICS = {
-    "principal_alignment": 0.618,
-    "principal_excess": 0.246,
-    "subspace_drift": 0.042,
-    "subspace_angle": 1.234,
-    "reconstruction_error": 0.271,
-    "tangent_capture": 0.532,
-    "capture_excess": 0.314,
 }
 
 
@@ -58,37 +47,6 @@ def show(what: RenderableType, width: int) -> list[str]:
     lines = file.getvalue().split("\n")
     assert max(map(cell_len, lines)) <= width
     return [line.rstrip() for line in lines]
-
-
-def layer(name: str = "a", state: LayerState = LayerState.DENSE, **metrics: float | None) -> LayerReport:
-    m = LayerMetrics(step=1, rank=42, measured=4, **(METRICS | metrics))
-    conditions = (
-        Condition(name="drift_stable", value=m.subspace_drift, threshold=0.1, above=False, margin=0.05),
-        Condition(name="capture_safe", value=m.capture_excess, threshold=0.4, above=True, margin=0.05),
-    )
-    failing = [c for c in conditions if not c.holds]
-    action = Action.HOLD if failing else Action.DESCEND
-    decision = Decision(action=action, reason="; ".join(map(str, failing)), conditions=conditions)
-    now = 2 if state == LayerState.FACTORIZED else 4
-    sizes = {f"{kind}_bytes": now * 10**6 for kind in ("weight", "grad", "state")}
-    dense = {f"{kind}_bytes_dense": 4 * 10**6 for kind in ("weight", "grad", "state")}
-    return LayerReport(
-        name=name, shape=(128, 512), state=state, rank=42, protected=False, metrics=m, decision=decision,
-        monitoring_bytes=10**6, **sizes, **dense,
-    )  # fmt: skip
-
-
-def summary(*layers: LayerReport, analyses: int = 60, **kwargs: object) -> Summary:
-    seconds = {"measure": 2.0, "refresh": 1.0, "decide": 0.5, "base": 40.0}
-    values = {
-        "mode": "auto",
-        "skipped": (),
-        "events": (),
-        "seconds": seconds,
-        "seconds_total": 100.0,
-        "stall_analyses": 50,
-    }
-    return Summary(step=1200, analyses=analyses, layers=layers, **(values | kwargs))
 
 
 def row(lines: list[str], start: str) -> list[str]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from helpers import matrices, net, train
+from helpers import matrices, net, script, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import Muon
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.records import Summary
-from trackers import TensorBoard, WeightsAndBiases
 
+trackers = script("examples/trackers.py")
 CONFIG = {"warmup_steps": 20, "analyze_every": 10, "descent_steps": 40, "cohort_steps": 20, "patience": 2}
 
 
@@ -42,7 +39,7 @@ def run_with(*listeners: Listener) -> SubspaceAwareOptimizer:
 def test_tensorboard_holds_every_number_at_its_step(tmp_path: Path):
     keep = Keep()
     with SummaryWriter(str(tmp_path)) as writer:
-        optimizer = run_with(TensorBoard(writer), keep)
+        optimizer = run_with(trackers.TensorBoard(writer), keep)
     read = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0})
     read.Reload()
     found: dict[int, dict[str, float]] = {step: {} for step in keep.metrics}
@@ -64,7 +61,7 @@ def test_weights_and_biases_offline_takes_every_number(tmp_path: Path, monkeypat
         log = run.log
         monkeypatch.setattr(run, "log", lambda values: (logged.append(values), log(values)))
         keep = Keep()
-        run_with(WeightsAndBiases(run), keep)
+        run_with(trackers.WeightsAndBiases(run), keep)
     assert [row.pop("svd/step") for row in logged] == list(keep.metrics)
     assert logged == list(keep.metrics.values())
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
