@@ -1,6 +1,11 @@
 """What a user can set, checked once: frozen, keyword-only dataclasses.
 
 Every error names the field, the value and the allowed range.
+
+    SubspaceConfig(mode="observe")  # measures, changes nothing: training is bitwise that of the bare optimizer
+    SubspaceConfig(budget=0.25, total_steps=10_000)  # a quarter of the tracked parameters, all descents in time
+    SubspaceConfig(rank=0.25, overrides={"blocks.*.mlp.*": LayerOverride(rank=32)})
+    SubspaceConfig(thresholds=Thresholds(drift_stable=0.2), patience=5)
 """
 
 from __future__ import annotations
@@ -228,7 +233,8 @@ class SubspaceConfig:
     max_overhead: float | None = None
     """Share of the time, by the host's clock, that measuring, refreshing and deciding may take; intervals are
     stretched by whole factors to keep to it, with an event each time. Then the steps at which layers act depend on the
-    clock. ``None``: no limit."""
+    clock. ``None``: no limit. Monitoring takes about k / (tokens per step) of a step: more at higher ranks, less with
+    more tokens."""
 
     warmup_steps: int = 100
     """Steps before the first decision."""
@@ -252,8 +258,9 @@ class SubspaceConfig:
     compiled model)."""
 
     budget: float | None = None
-    """Share of all tracked parameters to keep. Ranks are allocated over the layers by what each would lose, some may
-    stay dense; ``optimizer.plan()`` shows how."""
+    """Share of all tracked parameters to keep: about the same share of each layer, a little less of those whose
+    gradient the factors follow well; layers stay dense where the others leave room. ``optimizer.plan()`` shows how, and
+    is revised until a layer starts its descent. For a share of each single layer: ``LayerOverride(budget=...)``."""
 
     rank: int | float | None = None
     """Target rank of each layer, an integer, or a float in (0, 1) as a fraction of min(m, n)."""
@@ -264,12 +271,12 @@ class SubspaceConfig:
     on_danger: Literal["alert", "protect"] = "alert"
     """``"alert"`` only says so when what a layer has learned is under attack; ``"protect"`` also keeps its principal
     block from moving while the danger lasts, in mode ``"auto"``: in the others nothing acts by itself (see
-    ``optimizer.protect_``)."""
+    ``optimizer.protect_``). Not the default, as a lower learning rate forgets less (``benchmarks/forgetting.py``)."""
 
     guard_steps: int = 200
     """From the start of a descent to so many steps after the switch, a training loss (given by the closure or to
-    ``optimizer.observe_loss``) above what its noise explains sends the layers that changed last back to dense; 0: no
-    such guard."""
+    ``optimizer.observe_loss``) above what its noise explains sends the layers that changed last back to dense, or
+    calls their descent off; 0, or where no loss is given: no such guard."""
 
     cooldown_steps: int = 500
     """Steps for which a layer that became dense again, or changed its rank, is left as it is; twice as many each

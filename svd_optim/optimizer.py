@@ -63,11 +63,11 @@ class SubspaceAwareOptimizer(Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has
     two parameters, U (m, k) and V (n, k), where its weight (m, n) was; global gradient clipping goes
-    on to mean what it meant (see ``layers.py``).
+    on to mean what it meant (see :mod:`svd_optim.factors.linear`).
 
     Args:
         base_optimizer: any ``torch.optim.Optimizer``. One whose state is not understood is measured
-            and never factorized, and says so in ``why()``.
+            and never factorized, and says so in ``why()`` (see :mod:`svd_optim.factors.moments`).
         model: the module whose ``nn.Linear`` layers it trains (or a part of which).
         config: see :class:`SubspaceConfig`.
         listeners: see :class:`Listener`; :class:`ConsoleReport` prints tables.
@@ -147,6 +147,7 @@ class SubspaceAwareOptimizer(Optimizer):
         self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
         attachment = self._controller.attachment
         for layer in self.layers.values():
+            attachment.claim(layer)
             if layer.factorized:
                 attachment.attach(layer, self.steps)
         attachment.detach_after(self)
@@ -258,6 +259,8 @@ class SubspaceAwareOptimizer(Optimizer):
         A step without gradients, or with every learning rate 0, is the base optimizer's alone.
         """
         controller = self._controller
+        if controller.analyzes_next:  # what was frozen, freed, tied or added since is seen then
+            self._track_layers(first=False)
         with StepInProgress(controller) as step:
             base = BaseCall(step, closure)
             if closure is None:
@@ -268,7 +271,7 @@ class SubspaceAwareOptimizer(Optimizer):
             loss = base.run()  # where there is a closure it measures and enters, as soon as there are gradients
             step.leave_factors()
             if closure is not None and step.batches is not None:
-                controller.guard.observe(loss)
+                controller.observe_loss(loss)
             step.advance()
             base.run_post_hooks()
         controller.journal.raise_deferred()
@@ -286,7 +289,7 @@ class SubspaceAwareOptimizer(Optimizer):
         Raises:
             TypeError: it is something else.
         """
-        if not self._controller.guard.observe(loss):
+        if not self._controller.observe_loss(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
     # ---- changing layers directly ---------------------------------------------------------------------------

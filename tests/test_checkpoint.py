@@ -415,3 +415,35 @@ def test_protection_and_descent_go_on(tmp_path: Path) -> None:
     drift = (anchor.U.mT @ W @ anchor.V - anchor.block).norm() / anchor.block.norm()
     assert float(drift) < 1e-5
     check_factors(fresh.model)
+
+
+def test_extra_comes_back_as_what_it_is_or_is_refused(tmp_path: Path) -> None:
+    from collections import Counter, OrderedDict, defaultdict, namedtuple
+
+    model, optimizer = make("sgd", manual())
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 5], gamma=0.5)
+    for step in range(4):
+        train(model, optimizer, [step])
+        scheduler.step()
+    extra = {
+        "scheduler": scheduler.state_dict(),
+        "ordered": OrderedDict([("b", torch.ones(2)), ("a", (1, [2.5, None]))]),
+        3: Counter({"x": 2, 7: 1}),
+    }
+    save_checkpoint(tmp_path, model, optimizer, extra=extra)
+    other, its = make("sgd", manual(), seed=4)
+    loaded = load_checkpoint(tmp_path, other, its)
+    same_bits(extra, loaded)
+    assert type(loaded["scheduler"]["milestones"]) is Counter and type(loaded["ordered"]) is OrderedDict
+    again = torch.optim.lr_scheduler.MultiStepLR(its, [2, 2, 5], gamma=0.5)
+    again.load_state_dict(loaded["scheduler"])
+    for step in range(4, 8):
+        for one, trainer, its_scheduler in ((model, optimizer, scheduler), (other, its, again)):
+            train(one, trainer, [step])
+            its_scheduler.step()
+    same_bits(everything(model, optimizer), everything(other, its))
+
+    point = namedtuple("point", "x y")
+    for refused in (point(1, 2), defaultdict(list), torch.Size([2]), {"deep": [defaultdict(int)]}):
+        with pytest.raises(CheckpointError, match=r"extra.* can't be saved and given back as what it is"):
+            save_checkpoint(tmp_path, model, optimizer, extra=refused)

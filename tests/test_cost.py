@@ -351,3 +351,26 @@ def test_a_compiled_model_compiles_once_for_each_event() -> None:
     first = compiled[0]
     assert compiled == [first] * 6 + [2 * first] * 6 + [3 * first] * 12
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((300, 32), 24), ((32, 300), 24), ((40, 56), 36)])
+def test_the_long_side_of_a_narrow_layer_is_refreshed(shape: tuple[int, int], rank: int) -> None:
+    """A basis that spans the whole shorter side leaves nothing out, and says nothing of the other side."""
+    torch.manual_seed(0)
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    config = SubspaceConfig(mode="observe", rank=rank, analyze_every=5, measure_every=5)
+    optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, config)
+    layer = optimizer.layers["weight"]
+    for _ in range(4):
+        old = linalg.exact_basis(model.weight.detach().double(), rank)
+        for _ in range(5):
+            model.weight.grad = 0.02 * torch.randn(shape)
+            optimizer.step()
+        new = linalg.exact_basis(model.weight.detach().double(), rank)
+        U, _, V = layer.cached.leading(rank)
+        for ours, exact in ((U, new.U), (V, new.V)):
+            assert float((ours.mT.double() @ exact).norm() ** 2) == pytest.approx(rank, rel=1e-4)
+        drifts = [linalg.subspace_change(a, b, new.S)[1] for a, b in ((old.U, new.U), (old.V, new.V))]
+        drift = min(1.0, 4 * float(max(drifts)))  # per 20 steps
+        steps = 4 if len(layer.history) == 1 else 5  # the first basis is dated at the first measured step
+        assert layer.history[-1].subspace_drift == pytest.approx(min(1.0, drift * 5 / steps), rel=0.02)

@@ -475,3 +475,53 @@ def test_hostile_names_reach_the_terminal_as_text(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "x[/y]" in printed and "[link=http://a]b" in printed
     assert "\x1b[31m" not in printed and "\x07" not in printed and "red[31m" in printed.replace("�", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGALRM, signal.SIGQUIT])
+def test_a_handler_that_saves_the_model_sees_weights_whenever_it_comes(number: signal.Signals) -> None:
+    """Job schedulers send one before they end a job. The handler here runs at random moments, and inside the step."""
+    model, optimizer = make("adamw", manual())
+    train(model, optimizer, 3)
+    optimizer.factorize_("all", rank=5)
+    seen: list[float] = []
+
+    def save(*_: Any) -> None:
+        state = model.state_dict()
+        skews = [U.mT @ U - torch.eye(5) for name, U in state.items() if name.endswith((".U", ".V"))]
+        seen.append(max(float(skew.abs().max()) for skew in skews))
+
+    inner = type(optimizer.base_optimizer).step.__wrapped__  # type: ignore[attr-defined]
+
+    def signalled(base: Any, closure: Any = None) -> Any:
+        signal.raise_signal(number)  # K and 0 are in the parameters now
+        return inner(base, closure)
+
+    before = signal.signal(number, save)
+    try:
+        for step in range(3, 8):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(optimizer.base_optimizer), "step", signalled)
+                train(model, optimizer, [step])
+    finally:
+        signal.signal(number, before)
+    assert len(seen) == 5 and max(seen) < 1e-4
+
+
+def test_handlers_that_had_to_wait_all_run_also_where_one_raises() -> None:
+    order: list[int] = []
+
+    def first(number: int, frame: Any) -> None:
+        order.append(number)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.signal(numbers[0], first), signal.signal(numbers[1], lambda number, _: order.append(number))]
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            for number in (*numbers, *numbers):
+                signal.raise_signal(number)
+            assert not order
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert order == list(numbers)

@@ -37,7 +37,7 @@ from svd_optim.factors.tangent_step import float32_factors
 from svd_optim.linalg import Basis
 from svd_optim.records import Action, Decision, LayerState
 from svd_optim.tracking.layer import TrackedLayer
-from svd_optim.tracking.replacement import resize_
+from svd_optim.tracking.replacement import replace_parameters_, resize_
 from svd_optim.tracking.sketches import grown
 
 MOMENTS = ("muon", "adamw", "adam", "sgd_nesterov", "rmsprop", "adagrad")
@@ -73,7 +73,7 @@ def in_factors(base: str, rank: int = 6, dtype: torch.dtype = torch.float32) -> 
 def grow(optimizer: SubspaceAwareOptimizer, name: str, rank: int) -> Basis:
     layer = optimizer.layers[name]
     new = grown(layer, rank, optimizer.steps, optimizer.config)
-    resize_(layer, optimizer.base_optimizer, new)
+    replace_parameters_(optimizer.base_optimizer, [resize_(layer, optimizer.base_optimizer, new)])
     layer.status.rank = len(new.S)
     return new
 
@@ -82,7 +82,8 @@ def grow(optimizer: SubspaceAwareOptimizer, name: str, rank: int) -> Basis:
 def cut(optimizer: SubspaceAwareOptimizer, name: str, rank: int) -> None:
     layer = optimizer.layers[name]
     assert layer.basis is not None
-    resize_(layer, optimizer.base_optimizer, Basis(*(t.clone() for t in layer.basis.leading(rank))))
+    new = Basis(*(t.clone() for t in layer.basis.leading(rank)))
+    replace_parameters_(optimizer.base_optimizer, [resize_(layer, optimizer.base_optimizer, new)])
     layer.status.rank = rank
 
 

@@ -167,10 +167,11 @@ def _median(values: Sequence[float | None]) -> str:
 
 
 class LiveView(Listener):
-    """Follows a run with one table that is redrawn at each analysis.
+    """Follows a run with one table that is redrawn at each analysis, what needs attention first.
 
         optimizer.add_listener(LiveView())
 
+    Where the terminal can't hold all layers it shows those that need attention, and all by kind: ``blocks.*.mlp.c_fc``.
     Plain lines instead, those of :class:`ConsoleReport`, where a moving table has no place: no terminal, a
     notebook, CI, another live display or progress bar of rich's on the same console, or one of tqdm's. Prints
     on rank 0 only.

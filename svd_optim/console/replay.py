@@ -87,6 +87,9 @@ class _Layer(LayerLife):
         mine = self.info(step)
         return replace(recorded, protected=mine.protected, cooldown=mine.cooldown)
 
+    waits_done: int = 0
+    """Steps that its present descent has waited for gradients already."""
+
     def recorded(self, step: int) -> LayerReport | None:
         """Its report of a step, while its life is the recorded one."""
         return self.reports.get(step) if self.diverged is None else None
@@ -188,8 +191,9 @@ class _Replayer:
             status = layer.status
             if layer.state != LayerState.DESCENDING or status.descent_end is None or status.descent_end > step:
                 continue
-            if layer.history and not layer.history[-1].measured:
-                layer.fire(Trigger.IDLE)
+            if self.waits(layer, step):
+                continue
+            if layer.only_nonfinite:
                 status.descent_end = step + self.config.analyze_every
                 self.wait(layer)
                 continue
@@ -204,6 +208,25 @@ class _Replayer:
                 self.wait(layer)
             else:
                 self.lifecycle.give_up(layer, step, error)
+
+    def waits(self, layer: _Layer, step: int) -> bool:
+        """Whether a descent that would be over had no gradients in the run for some of its steps: it ends later."""
+        if layer.diverged is not None:
+            return False
+        told = [e for events in self.recorded.values() for e in events if e.layer == layer.name]
+        began = max((e.step for e in told if e.kind == "descend" and e.step <= step), default=0)
+        waited = sum(e.numbers["waited_steps"] for e in told if e.kind == "descent_resumed" and e.step > began)
+        more = int(waited) - layer.waits_done
+        open_ended = sum(e.kind == "descent_waits" for e in told if e.step > began) > sum(
+            e.kind == "descent_resumed" for e in told if e.step > began
+        )
+        if not more and not open_ended:
+            return False
+        assert layer.status.descent_end is not None
+        layer.waits_done += more
+        layer.status.descent_end = step + more if more else self.last + 1
+        self.wait(layer)
+        return True
 
     # ---- every interval --------------------------------------------------------------------------------
 
@@ -257,6 +280,7 @@ class _Replayer:
             if event is not None:  # the plan may have lowered the rank at that moment
                 layer.status.rank = int(event.numbers["rank"])
             self.lifecycle.descend(layer, step)
+            layer.waits_done = 0
             self.wait(layer)
         for layer in wanted[Action.FACTORIZE]:
             if not self.lifecycle.beyond_break_even(layer, layer.rank):

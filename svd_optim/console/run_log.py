@@ -62,7 +62,7 @@ class RunLog(Listener):
 
     Read it with :func:`svd_optim.console.read_log` or ``python -m svd_optim``. One line at a time is handed to
     the operating system, whole; a run that is killed loses at most the line it was writing, and one that is
-    resumed with the same path goes on in the same file. A layer takes about 300 bytes an analysis. In a
+    resumed with the same path goes on in the same file. A layer takes 300 to 350 bytes an analysis. In a
     distributed run only rank 0 writes. A full disk ends the log, with a warning, and not the training.
 
     Args:

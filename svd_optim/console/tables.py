@@ -1,7 +1,7 @@
 """What a person sees in the terminal: tables, event lines and the summary at the end.
 
-Renders plain records and is the only module that imports rich. Everything that comes from outside
-(names, reasons, conditions of a user's policy) goes through :func:`.records.clean` into ``Text``: rich would
+Renders plain records. Everything that comes from outside (names, reasons, conditions of a user's policy) goes
+through :func:`svd_optim.records.clean` into ``Text``: rich would
 take ``x[/y]`` for markup, and a terminal would obey an escape sequence. Signs carry the meaning
 (``~`` near a threshold, ``!`` in danger, ``*`` protected, ``–`` undefined); colour only repeats it.
 """

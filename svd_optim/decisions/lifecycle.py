@@ -24,6 +24,8 @@ PROTECTED = "its principal block is protected"
 EVENTS: Mapping[str, str] = {
     "descend": "a dense layer starts its descent",
     "descent_extended": "the factors would not be exact enough yet: the descent goes on",
+    "descent_waits": "a layer without gradients, frozen or at a learning rate of 0: its descent waits",
+    "descent_resumed": "it goes on",
     "descent_failed": "they were not after several extensions: the layer stays dense",
     "descent_stopped": "a descent is called off; what it has faded stays faded",
     "factorize": "a layer goes into factors",
@@ -186,6 +188,26 @@ class Lifecycle(Generic[L]):
         layer.status.descent_end = until
         numbers = {"reconstruction_error": error, "reconstruction_safe": layer.thresholds.reconstruction_safe}
         self.note(step, layer.name, "descent_extended", "not exact enough yet", numbers)
+
+    def note_waiting(self, layer: L, step: int, waited: int) -> None:
+        """At an analysis: whether a descent has begun to wait for gradients, or goes on.
+
+        Args:
+            waited: steps since the last analysis at which the base optimizer did not move the layer; its end was
+                put off by as many.
+        """
+        status = layer.status
+        numbers = {"until_step": float(status.descent_end or step)}
+        if waited:
+            layer.fire(Trigger.IDLE)
+            if not status.waited:
+                reason = "the base optimizer does not move it (no gradient, a zero one, or a learning rate of 0)"
+                self.note(step, layer.name, "descent_waits", reason, numbers)
+            status.waited += waited
+        elif status.waited:
+            numbers["waited_steps"] = status.waited
+            self.note(step, layer.name, "descent_resumed", "the base optimizer moves it again", numbers)
+            status.waited = 0
 
     def give_up(self, layer: L, step: int, error: float) -> None:
         """It is given up."""

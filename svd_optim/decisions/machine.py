@@ -26,6 +26,7 @@ class Trigger(StrEnum):
     DESCENT_EXACT = "descent exact"
     DESCENT_EXTENDED = "descent not exact, up to 3 times"
     DESCENT_FAILED = "descent not exact, the 4th time"
+    UNSUPPORTED = "can't go into factors any more"
     PROTECT = "protection begins"
     RELEASE = "protection ends"
     LOSS_ROSE = "loss rises"
@@ -73,6 +74,7 @@ TRANSITIONS: Mapping[Trigger, Mapping[LayerState, Next]] = {  # a state that is 
     Trigger.DESCENT_EXACT: {DESCENDING: _INSTALL},
     Trigger.DESCENT_EXTENDED: _same(DESCENDING),
     Trigger.DESCENT_FAILED: {DESCENDING: _REVERT},
+    Trigger.UNSUPPORTED: {DESCENDING: Next(DENSE, restarts=True)},
     Trigger.PROTECT: {**_same(*LayerState), DESCENDING: Next(DENSE, restarts=True)},
     Trigger.RELEASE: _same(*LayerState),
     Trigger.LOSS_ROSE: {DESCENDING: _REVERT, FACTORIZED: _REVERT},
@@ -114,6 +116,8 @@ class LayerStatus:
     """The step at which the factors are due, while the layer descends."""
     extensions: int = 0
     """How often that was put off."""
+    waited: int = 0
+    """Steps that the descent has waited for gradients; 0: it does not wait."""
     cooldown_until: int = 0
     """Before that step the layer is left as it is."""
     reverts: int = 0
@@ -163,6 +167,11 @@ class LayerLife:
         """The analyses that decisions rest on: those at the present rank and in the present state."""
         return tuple(metrics for metrics in self.history if metrics.step > self.status.window_start)
 
+    @property
+    def only_nonfinite(self) -> bool:
+        """Whether all gradients that were to be measured for the last analysis were NaN or Inf."""
+        return bool(self.history) and not self.history[-1].measured and self.history[-1].nonfinite > 0
+
     def restart_window(self) -> None:
         """Another rank or state: decisions start from nothing."""
         self.status.window_start = self.history[-1].step if self.history else -1
@@ -196,7 +205,7 @@ class LayerLife:
         after = TRANSITIONS[trigger][before]
         status.state = after.state
         if after.restarts:
-            status.descent_end, status.extensions = None, 0
+            status.descent_end, status.extensions, status.waited = None, 0, 0
             self.restart_window()
         if after.cooldown == Cooldown.FLAT:
             status.cooldown_until = step + cooldown_steps

@@ -11,6 +11,10 @@ matrices that the optimizer steps on, in the units of W:
 with G the gradient of W. Together their squared norm is that of the projection of G onto the
 tangent space of the rank-k matrices, so a global gradient norm means the same before and after a
 switch: what these factors can follow of the dense norm, without the factor S of the true gradients.
+
+To the rest of PyTorch it is an ordinary module: plain optimizers, ``deepcopy``, pickling, ``.to()`` and
+``torch.compile`` work (which gains nothing inside factors, and recompiles the model once for each switch). A parent
+that computes with ``layer.weight`` itself gets the product, formed at each access: right, not fast.
 """
 
 from __future__ import annotations
@@ -80,7 +84,7 @@ class FactorizedLinear(nn.Linear):
         rank: number of singular triplets, 1 to min(in_features, out_features).
 
     The constructor fills the factors with the leading triplets of a fresh ``nn.Linear``; use
-    :func:`svd_optim.factorize_` to turn an existing layer into this class in place.
+    :func:`svd_optim.factors.factorize_` to turn an existing layer into this class in place.
     """
 
     U: nn.Parameter

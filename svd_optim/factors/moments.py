@@ -7,6 +7,12 @@ learning rates long.
 
 K = U diag(S) (m, k) has the gradient G V, L (n, k) has (I - V V^T) G^T U; M_K, M_L, v_K, v_L are
 their moments. All functions take leading batch dimensions.
+
+So the base optimizer may be any whose state for a weight is made of such moments, whatever its class: Muon, AdamW,
+Adam, SGD, RMSprop, Adagrad, ..., and Keller Jordan's ``muon-optimizer``. Layers of one whose state is of other kinds
+(Adafactor, Adamax) are measured and never factorized, and ``why()`` says so; so are those of one that evaluates its
+closure more than once in a step (LBFGS), and of one whose step depends on the size of the weight (LAMB, LARS; see
+:mod:`.weight_decay`).
 """
 
 from __future__ import annotations
@@ -72,7 +78,7 @@ def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, An
     for key, first in FIRST_OF.items():
         if not all(key in moments and first in moments for moments in (*after, *before)):
             continue
-        allowed = torch.ones((), device=after[0][key].device)
+        allowed = torch.ones((), dtype=torch.float32, device=after[0][key].device)
         for moments in before:
             v = to_compute_dtype(moments[key])
             safe = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0

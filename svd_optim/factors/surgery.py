@@ -1,6 +1,6 @@
 """Dense to factorized and back: modules in place. Knows no optimizer.
 
-The module object stays the same (hooks, names, references to it keep to_compute_dtype); its class and its
+The module object stays the same (hooks, names and references to it go on to work); its class and its
 parameters change.
 """
 
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Basis, exact_basis, to_compute_dtype
+from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
+from .claims import refuse_claimed
 from .linear import FactorizedLinear
 
 
+@full_precision()
 def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> FactorizedLinear:
     """Turn a dense linear layer into a :class:`FactorizedLinear`, in place, and return it.
 
@@ -27,9 +29,11 @@ def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> Fact
     Raises:
         TypeError: ``module`` is no plain ``nn.Linear``.
         ValueError: ``rank`` is out of range, or the weight holds NaN or Inf.
+        RuntimeError: a :class:`SubspaceAwareOptimizer` trains it.
     """
     if type(module) is not nn.Linear:
         raise TypeError(f"factorize_ takes a plain nn.Linear, got {type(module).__name__}")
+    refuse_claimed(module, "factorize_")
     W = module.weight
     if not 1 <= rank <= min(W.shape):
         raise ValueError(f"factorize_: rank must be in [1, {min(W.shape)}] for shape {tuple(W.shape)}, got {rank}")
@@ -37,27 +41,44 @@ def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> Fact
         if not torch.isfinite(W).all():
             raise ValueError(f"factorize_: the weight of shape {tuple(W.shape)} holds NaN or Inf; mend it first")
         basis = exact_basis(to_compute_dtype(W), rank)
+    return install_factors_(module, basis.leading(rank))
+
+
+def install_factors_(module: nn.Linear, factors: Basis) -> FactorizedLinear:
+    """Make a dense layer one with these factors, whoever trains it."""
+    W = module.weight
     requires_grad = W.requires_grad
     module._parameters.pop("weight")
     module.__class__ = FactorizedLinear
     assert isinstance(module, FactorizedLinear)
-    module.install(*basis.leading(rank), dtype=W.dtype)
+    module.install(*factors, dtype=W.dtype)
     for factor in (module.U, module.S, module.V):
         factor.requires_grad_(requires_grad)
     return module
 
 
+@full_precision()
 def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
     """Turn a factorized layer back into a dense ``nn.Linear``, in place, and return it.
 
     Args:
         weight: the dense weight (m, n) to install; default: U diag(S) V^T.
+
+    Raises:
+        TypeError: ``module`` is no :class:`FactorizedLinear`.
+        RuntimeError: a :class:`SubspaceAwareOptimizer` trains it.
     """
     if not isinstance(module, FactorizedLinear):
         raise TypeError(f"merge_ takes a FactorizedLinear, got {type(module).__name__}")
+    refuse_claimed(module, "merge_")
     if weight is None:
         U, S, V = (to_compute_dtype(p) for p in (module.U, module.S, module.V))
         weight = (U * S) @ V.mT
+    return install_dense_(module, weight)
+
+
+def install_dense_(module: FactorizedLinear, weight: Tensor) -> nn.Linear:
+    """Make a factorized layer one with this dense weight (m, n), whoever trains it."""
     dtype, requires_grad = module.U.dtype, module.U.requires_grad
     module.track_tangent(None)
     for name in ("U", "S", "V"):

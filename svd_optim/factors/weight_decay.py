@@ -67,9 +67,11 @@ def _decays(group: Mapping[str, Any]) -> bool:
 def _measure(base: Optimizer, group: Mapping[str, Any]) -> Decay:
     lr, decay = 2.0**-3, 2.0**-2 if _decays(group) else 0.0
     device = group["params"][0].device
-    small, large = (torch.full((2, 2), size, device=device).requires_grad_() for size in (1.0, 2.0))
+    small, large = (
+        torch.full((2, 2), size, dtype=torch.float32, device=device).requires_grad_() for size in (1.0, 2.0)
+    )
     for p in (small, large):
-        p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
+        p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float32, device=device)
     own = {k: v for k, v in group.items() if k != "params"} | {"params": [small, large]}
     own |= {k: v for k, v in (("lr", lr), ("weight_decay", decay)) if k in group}
     # A copy of everything but parameters and their state: nothing that the optimizer holds is touched.

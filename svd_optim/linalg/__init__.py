@@ -30,6 +30,7 @@ from .energies import (
     projections,
 )
 from .matrices import complement, energy, finite, project_off, to_compute_dtype
+from .precision import full_precision
 from .retraction import Retraction, quick_retract, retract
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "fade_minor_",
     "finite",
     "first_basis",
+    "full_precision",
     "gradient_energies",
     "left_residual",
     "project_off",

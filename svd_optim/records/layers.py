@@ -76,6 +76,16 @@ class LayerInfo:
 class LayerMetrics:
     """One analysis of one layer. Alignments are means over the gradients measured since the last one.
 
+    With U, S, V the k leading singular triplets of the weight W (m, n), G its gradient, energies as shares of ||G||^2:
+
+    - principal alignment: ||U^T G||^2, what falls into the directions that the layer has learned; input: ||G V||^2;
+    - tangent capture: 1 - ||(I - U U^T) G (I - V V^T)||^2, what training inside rank-k factors can follow;
+    - excess: (share - chance) / (1 - chance), with chance what a random gradient scores, k/m, k/n and
+      1 - (1 - k/m) (1 - k/n): so 0 for a random gradient at every rank and width, and 1 for all of it;
+    - drift: how much of the weight's principal energy has left the old subspace, as a sine, per 20 steps;
+    - persistence: of what the factors of a layer miss of its gradient, the share that stays the same from one
+      measured gradient to the next: 0 for noise.
+
     A value is ``None`` where it is undefined: no gradient was measured, the gradient or the weight
     was zero, there is no earlier basis to compare with, or chance level is already 1. Numbers have seven
     significant digits (:func:`significant`).

@@ -181,7 +181,7 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Renderable):
-    """The whole run as of now: what ``optimizer.summary()`` returns and ``report.py`` renders."""
+    """The whole run as of now: what ``optimizer.summary()`` returns and :mod:`svd_optim.console.report` renders."""
 
     step: int
     mode: str
@@ -208,7 +208,7 @@ class Summary(Renderable):
 
         ``svd/<layer>/<metric>`` for each number of its :class:`LayerMetrics` that is defined, and for all
         layers together ``svd/parameters`` (share of their dense numbers that they hold now),
-        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on looking).
+        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on monitoring).
         """
         dense, now = self.parameters()
         values = {

@@ -5,6 +5,15 @@
 
 A run that is resumed on the same machine, with as many threads, goes on bit for bit. No pickle is written
 or read; what is loaded is verified first, and on any error model and optimizers are what they were.
+
+For inference :func:`load_model` takes the model alone; :func:`export_dense` gives an ordinary model with the original
+names, :func:`export_safetensors` the file of it.
+
+What plain PyTorch saves works too. ``model.state_dict()`` and ``optimizer.state_dict()`` hold tensors and plain values
+only; they load, also with ``torch.load(..., weights_only=True)``, into a freshly built, dense model and optimizer. A
+model without a wrapped optimizer needs :func:`svd_optim.factors.restore_on_load_` first. Of
+``torch.distributed.checkpoint.state_dict`` call ``set_model_state_dict`` and then ``set_optimizer_state_dict``: the
+joint ``set_state_dict`` looks at the names before the structure is restored. What was measured does not travel so.
 """
 
 from __future__ import annotations
@@ -33,7 +42,7 @@ from ..linalg import Basis
 from ..optimizer import SubspaceAwareOptimizer, wrappers_of
 from ..storage import files as storage
 from ..storage import validation as verification
-from ..tracking.replacement import replace_parameters_
+from ..tracking.replacement import Replacement, replace_parameters_
 from ..tracking.transactions import transaction
 from .files import MODEL, STATE, CheckpointError, Part, encode, on_cpu
 from .validation import base_of, group_names, joined, linear_layers, prefix_in
@@ -301,7 +310,7 @@ def _restore_unfollowed(model: nn.Module, optimizers: Sequence[Optimizer], part:
         for optimizer in optimizers:
             for parameter in old:
                 optimizer.state.pop(parameter, None)
-            replace_parameters_(base_of(optimizer), old, new, suffixes)
+            replace_parameters_(base_of(optimizer), [Replacement(old, new, suffixes)])
 
 
 def _all_or_nothing(model: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:

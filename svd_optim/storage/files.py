@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,16 +76,19 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$": "float", "v": repr(float(value))}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (Counter, OrderedDict):  # MultiStepLR has a Counter in its state
+        return {"$": type(value).__name__, "v": encode(dict(value), where, tensors)}
+    if type(value) in (list, tuple):
         items = [encode(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$": "tuple", "v": items}
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         if all(isinstance(key, str) for key in value) and "$" not in value:
             return {str(key): encode(item, f"{where}/{_escaped(key)}", tensors) for key, item in value.items()}
         pairs = [[encode(key, where, {}), key, item] for key, item in value.items()]
         return {"$": "dict", "v": [[k, encode(v, f"{where}/{i}", tensors)] for i, (k, _, v) in enumerate(pairs)]}
     raise CheckpointError(
-        f"{where}: a {type(value).__name__} can't be saved; give tensors, numbers, strings, None, lists, tuples, dicts"
+        f"{where}: a {type(value).__name__} can't be saved and given back as what it is; give tensors, Python's own "
+        f"numbers and strings, None, lists, tuples, dicts (Counter and OrderedDict too)"
     )
 
 
@@ -103,6 +107,8 @@ def decode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return tensors.pop(where)
     if kind == "float" and inner in ("nan", "inf", "-inf"):
         return float(inner)
+    if kind in ("Counter", "OrderedDict") and isinstance(inner, dict):
+        return {"Counter": Counter, "OrderedDict": OrderedDict}[kind](decode(inner, where, tensors))
     if kind == "tuple" and isinstance(inner, list):
         return tuple(decode(inner, where, tensors))
     if kind == "dict" and isinstance(inner, list) and all(isinstance(p, list) and len(p) == 2 for p in inner):

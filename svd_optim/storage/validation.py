@@ -1,6 +1,6 @@
 """Whether a checkpoint fits a model and its optimizers: everything is looked at before anything is changed.
 
-``storage`` has seen to it that the bytes are those that were saved; here they are taken for anybody's.
+:mod:`.files` has seen to it that the bytes are those that were saved; here they are taken for anybody's.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def check_optimizers(
                 fits = factors.get(full, {}).get("rank") == rank
                 _require(fits, where, f"layer {name!r} is not factorized as in the saved model")
                 tracked.add(full)
-        _check_groups(entry["groups"], optimizer, group_names(model, optimizer), factors, tracked, where)
+        now = {name for name, layer in linear_layers(model).items() if isinstance(layer, FactorizedLinear)}
+        present = [saved_names(names, now, factors, tracked) for names in group_names(model, optimizer)]
+        _check_groups(entry["groups"], optimizer, present, where)
         _check_state(entry["state"], {n for g in entry["groups"] for n in g["params"]}, tensors, where)
 
 
@@ -185,8 +187,6 @@ def _check_groups(
     saved: Any,
     optimizer: Optimizer,
     names: list[list[str]],
-    factors: Mapping[str, Any],
-    tracked: set[str],
     where: str,
 ) -> None:
     _require(isinstance(saved, list) and len(saved) == len(names), where, f"{len(names)} param groups are expected")
@@ -195,7 +195,7 @@ def _check_groups(
         _require(isinstance(group, dict) and group.keys() == {"params", "options"}, inside, "unknown structure")
         params, options = group["params"], group["options"]
         _require(isinstance(params, list) and all(isinstance(n, str) for n in params), inside, "names are expected")
-        wanted = set(saved_names(present, factors, tracked))
+        wanted = set(present)
         differ = sorted(wanted ^ set(params))
         _require(not differ and len(params) == len(wanted), inside, f"its parameters differ: {differ[:3]}")
         now = {k: v for k, v in optimizer.param_groups[i].items() if k not in ("params", "param_names")}
@@ -207,8 +207,15 @@ def _check_groups(
             _require(_same_kind(value, now.get(key)), inside, f"{key!r} can't be {str(value)[:80]}")
 
 
-def saved_names(names: Iterable[str], factors: Mapping[str, Any], tracked: set[str]) -> list[str]:
-    """The names that parameters have once their layers are as they were saved; S of tracked ones is in no group."""
+def saved_names(names: Iterable[str], now: set[str], factors: Mapping[str, Any], tracked: set[str]) -> list[str]:
+    """The names that parameters have once their layers are as they were saved.
+
+    Args:
+        names: present ones; a U, S or V may also be a parameter of somebody else's.
+        now: the layers that are factorized at present.
+        factors: those that were when they were saved.
+        tracked: those whose S is in no group.
+    """
     result: dict[str, None] = {}
     for name in names:
         layer, _, last = name.rpartition(".")
@@ -216,7 +223,7 @@ def saved_names(names: Iterable[str], factors: Mapping[str, Any], tracked: set[s
             kept = ("U", "V") if layer in tracked else _FACTORS
             result.update(dict.fromkeys(joined(layer, f) for f in kept))
         else:
-            result[joined(layer, "weight") if last in _FACTORS else name] = None
+            result[joined(layer, "weight") if layer in now and last in _FACTORS else name] = None
     return list(result)
 
 

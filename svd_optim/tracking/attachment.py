@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ..config import SubspaceConfig
+from ..factors.claims import Owner, claim, disclaim
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState
 from .layer import TrackedLayer
-from .replacement import replace_parameters_
+from .replacement import Replacement, replace_parameters_
 from .sketches import draw_sketch
 
 
-def _detach(modules: list[nn.Module], owner: object) -> None:
-    for module in modules:
+def _detach(modules: Mapping[int, nn.Module], owner: object) -> None:
+    for module in modules.values():
         if isinstance(module, FactorizedLinear) and module.owner is owner:
             module.track_tangent(None)
 
@@ -30,8 +32,8 @@ class Attachment:
         self._forget()
 
     def _forget(self) -> None:
-        self._owner = object()  # by which a module knows whose gradients it delivers
-        self._modules: list[nn.Module] = []
+        self._owner = Owner()  # by which a module knows whose gradients it delivers
+        self._modules: dict[int, nn.Module] = {}  # by identity
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}  # a copy's modules are other ones
@@ -40,17 +42,26 @@ class Attachment:
         self.config = state["config"]
         self._forget()
 
+    def claim(self, layer: TrackedLayer) -> None:
+        """The layer's module is trained by this optimizer; nobody else may change its form."""
+        claim(layer.module, self._owner)
+
+    def let_go(self, layer: TrackedLayer) -> None:
+        """It no longer is, and gives true gradients."""
+        disclaim(layer.module, self._owner)
+        _detach({id(layer.module): layer.module}, self._owner)
+
     def attach(self, layer: TrackedLayer, step: int) -> None:
         """From now on the factorized layer delivers the gradients that the tangent step takes."""
         assert layer.factors is not None
         layer.factors.module.track_tangent(draw_sketch(layer, step, self.config), self._owner)
-        if not any(layer.module is module for module in self._modules):
-            self._modules.append(layer.module)
+        self._modules[id(layer.module)] = layer.module
 
     def adopt(self, layer: TrackedLayer, module: FactorizedLinear, base: Optimizer, step: int) -> None:
         """Attach a layer that was factorized before its optimizer came; S is no longer a parameter of this one."""
         base.state.pop(module.S, None)
-        replace_parameters_(base, [module.U, module.S, module.V], [module.U, module.V], ["U", "V"])
+        factors = [module.U, module.S, module.V]
+        replace_parameters_(base, [Replacement(factors, [module.U, module.V], ["U", "V"])])
         layer.factors = FactorState(layer.name, module)
         self.attach(layer, step)
 

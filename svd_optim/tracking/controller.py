@@ -15,13 +15,13 @@ from ..decisions.machine import Trigger
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_
 from ..linalg.fallback import IN_A_ROW
-from ..records import Action, Condition, Plan
+from ..records import Action, Condition, LayerState, Plan
 from . import budget, measuring, refreshing
-from .descent import DescentOutcome, descend_, exact_bases, keep_bases
+from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, tripped, watch
 from .layer import TrackedLayer
 from .protecting import protect, release
-from .run import TrackedRun
+from .run import NO_GROUP, TrackedRun
 from .selection import Selection, tracked_layer
 from .switching import Changes, switch
 
@@ -30,18 +30,33 @@ class Controller(TrackedRun):
     """See :class:`TrackedRun` for what it holds; here is what it does at each step and at each analysis."""
 
     def track(self, selection: Selection) -> None:
-        """Track the selected layers; those already tracked stay as they are."""
-        known = {id(layer.module) for layer in self.layers.values()}
+        """Track the selected layers. Those already tracked stay what they are, with what has become of them."""
+        selected = {id(found.module) for found in selection.layers}
+        for layer in list(self.layers.values()):
+            if id(layer.module) not in selection.present:
+                self.stop_tracking(layer, "it is no longer in the model")
+            elif id(layer.module) not in selected:
+                layer.problem = selection.reasons.get(id(layer.module), NO_GROUP)
+            else:
+                layer.problem = ""
+        known = {id(layer.module): layer for layer in self.layers.values()}
         for found in selection.layers:
             if id(found.module) in known:
                 continue
-            layer = self.layers[found.name] = tracked_layer(found, len(self.layers), self.config)
+            index = 1 + max((layer.index for layer in self.layers.values()), default=-1)
+            layer = self.layers[found.name] = tracked_layer(found, index, self.config)
+            self.attachment.claim(layer)
             if isinstance(found.module, FactorizedLinear):
                 self.attachment.adopt(layer, found.module, self.base, self.steps)
         budget.follow_plan_(self.layers, self.config, self.steps)
         self.skipped = selection.skipped
 
     # ---- every step ----------------------------------------------------------------------------------
+
+    def drop_changed(self) -> None:
+        """Stop tracking layers whose weights or factors are no longer parameters of theirs."""
+        for layer in [layer for layer in self.layers.values() if not layer.intact]:
+            self.stop_tracking(layer, "its weight is no parameter of it any more: pruned, or parametrized")
 
     def measure(self) -> None:
         """Measure the gradients that are eligible, before the base optimizer may change them."""
@@ -50,6 +65,7 @@ class Controller(TrackedRun):
         measured = []
         with self.journal.clock("measure"):
             for layer in list(self.layers.values()):
+                layer.follow_weight()
                 if layer.weight.grad is None or not (eligible or (layer.cached is None and not layer.factorized)):
                     continue
                 if layer.weight.grad.is_sparse:
@@ -74,6 +90,10 @@ class Controller(TrackedRun):
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
         return enter_factors_(factors, self.base, groups)
 
+    def note_moves(self) -> None:
+        """Before the base optimizer's step: which descending layers it is to move."""
+        self.moves = moved(list(self.layers.values()), self.base.param_groups)
+
     def leave_factors(self, batches: list[FactorBatch]) -> None:
         """After the base optimizer's step: retract. What is done is taken off ``batches``."""
         with self.journal.clock("retract"):
@@ -90,7 +110,7 @@ class Controller(TrackedRun):
         for layer in layers:
             layer.restore_block_()
         with self.journal.clock("descend"):
-            outcome = descend_(layers, self.steps, self.config.analyze_every)
+            outcome = descend_(layers, self.steps, self.config.analyze_every, self.moves)
         self._land(outcome)
         with self.journal.clock("refresh"):
             refreshing.refresh(self._eligible_for_refresh(), self.steps, self.config)
@@ -134,7 +154,11 @@ class Controller(TrackedRun):
         for layer in outcome.layers:
             if landings[layer.name] == Trigger.DESCENT_FAILED:
                 self.lifecycle.give_up(layer, self.steps, outcome.errors[layer.name])
-        ready = {n: outcome.bases[n] for n, landing in landings.items() if landing == Trigger.DESCENT_EXACT}
+        unsupported = self.unsupported(outcome.layers)
+        ready = {}
+        for layer in outcome.layers:
+            if landings[layer.name] == Trigger.DESCENT_EXACT and not self._stop_if_unsupported(layer, unsupported):
+                ready[layer.name] = outcome.bases[layer.name]
         switch(self, Changes("descent done", ready, outcome.errors, Trigger.DESCENT_EXACT))
 
     # ---- every interval ------------------------------------------------------------------------------
@@ -161,6 +185,10 @@ class Controller(TrackedRun):
         plan = self.plan() if any(layer.factorized for layer in self.layers.values()) else None  # else nobody asks
         unsupported = self.unsupported(layers)
         for layer in layers:
+            if layer.state == LayerState.DESCENDING:
+                self.lifecycle.note_waiting(layer, self.steps, layer.idle_known)
+                self._stop_if_unsupported(layer, unsupported)
+            layer.idle_known = 0
             self._ask(layer, plan, unsupported)
             self._note_nonfinite(layer)
             if self.lifecycle.note_danger(layer, self.steps) and self.lifecycle.protects:
@@ -182,6 +210,14 @@ class Controller(TrackedRun):
         )
         self.lifecycle.ask(layer, self.steps, info)
 
+    def _stop_if_unsupported(self, layer: TrackedLayer, unsupported: dict[str, str]) -> bool:
+        """Call a descent off that could not end in factors. One of a frozen layer only waits."""
+        reason = unsupported.get(layer.name)
+        if reason is None or not layer.weight.requires_grad:
+            return False
+        self.lifecycle.stop_descent(layer, self.steps, Trigger.UNSUPPORTED, reason)
+        return True
+
     def _note_nonfinite(self, layer: TrackedLayer) -> None:
         last = layer.history[-1]
         if last.nonfinite and not layer.nonfinite:
@@ -193,7 +229,9 @@ class Controller(TrackedRun):
         """Layers that trip a guard become dense again now, whatever the cohort; those that still are stay it."""
         trips = tripped(list(self.layers.values()), risen, self.config)
         for layer, trip in trips:
-            self.lifecycle.note(self.steps, layer.name, trip.kind, trip.reason, trip.numbers)
+            reason = f"{trip.reason}; it stays in factors, as these have hooks" if layer.hooked else trip.reason
+            self.lifecycle.note(self.steps, layer.name, trip.kind, reason, trip.numbers)
+        trips = [(layer, trip) for layer, trip in trips if not layer.hooked]
         merge = {layer.name: trip.trigger for layer, trip in trips if layer.factorized}
         for layer, trip in trips:
             if not layer.factorized:
@@ -210,7 +248,10 @@ class Controller(TrackedRun):
 
     def _act(self) -> None:
         """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
-        wanted = self.lifecycle.wanted()
+        wanted = {
+            action: [layer for layer in layers if not (layer.factorized and layer.hooked)]
+            for action, layers in self.lifecycle.wanted().items()
+        }
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
         for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
             layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget

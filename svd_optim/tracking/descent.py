@@ -7,13 +7,14 @@ so that it is gone when the factors are due and installing them changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import linalg
-from ..decisions.machine import Trigger
+from ..factors.tangent_step import lr_is_zero
 from ..linalg.fallback import with_float64_fallback
 from ..records import LayerState
 from .layer import TrackedLayer
@@ -56,31 +57,62 @@ def _exact_basis(W: torch.Tensor, q: int) -> linalg.Basis | None:
     )
 
 
-def descend_(layers: Sequence[TrackedLayer], step: int, interval: int) -> DescentOutcome:
-    """One step of all descents under way among ``layers``.
+def moved(layers: Sequence[TrackedLayer], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The descending layers that the base optimizer's next step is to move, each with a flag on its device.
+
+    Before that step: some optimizers change gradients in it. A layer without a gradient, frozen, or with a learning
+    rate of 0 is not in it; of one whose gradient is zero (an expert without tokens) the flag is false.
+    """
+    descending = [layer for layer in layers if layer.state == LayerState.DESCENDING]
+    groups = {p: group for group in param_groups for p in group["params"]} if descending else {}
+    flags = {}
+    for layer in descending:
+        W = layer.weight
+        if W.grad is not None and W.requires_grad and W in groups and not lr_is_zero(groups[W]):
+            flags[layer.name] = W.grad.detach().abs().amax() != 0  # true of NaN
+    return flags
+
+
+def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Mapping[str, Tensor]) -> DescentOutcome:
+    """One step of all descents under way among ``layers``. A layer that the base optimizer did not move waits.
 
     Args:
         step: the number of the step that the base optimizer has just taken.
-        interval: steps by which the end is put off where the layer has had no gradients.
+        interval: steps by which the end is put off where all gradients were NaN or Inf lately.
+        flags: of :func:`moved`.
     """
     left: list[tuple[TrackedLayer, int]] = []
     for layer in layers:
         status = layer.status
-        if layer.state == LayerState.DESCENDING and status.descent_end is not None:
-            if status.descent_end <= step and layer.history and not layer.history[-1].measured:
-                layer.fire(Trigger.IDLE)
-                status.descent_end = step + interval  # no gradient, no decision
-            left.append((layer, status.descent_end - step))
+        if layer.state != LayerState.DESCENDING or status.descent_end is None:
+            continue
+        if layer.name not in flags:
+            status.descent_end += 1
+            layer.idle_known += 1
+            continue
+        idle = (~flags[layer.name]).to(torch.int64)
+        layer.idle = idle if layer.idle is None else layer.idle + idle
+        if status.descent_end <= step and layer.only_nonfinite:
+            status.descent_end = step + interval
+        left.append((layer, status.descent_end - step))
     # The step before the last: what turned since the last analysis would leave a rank of up to 2k.
     last = [layer for layer, steps in left if steps == 1]
     keep_bases(last, exact_bases(last)[0], step)
     for layer, steps in left:
         if steps > 0:
-            _fade(layer, 1.0 if layer.status.extensions else 1.0 / steps)
-    eligible = [layer for layer, steps in left if steps <= 0]
+            _fade(layer, 1.0 if layer.status.extensions else 1.0 / steps, flags[layer.name])
+    eligible = _without_idle([layer for layer, steps in left if steps <= 0])
     for layer in eligible:  # this step's own update: no factored step would have followed it
-        _fade(layer, 1.0)
+        _fade(layer, 1.0, flags[layer.name])
     return DescentOutcome(eligible, *exact_bases(eligible))
+
+
+def _without_idle(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
+    """Those whose descents are over; the others had steps with zero gradients, which are made up for. One host read."""
+    counts = torch.stack([x.idle for x in layers if x.idle is not None]).tolist() if layers else []
+    for layer, count in zip(layers, counts, strict=True):
+        layer.count_idle(count)
+    return [layer for layer, count in zip(layers, counts, strict=True) if not count]
 
 
 def keep_bases(layers: Sequence[TrackedLayer], bases: dict[str, linalg.Basis], step: int) -> None:
@@ -90,13 +122,13 @@ def keep_bases(layers: Sequence[TrackedLayer], bases: dict[str, linalg.Basis], s
             layer.cached, layer.basis_step = bases[layer.name], step
 
 
-def _fade(layer: TrackedLayer, share: float) -> None:
+def _fade(layer: TrackedLayer, share: float, moves: Tensor) -> None:
     assert layer.cached is not None
     U, _, V = layer.cached.leading(layer.rank)
     W = layer.module.weight
     faded = W if W.dtype == U.dtype else W.to(U.dtype)
     damaged = ~(torch.isfinite(U).all() & torch.isfinite(V).all())  # until the next analysis mends it
     U, V = U.masked_fill(damaged, 0.0), V.masked_fill(damaged, 0.0)
-    linalg.fade_minor_(faded, U, V, torch.where(damaged, 0.0, share))
+    linalg.fade_minor_(faded, U, V, share * (moves & ~damaged).to(U.dtype))
     if faded is not W:
         W.copy_(faded)

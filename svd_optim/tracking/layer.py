@@ -7,6 +7,7 @@ sums over the interval and a short history. :mod:`.saved` says how it is saved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,8 @@ class TrackedLayer(LayerLife):
     """The user gave its rank, share or energy: no plan changes it."""
     keep_dense: bool = False
     """What the plan says of it."""
+    problem: str = ""
+    """Why it could not be tracked if it were new now: frozen, tied, in no param group; empty if it could."""
 
     cached: Basis | None = None
     """Of the dense weight, as of ``basis_step``."""
@@ -44,6 +47,10 @@ class TrackedLayer(LayerLife):
     """(2 + 3k,) float64 on the device: gradients measured, nonfinite, three alignments."""
     outside: Tensor | None = None
     """(m, s): sketches of what factors missed of unit gradients, summed over an interval."""
+    idle: Tensor | None = None
+    """Steps of its descent since the last analysis whose gradient was zero; 0-d int64 on the device."""
+    idle_known: int = 0
+    """Those that the host knows of: without a gradient, frozen, or with a learning rate of 0."""
     capture: list[float] = field(default_factory=list)
     """Of the last analyses, at every rank from 1 to k."""
     spectrum: tuple[float, ...] = ()
@@ -67,6 +74,18 @@ class TrackedLayer(LayerLife):
         return self.module.U if isinstance(self.module, FactorizedLinear) else self.module.weight
 
     @property
+    def intact(self) -> bool:
+        """Whether its weight, or its factors, are still parameters of the module (not pruned, not parametrized)."""
+        names = ("weight",) if self.factors is None else ("U", "S", "V")
+        return all(self.module._parameters.get(name) is not None for name in names)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody has put hooks on its weight or factors: another form would not have them."""
+        matrices = [p for p in self.module._parameters.values() if p is not None and p is not self.module.bias]
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in matrices)
+
+    @property
     def basis(self) -> Basis | None:
         """Leading singular triplets: the factors themselves, or those of the dense weight at the last refresh."""
         if self.factors is not None:
@@ -77,6 +96,38 @@ class TrackedLayer(LayerLife):
     def anchor(self) -> Anchor | None:
         """What its principal block is kept at while it is protected."""
         return self.factors.anchor if self.factors is not None else self.dense_anchor
+
+    def follow_weight(self) -> None:
+        """After ``model.to(...)``: what was measured goes where the weight is, in the type of its mathematics.
+
+        Running sums are dropped where the type changed: they are of another one.
+        """
+        W = self.weight
+        dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+        held = next(
+            (t for t in (*(self.cached or ()), *(self.images or ()), *(self.anchor or ())) if t is not None), None
+        )
+        if held is None or (held.device == W.device and held.dtype == dtype):
+            return
+
+        def moved(tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
+            return (t.to(W.device, dtype) for t in tensors)
+
+        self.cached = None if self.cached is None else Basis(*moved(self.cached))
+        if self.images is not None:
+            left, right = moved(self.images)
+            self.images = left, right
+        self.pending = self.sums = self.outside = self.idle = None
+        if self.anchor is not None:
+            anchor = Anchor(*moved(self.anchor))
+            if self.factors is not None:
+                self.factors.anchor = anchor
+            else:
+                self.dense_anchor = anchor
+        if self.factors is not None:
+            masters, bad = self.factors.masters, self.factors.nonfinite
+            self.factors.masters = None if masters is None else Basis(*(t.to(W.device) for t in masters))
+            self.factors.nonfinite = None if bad is None else bad.to(W.device)
 
     def restart_window(self) -> None:
         """Decisions start from nothing, and so does what was measured of the present interval's basis."""
@@ -132,6 +183,13 @@ class TrackedLayer(LayerLife):
             restore_dense_(held, self.dense_anchor)
             if held is not W:
                 W.copy_(held)
+
+    def count_idle(self, steps: int) -> None:
+        """So many steps of its descent had zero gradients: it ends so much later."""
+        self.idle = None
+        if steps and self.status.descent_end is not None:
+            self.status.descent_end += steps
+            self.idle_known += steps
 
     def count_decomposition(self, ok: bool) -> None:
         """Remember whether the last decomposition gave something."""

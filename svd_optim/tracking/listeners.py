@@ -1,4 +1,9 @@
-"""What can be told of a run while it goes on: subclass :class:`Listener`, override what you need."""
+"""What can be told of a run while it goes on: subclass :class:`Listener`, override what you need.
+
+class WeightsAndBiases(Listener):
+    def on_analysis(self, summary):
+        wandb.log({**summary.metrics(), "svd/step": summary.step})
+"""
 
 from __future__ import annotations
 
@@ -46,7 +51,11 @@ class Listener:
         """Before ``layers`` change between dense and factorized, all in one event."""
 
     def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        """After ``layers`` changed between dense and factorized."""
+        """After ``layers`` changed between dense and factorized.
+
+        Their parameters are new objects: whoever keeps a list of the old ones (an average of weights, a cached list
+        for clipping) has to ask the model again now.
+        """
 
     def on_event(self, event: Event) -> None:
         """For each event, as it happens."""

@@ -8,36 +8,42 @@ from typing import Any
 import torch
 
 from ..decisions.machine import DENSE, FACTORIZED, Trigger
-from ..linalg import Basis, exact_basis, to_compute_dtype
+from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
 from ..linalg.fallback import IN_A_ROW, with_float64_fallback
 from .layer import TrackedLayer
 from .protecting import drop_protection
-from .replacement import to_dense_, to_factors_
+from .replacement import Replacement, replace_parameters_, to_dense_, to_factors_
 from .run import TrackedRun
 from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
 
 
 @torch.no_grad()
+@full_precision()
 def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapping[str, Basis] | None = None) -> None:
     """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs.
 
     Args:
         saved: their factors, if known; else those of the weights that are there.
     """
+    merged: list[Replacement] = []
+    factorized: list[Replacement] = []
     for name, rank in ranks.items():
         layer = run.layers[name]
         if rank == (layer.rank if layer.factorized else None):
             continue
         drop_protection(layer)  # what is loaded has another principal block
         if layer.factorized:
-            to_dense_(layer, run.base)
+            merged.append(to_dense_(layer, run.base))
             layer.fire(Trigger.LOAD_DENSE)
         if rank is not None:
             layer.set_rank(rank)
             basis = saved[name] if saved and name in saved else _present_factors(layer)
-            to_factors_(layer, run.base, Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis)))
+            factors = Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis))
+            factorized.append(to_factors_(layer, run.base, factors))
             layer.fire(Trigger.LOAD_FACTORIZED)
             run.attachment.attach(layer, run.steps)
+    replace_parameters_(run.base, merged)
+    replace_parameters_(run.base, factorized)  # a layer of another rank is in both
 
 
 def _present_factors(layer: TrackedLayer) -> Basis:
@@ -93,7 +99,8 @@ def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[s
     group_of = {p: i for i, group in enumerate(run.base.param_groups) for p in group["params"]}
     sizes = [len(group["params"]) for group in run.base.param_groups]
     for name, layer in run.layers.items():
-        sizes[group_of[layer.weight]] += (ranks[name] is not None) - layer.factorized
+        if layer.weight in group_of:
+            sizes[group_of[layer.weight]] += (ranks[name] is not None) - layer.factorized
     saved_sizes = [len(group["params"]) for group in base_state["param_groups"]]
     if sizes != saved_sizes:
         raise ValueError(f"the saved param groups hold {saved_sizes} parameters, this optimizer's would hold {sizes}")

@@ -48,17 +48,22 @@ class LossGuard:
         self.since: deque[LossWindow] | None = None  # after it; None: nothing to guard
         self.lost = 0  # losses in a row of which none was finite; a few don't count
 
-    def observe(self, loss: Any) -> bool:
-        """Take one step's loss: a real number, or a tensor of one element. Returns whether it is one."""
-        if isinstance(loss, bool):
+    @staticmethod
+    def is_loss(loss: Any) -> bool:
+        """Whether it is a real number, or a tensor of one element."""
+        if isinstance(loss, Tensor):
+            return loss.numel() == 1 and not loss.is_complex()
+        return isinstance(loss, Real) and not isinstance(loss, bool)
+
+    def observe(self, loss: Any, maximize: bool = False) -> bool:
+        """Take one step's loss. Returns whether it is one."""
+        if not self.is_loss(loss):
             return False
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+        if isinstance(loss, Tensor):
             value = loss.detach().reshape(()).double().clone()
-        elif isinstance(loss, Real):
-            value = torch.tensor(float(loss), dtype=torch.float64)
         else:
-            return False
-        self._pending.append(value)
+            value = torch.tensor(float(loss), dtype=torch.float64)
+        self._pending.append(-value if maximize else value)
         return True
 
     def changed(self) -> None:

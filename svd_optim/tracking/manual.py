@@ -9,6 +9,7 @@ import torch
 
 from ..decisions.lifecycle import MANUAL
 from ..decisions.machine import Trigger
+from ..linalg import full_precision
 from ..records import LayerState, break_even_rank
 from .descent import exact_bases
 from .layer import TrackedLayer
@@ -38,6 +39,7 @@ def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[T
     return list(chosen.values())
 
 
+@full_precision()
 def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
     """Factorize layers now: truncates at once, without a descent."""
     chosen = [layer for layer in by_name(run, layers, "factorize_") if not layer.factorized]
@@ -83,6 +85,7 @@ def _check_rank(layer: TrackedLayer, rank: object) -> None:
         )
 
 
+@full_precision()
 def merge(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
     """Make factorized layers dense again now; a descent under way is called off."""
     chosen = by_name(run, layers, "merge_")
@@ -96,6 +99,7 @@ def merge(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
     return merges
 
 
+@full_precision()
 def protect(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
     """Keep the principal blocks of layers from moving."""
     chosen = by_name(run, layers, "protect_")
@@ -125,6 +129,7 @@ def _check_protected_rank(layer: TrackedLayer, rank: int | None) -> None:
         )
 
 
+@full_precision()
 def release_layers(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
     """End the protection of layers, whoever began it."""
     chosen = [layer for layer in by_name(run, layers, "release_") if layer.protected]

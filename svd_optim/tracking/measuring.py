@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import linalg
 from ..config import SubspaceConfig
 from ..factors.linear import FactorizedLinear
-from ..linalg import Basis, to_compute_dtype
+from ..linalg import to_compute_dtype
 from ..linalg.fallback import with_float64_fallback
 from .layer import TrackedLayer
 from .refreshing import update_energy_rank
@@ -37,9 +37,6 @@ def ensure_basis(layer: TrackedLayer, step: int, config: SubspaceConfig) -> bool
         layer.count_decomposition(layer.cached is not None)
         layer.basis_step = step
         return layer.cached is not None
-    elif layer.cached.U.device != layer.weight.device:
-        layer.cached = Basis(*(t.to(layer.weight.device) for t in layer.cached))
-        layer.sums = layer.pending = None
     return True
 
 

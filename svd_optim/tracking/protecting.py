@@ -62,6 +62,7 @@ def drop_protection(layer: TrackedLayer) -> None:
 
 
 @torch.no_grad()
+@linalg.full_precision()
 def release_unless_held(run: TrackedRun, loading: Mapping[str, Sequence[Tensor]]) -> None:
     """Before weights are loaded: end the protection of blocks that are not theirs.
 

@@ -111,7 +111,9 @@ def _look(layer: TrackedLayer) -> tuple[_Look | None, Tensor]:
     angle, drift = linalg.left_residual(image, old.U, layer.rank)
     useful = torch.isfinite(drift) & (old.S[0] > 0)
     look = _Look(tall, W, old, image, angle, drift)
-    return look, torch.stack([linalg.finite(W), useful, useful & (drift < HOLDS), drift > FAR])
+    # A basis of the whole shorter side is always left by nothing, however the longer side turns.
+    holds = useful & (drift < HOLDS) if len(old.S) < min(W.shape) else torch.zeros_like(useful)
+    return look, torch.stack([linalg.finite(W), useful, holds, drift > FAR])
 
 
 @torch.no_grad()
@@ -129,7 +131,8 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
     values = iter(torch.cat(rows).tolist())
     metrics = {}
     for layer, row in zip(layers, rows, strict=True):
-        S, rest = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
+        S, (*rest, idle) = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
+        layer.count_idle(int(idle))
         metrics[layer.name] = _metrics(layer, rest, step)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
         keep = max(HISTORY, config.patience)
@@ -139,7 +142,7 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
 
 
 def _row(layer: TrackedLayer) -> Tensor:
-    """[*S, *pending, outside, *sums] on the device, float64, (k + SCALARS + 1 + 2 + 3k,)."""
+    """[*S, *pending, outside, *sums, idle] on the device, float64, (k + SCALARS + 1 + 2 + 3k + 1,)."""
     assert layer.pending is not None and layer.basis is not None
     sums = layer.sums
     if sums is None:
@@ -149,7 +152,8 @@ def _row(layer: TrackedLayer) -> Tensor:
         sums = torch.cat([sums[:1], bad[None], sums[2:]])
         layer.factors.nonfinite = None
     outside = sums.new_zeros(1) if layer.outside is None else linalg.energy(layer.outside)[None] / SKETCH_SIZE
-    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums])
+    idle = sums.new_zeros(1) if layer.idle is None else layer.idle.double()[None]
+    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle])
 
 
 def _refresh_one(layer: TrackedLayer, look: _Look | None, judged: _Judged, step: int, config: SubspaceConfig) -> Tensor:
@@ -177,8 +181,8 @@ def _refresh_one(layer: TrackedLayer, look: _Look | None, judged: _Judged, step:
     squares = new.S[:k].double().square()
     error = linalg.reconstruction_error(new.S[:k], total)
     kept = squares.cumsum(0)
-    effective = (kept < 0.95 * total).sum() + 1.0
-    exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1.0
+    effective = (kept < 0.95 * total).sum() + 1
+    exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1
     scalars = (angle, drift, error, total / squares[0], effective, exact, skew, unknown[-1])
     return torch.stack([x.double() for x in scalars])
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..config import SubspaceConfig
@@ -21,6 +22,8 @@ from .layer import TrackedLayer
 from .loss_guard import LossGuard
 from .overhead import Overhead
 
+NO_GROUP = "its weight is in none of the optimizer's param groups any more"
+
 
 class TrackedRun:
     """The tracked layers of one optimizer, and what has happened to them.
@@ -34,6 +37,7 @@ class TrackedRun:
         self.base = base
         self.config = config
         self.steps = 0
+        self.moves: dict[str, Tensor] = {}  # descending layers that the present step moves
         self.skipped: list[Skipped] = []
         self.journal = Journal()
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)
@@ -53,6 +57,21 @@ class TrackedRun:
         """Steps between analyses as of now."""
         return self.config.analyze_every * self.overhead.stretch
 
+    @property
+    def analyzes_next(self) -> bool:
+        """Whether the next step that counts ends with an analysis."""
+        return (self.steps + 1) % self.interval == 0
+
+    def observe_loss(self, loss: Any) -> bool:
+        """Tell the loss guard; whether it is a loss. What is maximized rises where training goes well.
+
+        Where some tracked layers maximize it and others minimize it, nobody can say which way is worse: then it is
+        not guarded.
+        """
+        tracked = {layer.weight for layer in self.layers.values()}
+        ways = {bool(g.get("maximize")) for g in self.base.param_groups if any(p in tracked for p in g["params"])}
+        return self.guard.observe(loss, maximize=True in ways) if len(ways) == 1 else self.guard.is_loss(loss)
+
     def has_gradients(self) -> bool:
         """Whether any tracked layer has one."""
         return any(layer.weight.grad is not None for layer in self.layers.values())
@@ -66,6 +85,7 @@ class TrackedRun:
     def stop_tracking(self, layer: TrackedLayer, reason: str) -> None:
         """A layer that can't be measured is left alone from now on."""
         del self.layers[layer.name]
+        self.attachment.let_go(layer)
         self.skipped.append(Skipped(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
         self.lifecycle.note(self.steps, layer.name, "unsupported", reason)
 
@@ -73,7 +93,7 @@ class TrackedRun:
         """Why layers can't go into factors under this base optimizer, by name; those that can are not in it."""
         everywhere = self._unsupported_run()
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
-        reasons = {x.name: everywhere or self._unsupported_layer(x, groups.get(x.weight, {})) for x in layers}
+        reasons = {x.name: everywhere or x.problem or self._unsupported_layer(x, groups.get(x.weight)) for x in layers}
         return {name: reason for name, reason in reasons.items() if reason}
 
     def _unsupported_run(self) -> str:
@@ -83,7 +103,11 @@ class TrackedRun:
             return "factorizing in a distributed run is not supported yet"
         return ""
 
-    def _unsupported_layer(self, layer: TrackedLayer, group: dict[str, Any]) -> str:
+    def _unsupported_layer(self, layer: TrackedLayer, group: dict[str, Any] | None) -> str:
+        if group is None:
+            return NO_GROUP
+        if layer.hooked and not layer.factorized:
+            return "its weight has hooks, which factors would not have"
         state = self.base.state.get(layer.weight) or {}
         if not state and self.steps == 0 and not isinstance(self.base, moments.SUPPORTED):
             return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"

@@ -125,6 +125,8 @@ LAYER_FIELDS: Mapping[str, Field] = {
     "pending": _tensor("pending", lambda _: kinds.dtype_and_shape(torch.float64, (SCALARS,))),
     "sums": _tensor("sums", lambda s: kinds.tensor(2 + 3 * s.k)),
     "outside": _tensor("outside", lambda s: kinds.tensor(s.m, SKETCH_SIZE)),
+    "idle": _tensor("idle", lambda _: kinds.dtype_and_shape(torch.int64, ())),
+    "idle_known": _plain("idle_known", kinds.integer),
     "capture": Field(
         lambda x: x.capture,
         lambda x, value: setattr(x, "capture", [float(c) for c in value]),

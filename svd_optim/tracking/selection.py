@@ -29,6 +29,8 @@ class Selection(NamedTuple):
     layers: list[Found]
     skipped: list[Skipped]
     unknown: list[str]  # parameters of the optimizer that are not in the model, described
+    reasons: dict[int, str]  # by the identity of a module that is skipped: why
+    present: set[int]  # identities of all modules of the model
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
@@ -87,6 +89,7 @@ def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], c
     ]
     layers: list[Found] = []
     skipped: list[Skipped] = []
+    reasons: dict[int, str] = {}
     for parameter, places in owners.items():
         name, module, attribute = places[0]
         full_name = ".".join(filter(None, (name, attribute)))
@@ -104,10 +107,11 @@ def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], c
             reason = _why_not(name or "weight", module, parameter, tied, group_of[parameter], config)
         if reason:
             skipped.append(Skipped(name=full_name, shape=tuple(parameter.shape), reason=reason))
+            reasons |= {id(module): reason for _, module, _ in places}
         else:
             assert isinstance(module, nn.Linear)
             layers.append(Found(name or "weight", module))
-    return Selection(layers, skipped, unknown)
+    return Selection(layers, skipped, unknown, reasons, {id(module) for module in model.modules()})
 
 
 def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:

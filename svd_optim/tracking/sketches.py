@@ -23,7 +23,7 @@ def private_generator(config: SubspaceConfig, layer: TrackedLayer, step: int) ->
 def draw_sketch(layer: TrackedLayer, step: int, config: SubspaceConfig) -> Tensor:
     """Omega (n, s), standard normal, in the layer's type and place; another one each interval."""
     generator = private_generator(config, layer, step - step % config.analyze_every)
-    Omega = torch.randn(layer.shape[1], SKETCH_SIZE, generator=generator)
+    Omega = torch.randn(layer.shape[1], SKETCH_SIZE, generator=generator, dtype=torch.float32)
     return Omega.to(layer.weight)
 
 
@@ -35,7 +35,7 @@ def keep_images(layer: TrackedLayer, step: int, config: SubspaceConfig) -> None:
     assert layer.basis is not None
     U, S, V = layer.basis
     generator = private_generator(config, layer, step)
-    Omega, Psi = (torch.randn(len(X), SKETCH_SIZE, generator=generator).to(U) for X in (V, U))
+    Omega, Psi = (torch.randn(len(X), SKETCH_SIZE, generator=generator, dtype=torch.float32).to(U) for X in (V, U))
     layer.images = (U * S) @ (V.mT @ Omega), (V * S) @ (U.mT @ Psi)
     layer.basis_step = step
 
@@ -52,7 +52,7 @@ def grown(layer: TrackedLayer, rank: int, step: int, config: SubspaceConfig) -> 
     U, S, V = factors
     more = min(rank - layer.rank, SKETCH_SIZE)
     generator = private_generator(config, layer, step)
-    noise = torch.randn(len(U), more, generator=generator).to(U)
+    noise = torch.randn(len(U), more, generator=generator, dtype=torch.float32).to(U)
     Y = noise if layer.outside is None else layer.outside[:, :more].to(U)
     norm = torch.linalg.matrix_norm(Y)
     Y = torch.where(norm > 0, Y / norm, 0.0) + 1e-6 * noise  # where there is no gradient, anywhere

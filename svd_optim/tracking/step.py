@@ -1,17 +1,31 @@
-"""One step of a wrapped optimizer: what comes before, during and after the base optimizer's own."""
+"""One step of a wrapped optimizer: what comes before, during and after the base optimizer's own.
+
+What a fault may do to it:
+
+- what a closure or a hook raises leaves weights and measurements as they were;
+- Ctrl-C, and what a listener raises, comes when the step is whole: what is saved then is the undisturbed run;
+- an error in the middle of a switch undoes all of it (:mod:`.transactions`);
+- a factorized layer skips a step that is NaN or Inf, and so do its moments; after ``patience`` intervals in a row that
+  had such steps it becomes dense again (:mod:`.guards`);
+- a decomposition that fails or gives NaN is tried again in float64; else the old basis stays, and after three failures
+  in a row a warning names the layer (:mod:`svd_optim.linalg.fallback`).
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_module
 
 from ..factors.tangent_step import FactorBatch, all_lr_zero
+from ..linalg import full_precision
 from .controller import Controller
 from .transactions import uninterrupted
 
@@ -36,29 +50,31 @@ class StepInProgress:
 
     def measure(self) -> None:
         """As soon as there are gradients."""
+        self.controller.drop_changed()
         if self._counts():
             self.controller.journal.start_clock()
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.measure()
 
     def enter_factors(self) -> None:
         """Just before the base optimizer's update. From here to the end of the step Ctrl-C has to wait."""
         if self._counts():
             self._shield.enter_context(uninterrupted())
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
+                self.controller.note_moves()
                 self.batches = self.controller.enter_factors()
 
     def leave_factors(self) -> None:
         """Just after it."""
         if self.batches is not None:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.leave_factors(self.batches)
         self._left = True
 
     def advance(self) -> None:
         """Once layers hold their new weights: descend, analyze, act."""
         if self.batches is not None:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():
                 self.controller.advance()
 
     def __enter__(self) -> Self:
@@ -77,6 +93,35 @@ class StepInProgress:
                     batch.restore_()
 
 
+def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
+    """The step that somebody has put on the instance, in place of or around its class's.
+
+    A scheduler that was built on the base has put its own there, which only notes that it was called.
+    """
+    patched: Callable[..., Any] | None = vars(base).get("step")
+    if getattr(patched, "_wrapped_by_lr_sched", False) and getattr(patched, "__wrapped__", None) is type(base).step:
+        return None
+    return patched
+
+
+@contextmanager
+def _no_hooks(base: Optimizer) -> Iterator[None]:
+    """Inside, neither the base's step hooks nor the global ones run."""
+    kept = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+    module: Any = optimizer_module
+    everywhere = module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks
+    contents = [OrderedDict(hooks) for hooks in everywhere]
+    base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    for hooks in everywhere:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = kept
+        for hooks, content in zip(everywhere, contents, strict=True):
+            hooks.update(content)
+
+
 class BaseCall:
     """The base optimizer's own step, with its hooks around it and the user's closure inside.
 
@@ -88,8 +133,9 @@ class BaseCall:
         self._step = step
         self._closure = closure
         self._evaluations = 0
-        self._function = type(self.base).step
-        self._takes_closure = closure is not None and "closure" in inspect.signature(self._function).parameters
+        self._patched = _patched_step(self.base)
+        function = self._patched or type(self.base).step
+        self._takes_closure = closure is not None and "closure" in inspect.signature(function).parameters
         self._args: tuple[Any, ...] = (self.base, self.evaluate) if self._takes_closure else (self.base,)
         self._kwargs: dict[str, Any] = {}
 
@@ -105,8 +151,15 @@ class BaseCall:
         self.base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on the base looks at
         loss = self.evaluate() if self._closure is not None and not self._takes_closure else None
         with self._step.controller.journal.clock("base"):
-            result = getattr(self._function, "__wrapped__", self._function)(*self._args, **self._kwargs)
+            result = self._step_base()
         return result if self._closure is None or self._takes_closure else loss
+
+    def _step_base(self) -> Any:
+        if self._patched is not None:  # calls, at some point, a step that would run hooks, which have run already
+            with _no_hooks(self.base):
+                return self._patched(*self._args[1:], **self._kwargs)
+        function = type(self.base).step
+        return getattr(function, "__wrapped__", function)(*self._args, **self._kwargs)
 
     def run_post_hooks(self) -> None:
         """Those that come after the step, at its end."""

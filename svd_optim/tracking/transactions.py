@@ -15,29 +15,32 @@ from torch.optim import Optimizer
 
 from .journal import Journal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals whose Python handlers may raise (Ctrl-C) are handled when the block is done.
+    """Signals that have Python handlers are handled when the block is done.
+
+    Such a handler may raise (Ctrl-C), or save the model (SIGUSR1 and SIGHUP of job schedulers), whose parameters
+    are not its own inside.
 
     In threads other than the main one nothing is done: Python runs no signal handlers there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[tuple[Any, ...]] = []
-    handlers = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+    received: dict[int, Any] = {}  # number -> frame of its first arrival
+    numbers = sorted(signal.valid_signals())
+    handlers: dict[int, Any] = {n: handler for n in numbers if callable(handler := signal.getsignal(n))}
     for number in handlers:
-        signal.signal(number, lambda *arguments: received.append(arguments))
+        signal.signal(number, received.setdefault)
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for arguments in received[:1]:
-            handlers[arguments[0]](*arguments)
+        with ExitStack() as stack:  # each once, in the order of arrival, also where one raises
+            for arrived, frame in reversed(received.items()):
+                stack.callback(handlers[arrived], arrived, frame)
 
 
 Undo = Callable[[], None]
