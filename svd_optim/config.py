@@ -1,4 +1,4 @@
-"""What a user can set, checked once: frozen, keyword-only dataclasses.
+"""All user settings, validated on construction: frozen, keyword-only dataclasses.
 
 Every error names the field, the value and the allowed range.
 
@@ -20,7 +20,7 @@ from .records import Decision, LayerInfo, LayerMetrics, LayerState
 
 
 def _number(owner: str, name: str, value: Any, low: float, high: float, ends: str = "[]") -> None:
-    """Raise unless ``value`` is a finite real number in the interval; ``ends`` as in mathematics."""
+    """Raise unless ``value`` is a finite real number in the interval; ``ends`` in interval notation."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}.{name} must be a number, got {value!r} ({type(value).__name__})")
     above = value >= low if ends[0] == "[" else value > low
@@ -55,11 +55,11 @@ def _choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None
         raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep, where no target is given
+DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep where no target is given
 
 
 def _check_target(owner: str, rank: Any, budget: Any, energy: Any) -> None:
-    """At most one of the three ways to say how far to go, and that one in its range."""
+    """Raise unless at most one of the three targets is given, and that one is in its range."""
     if rank is not None:
         if isinstance(rank, float):
             _number(owner, "rank", rank, 0, 1, "()")
@@ -77,40 +77,46 @@ def _check_target(owner: str, rank: Any, budget: Any, energy: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What the rules compare with. Decisions use chance-corrected values, so that a threshold means
-    the same at every rank and width: 0 is what a random gradient scores, 1 is all of it. The first word
-    of each is the metric that it is compared with.
+    """The thresholds of the rules, each in [0, 1]; the first word of a name is the metric that it is compared with.
+
+    Decisions use chance-corrected metrics, so that a threshold means the same at every rank and width: 0 is the value
+    of a random gradient, 1 the maximum.
+
+    Raises:
+        TypeError: a threshold is not a number.
+        ValueError: a threshold is outside [0, 1], or ``capture_lost`` is not below ``capture_held``.
     """
 
     principal_danger: float = 0.4
-    """In danger when ``principal_excess`` exceeds it. Its complement, :attr:`minor_safe`, is the safety test of the
-    rule ``"alignment"``."""
+    """A layer is in danger when its ``principal_excess`` exceeds this. Its complement, :attr:`minor_safe`, is the
+    safety condition of the rule ``"alignment"``."""
 
     capture_safe: float = 0.0
-    """Factors can follow the gradient when ``capture_excess`` is at least this. 0 keeps no layer out, and is the best
-    of what was tried: capture hardly predicts what a layer loses, and layers that it let in late under Muon lost
-    more."""
+    """Factors can follow the gradient when ``capture_excess`` is at least this. 0 admits every layer, and was the best
+    of the values tried: capture hardly predicts the loss in quality, and layers that a higher threshold admitted late
+    under Muon lost more."""
 
     capture_held: float = 0.02
-    """A factorized layer whose ``capture_excess`` stays below it is held back, and grows where the budget has room."""
+    """A factorized layer whose ``capture_excess`` stays below this is limited by its rank, and grows within the budget.
+    """
 
     capture_lost: float = 0.005
-    """A factorized layer whose ``capture_excess`` stays below it follows the gradient hardly better than by chance:
-    it becomes dense again."""
+    """A factorized layer whose ``capture_excess`` stays below this follows the gradient hardly better than chance: it
+    grows if it can, else becomes dense again."""
 
     persistence_signal: float = 0.1
-    """Both only if ``persistence`` exceeds this: what the factors can't follow is no noise, which comes out as 0, but
-    points the same way from one batch to the next. Not asked for where an interval measures one gradient only, which
-    can't tell."""
+    """Both apply only if ``persistence`` exceeds this, i.e. if the gradient outside the factors is correlated between
+    batches; for noise ``persistence`` is 0. Not tested where an interval measures only one gradient, as it is undefined
+    there."""
 
     drift_stable: float = 0.3
-    """Stable when ``subspace_drift`` (a sine, per 20 steps) is below it."""
+    """A subspace is stable when its ``subspace_drift`` (a sine, per 20 optimizer steps) is below this."""
 
     reconstruction_safe: float = 0.01
-    """Exact enough to install factors when ``reconstruction_error`` (relative Frobenius error) is below it."""
+    """Factors are accurate enough to install when ``reconstruction_error`` (relative Frobenius error) is below this."""
 
     warn_margin: float = 0.05
-    """A value this close to its threshold is marked ``~`` in tables and in ``why()``."""
+    """A value within this distance of its threshold is marked ``~`` in tables and raises an alert."""
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
@@ -123,22 +129,22 @@ class Thresholds:
 
     @property
     def minor_safe(self) -> float:
-        """1 - principal_danger: minor-safe when 1 - principal_excess exceeds it."""
+        """1 - principal_danger: a layer is minor-safe when 1 - principal_excess exceeds this."""
         return 1.0 - self.principal_danger
 
     @classmethod
     def phase1(cls) -> Thresholds:
-        """Those of the Phase 1 experiment, in which no layer ever switched: 0.4, (0.6), 0.1, 0.01, margin 0.05."""
+        """The thresholds of the Phase 1 experiment, in which no layer ever switched."""
         return cls(principal_danger=0.4, capture_safe=0.4, drift_stable=0.1, reconstruction_safe=0.01)
 
     @classmethod
     def phase1_proposed(cls) -> Thresholds:
-        """Those proposed after the Phase 1 experiment: 0.3, 0.15, 0.02, with ``capture_safe`` 0.25."""
+        """The thresholds proposed after the Phase 1 experiment, with ``capture_safe`` 0.25."""
         return cls(principal_danger=0.3, capture_safe=0.25, drift_stable=0.15, reconstruction_safe=0.02)
 
 
 class Policy(Protocol):
-    """Decides about one layer at one analysis. Pure: same arguments, same decision.
+    """Decides about one layer at one analysis. Must be pure: same arguments, same decision (the replay relies on it).
 
     class Never:
         def decide(self, layer, state, history, thresholds):
@@ -157,31 +163,35 @@ class Policy(Protocol):
         """Decide what to do with a layer.
 
         Args:
-            layer: name, shape and rank.
-            state: where it is in its life. What is impossible there is not done, whatever is decided
-                (:mod:`svd_optim.decisions.machine`).
-            history: the analyses of its decision window, oldest first, the present one last: those at this
-                rank and in this state.
-            thresholds: those that hold for this layer.
+            layer: name, shape, rank and other facts.
+            state: its state. An action that is impossible in it is ignored (:mod:`svd_optim.decisions.machine`).
+            history: the analyses of its decision window (those at this rank and in this state), oldest first, the
+                current one last.
+            thresholds: the thresholds for this layer.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOverride:
-    """What may differ for some layers. At most one of ``rank``, ``budget`` and ``energy``."""
+    """Settings that differ for some layers. At most one of ``rank``, ``budget`` and ``energy``.
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a value is out of range, or two targets are given.
+    """
 
     rank: int | float | None = None
     """As in :class:`SubspaceConfig`."""
 
     budget: float | None = None
-    """The share of its parameters that each such layer keeps."""
+    """Share of its dense parameters that each of these layers keeps, in (0, 1)."""
 
     energy: float | None = None
     """As in :class:`SubspaceConfig`."""
 
     thresholds: Thresholds | None = None
-    """In place of those of the configuration."""
+    """Replace those of the configuration."""
 
     def __post_init__(self) -> None:
         _check_target("LayerOverride", self.rank, self.budget, self.energy)
@@ -190,42 +200,45 @@ class LayerOverride:
 
     @property
     def has_target(self) -> bool:
-        """Whether it says how far these layers go."""
+        """Whether it sets a target for these layers."""
         return self.rank is not None or self.budget is not None or self.energy is not None
 
 
 def first_match(name: str, overrides: Mapping[str, LayerOverride]) -> LayerOverride:
-    """The override of the first glob that matches ``name``, or an empty one."""
+    """The override of the first glob that matches ``name``; an empty one if none does."""
     return next((o for glob, o in overrides.items() if fnmatchcase(name, glob)), LayerOverride())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubspaceConfig:
-    """Everything that can be set. The defaults are meant to be left alone.
+    """The configuration of a run. The defaults should suit most runs.
 
-    One target says how far to go: ``budget``, ``rank`` or ``energy``; without any it is a budget of
-    :data:`DEFAULT_BUDGET`.
+    At most one target: ``budget``, ``rank`` or ``energy``; without any, a budget of :data:`DEFAULT_BUDGET`. "Steps" are
+    optimizer steps, "analyses" are the evaluations of metrics and decisions every ``analyze_every`` steps.
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a value is out of range, or two targets are given.
     """
 
     mode: Literal["auto", "manual", "observe"] = "auto"
-    """``"auto"`` measures, decides and acts; ``"manual"`` acts only on ``factorize_`` and ``merge_``; ``"observe"``
-    never changes anything: training is bitwise that of the bare optimizer."""
+    """``"auto"`` measures, decides and acts; ``"manual"`` acts only when ``factorize_`` and the like are called;
+    ``"observe"`` never changes anything: training is bitwise identical to the bare optimizer's."""
 
     rule: Literal["stability", "alignment"] = "stability"
-    """``"stability"`` factorizes layers whose drift is small, where ``capture_safe`` asks for it only those whose
-    gradient rank-k factors can follow; ``"alignment"`` is the rule of the Phase 1 experiment (danger first, then
-    ``minor_safe``)."""
+    """``"stability"`` factorizes layers whose drift is small and whose capture is at least ``capture_safe``;
+    ``"alignment"`` is the rule of the Phase 1 experiment (``minor_safe`` and ``drift_stable``)."""
 
     policy: Policy | None = None
-    """In place of the rules: an object with ``decide(layer, state, history, thresholds) -> Decision``, see
+    """Replaces the rules: an object with ``decide(layer, state, history, thresholds) -> Decision``, see
     :class:`Policy`."""
 
     thresholds: Thresholds = field(default_factory=Thresholds)
     """See :class:`Thresholds`."""
 
     analyze_every: int = 20
-    """Steps between analyses (metrics, decisions). Within such an interval every basis is refreshed once, an equal
-    share of them on the step before each measured one."""
+    """Steps between analyses (metrics, decisions). Within each interval every basis is refreshed once, an equal share
+    of them on the step before each measured one."""
 
     measure_every: int = 5
     """Steps between measured gradients; 1 measures every gradient."""
@@ -237,25 +250,24 @@ class SubspaceConfig:
     more tokens."""
 
     warmup_steps: int = 100
-    """Steps before the first decision."""
+    """Steps before the first action."""
 
     patience: int = 3
-    """Consecutive analyses at which all conditions must hold."""
+    """Number of consecutive analyses at which all conditions must hold."""
 
     descent_steps: int = 400
-    """Steps over which the part of the weight outside its rank-k tangent space fades before the factors go in, for a
-    layer whose gradient its factors follow no better than by chance; less, in quarters, where they capture it. 0
-    factorizes only what is already exact enough."""
+    """Steps over which the component of the weight outside its rank-k tangent space is faded to zero before the factors
+    are installed, for a layer whose tangent capture is at chance level; fewer, in quarters, for higher capture. 0
+    factorizes only layers that are already accurate enough."""
 
     total_steps: int | None = None
-    """Steps of the whole training, where they are known (as in torch.optim.lr_scheduler.OneCycleLR): descents are
-    shortened to end by then, to half at most; a layer for which even that is too late stays dense and says so.
-    ``None``: a descent that is not over when the training ends leaves its layer dense, and the model larger than the
-    budget."""
+    """Steps of the whole training if known (as in torch.optim.lr_scheduler.OneCycleLR): descents are shortened to end
+    by then, by up to a half; a layer for which even that is too late stays dense, and ``why()`` reports it. ``None``: a
+    descent that is unfinished when training ends leaves its layer dense, and the model larger than the budget."""
 
     cohort_steps: int = 100
-    """Steps between the moments at which descents may start, so that layers switch together (each switch recompiles a
-    compiled model)."""
+    """Steps between the points at which layers may act, so that they switch together (each switch recompiles a compiled
+    model)."""
 
     budget: float | None = None
     """Share of all tracked parameters to keep: about the same share of each layer, a little less of those whose
@@ -263,10 +275,10 @@ class SubspaceConfig:
     is revised until a layer starts its descent. For a share of each single layer: ``LayerOverride(budget=...)``."""
 
     rank: int | float | None = None
-    """Target rank of each layer, an integer, or a float in (0, 1) as a fraction of min(m, n)."""
+    """Target rank of each layer: an integer, or a float in (0, 1) as a fraction of min(m, n)."""
 
     energy: float | None = None
-    """Target rank is the smallest that keeps this share of the squared Frobenius norm."""
+    """Target rank of each layer: the smallest that keeps this share of ||W||_F^2, in (0, 1)."""
 
     on_danger: Literal["alert", "protect"] = "alert"
     """``"alert"`` only says so when what a layer has learned is under attack; ``"protect"`` also keeps its principal
@@ -279,29 +291,29 @@ class SubspaceConfig:
     calls their descent off; 0, or where no loss is given: no such guard."""
 
     cooldown_steps: int = 500
-    """Steps for which a layer that became dense again, or changed its rank, is left as it is; twice as many each
-    further time that it becomes dense (exponential back-off)."""
+    """Steps for which a layer does not change again after its rank changed or it became dense again; doubled with each
+    further return to dense (exponential back-off)."""
 
     include: tuple[str, ...] = ("*",)
-    """Globs over layer names: what to track."""
+    """Globs over layer names: the layers to track."""
 
     exclude: tuple[str, ...] = ("*head", "head.*", "*.head.*", "*classifier*", "*embed*")
-    """Globs over layer names: what not to track, of what ``include`` matches. By default heads and embeddings."""
+    """Globs over layer names: layers not to track although ``include`` matches them. Default: heads and embeddings."""
 
     param_groups: tuple[int, ...] | None = None
-    """Indices of the base optimizer's groups to track; ``None``: all."""
+    """Indices of the base optimizer's param groups to track; ``None``: all."""
 
     min_size: int = 32
-    """Layers with min(m, n) below it are left alone."""
+    """Layers with min(m, n) below this are not tracked."""
 
     overrides: Mapping[str, LayerOverride] = field(default_factory=dict)
-    """glob -> :class:`LayerOverride`; the first matching glob counts."""
+    """glob -> :class:`LayerOverride`; the first glob that matches a layer applies."""
 
     stall_analyses: int = 50
-    """After so many analyses in which nothing ever acted, say so."""
+    """After this many analyses in which no layer ever acted, a warning says so."""
 
     seed: int = 0
-    """Of the private generators (never the global one)."""
+    """Seed of the private random generators; the global one is never used."""
 
     def __post_init__(self) -> None:
         name = "SubspaceConfig"
@@ -314,7 +326,7 @@ class SubspaceConfig:
             )
         if not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"{name}.thresholds must be a Thresholds, got {self.thresholds!r}")
-        for key, low in _LEAST.items():
+        for key, low in _MINIMA.items():
             _integer(name, key, getattr(self, key), low)
         if self.total_steps is not None:
             _integer(name, "total_steps", self.total_steps, 1)
@@ -335,14 +347,14 @@ class SubspaceConfig:
         return DEFAULT_BUDGET if self.budget is None else self.budget
 
     def thresholds_of(self, layer: str) -> Thresholds:
-        """Those that hold for a layer."""
+        """The thresholds for one layer, overrides included."""
         return first_match(layer, self.overrides).thresholds or self.thresholds
 
 
-# The least value of each field that counts something.
-_LEAST = {"analyze_every": 1, "measure_every": 1, "warmup_steps": 0, "patience": 1, "descent_steps": 0,
-          "cohort_steps": 1, "guard_steps": 0, "cooldown_steps": 0, "min_size": 1, "stall_analyses": 1,
-          "seed": 0}  # fmt: skip
+# Lower bounds of the integer fields.
+_MINIMA = {"analyze_every": 1, "measure_every": 1, "warmup_steps": 0, "patience": 1, "descent_steps": 0,
+           "cohort_steps": 1, "guard_steps": 0, "cooldown_steps": 0, "min_size": 1, "stall_analyses": 1,
+           "seed": 0}  # fmt: skip
 
 
 def _indices(owner: str, name: str, value: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What this library knows of torch.distributed. No other file does."""
+"""All of this library's dependence on torch.distributed: no other file imports it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of a distributed run that prints and logs: ``RANK`` is 0, or not set."""
+    """Whether this is rank 0, the process that prints and logs: environment variable ``RANK`` is 0 or not set."""
     return os.environ.get("RANK", "0") in ("", "0")
 
 
 def world_size() -> int:
-    """The number of processes that train together."""
+    """The number of processes in the default process group; 1 without one."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

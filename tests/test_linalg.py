@@ -739,7 +739,7 @@ def test_the_quick_retraction_is_the_same_where_it_says_so(shape, seed, scale, s
 def test_small_steps_are_quick():
     """Else the last test tests little."""
     for seed in range(20):
-        assert float(quick_retract(*quick_case((40, 30, 8), seed, 1.0, 0.1)).amplified) < 3.0
+        assert float(quick_retract(*quick_case((40, 30, 8), seed, 1.0, 0.1)).amplification) < 3.0
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
@@ -747,10 +747,10 @@ def test_small_steps_are_quick():
 def test_the_quick_retraction_knows_when_rank_is_lost(lost, scale):
     U, _, V = point(0, 12, 10, 4, torch.float32)
     S = torch.tensor([2.0, 1.5, 1.0, 0.5]) * (torch.arange(4) < 4 - lost) * scale
-    assert not quick_retract(U * S, torch.zeros(10, 4), U, V).amplified <= 30.0
+    assert not quick_retract(U * S, torch.zeros(10, 4), U, V).amplification <= 30.0
     K = U * 2.0 * scale
     K[:, 1] = K[:, 0]
-    assert not quick_retract(K, torch.zeros(10, 4), U, V).amplified <= 30.0
+    assert not quick_retract(K, torch.zeros(10, 4), U, V).amplification <= 30.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -760,7 +760,7 @@ def test_a_layer_that_is_not_finite_leaves_the_others_of_its_quick_batch_alone(w
     batch = [torch.stack(x) for x in zip(*parts, strict=True)]
     batch[which][1, 2, 0] = bad
     new = quick_retract(*batch)
-    assert (new.amplified <= 30.0).tolist() == [True, False, True]
+    assert (new.amplification <= 30.0).tolist() == [True, False, True]
     for i in (0, 2):
         one = quick_retract(*parts[i])
         assert close(product(Basis(*(t[i] for t in new.basis))), product(one.basis), 1e-5)

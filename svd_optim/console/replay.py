@@ -199,15 +199,15 @@ class _Replayer:
                 continue
             event = self.recorded_event(layer, step, "factorize", "descent_extended", "descent_failed")
             error = 0.0 if event is None else event.numbers["reconstruction_error"]
-            landing = self.lifecycle.landing(layer, error)
+            landing = self.lifecycle.descent_outcome(layer, error)
             if landing == Trigger.DESCENT_EXACT:
                 error = math.nan if event is None else error
                 self.lifecycle.factorize(layer, step, landing, "descent done", error)
             elif landing == Trigger.DESCENT_EXTENDED:
-                self.lifecycle.put_off(layer, step, step + self.config.analyze_every, error)
+                self.lifecycle.extend_descent(layer, step, step + self.config.analyze_every, error)
                 self.wait(layer)
             else:
-                self.lifecycle.give_up(layer, step, error)
+                self.lifecycle.fail_descent(layer, step, error)
 
     def waits(self, layer: _Layer, step: int) -> bool:
         """Whether a descent that would be over had no gradients in the run for some of its steps: it ends later."""
@@ -274,7 +274,7 @@ class _Replayer:
 
     def act(self, step: int) -> None:
         """Carry out the decisions."""
-        wanted = self.lifecycle.wanted()
+        wanted = self.lifecycle.requests()
         for layer in wanted[Action.DESCEND]:
             event = self.recorded_event(layer, step, "descend")
             if event is not None:  # the plan may have lowered the rank at that moment

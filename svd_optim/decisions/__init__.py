@@ -1,7 +1,7 @@
-"""Metrics in, decisions out: the rules, the plan over all layers, the state machine. No torch, no rich.
+"""From metrics to decisions: the rules, the plan over all layers, the state machine. No torch, no rich.
 
-For users: :class:`ThresholdPolicy`, to build a policy of their own on (:class:`svd_optim.config.Policy`), and
-:class:`Alert`, which listeners are told.
+For users: :class:`ThresholdPolicy`, a base for a policy of their own (:class:`svd_optim.config.Policy`), and
+:class:`Alert`, which listeners receive.
 """
 
 from .alerts import Alert, Level

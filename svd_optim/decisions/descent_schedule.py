@@ -1,6 +1,6 @@
 """When a rank descent ends. Plain Python: no torch.
 
-A layer whose gradient goes where its factors can't follow needs longer than one whose gradient they capture.
+The lower the tangent capture of a layer's gradient, the longer its descent.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from ..records import LayerMetrics
 
 
 def duration(steps: int, captures: Sequence[float | None]) -> int:
-    """How long a descent takes: ``steps`` where the capture is that of chance, less by its excess, in quarters.
+    """Length of a descent, in optimizer steps: ``steps`` at chance-level capture, less in proportion to the excess.
 
-    In quarters, so that layers that start together end together. On the GPT of ``examples/`` Muon, whose
-    layers have excesses of 0 to 0.5 at that time, ended better after longer descents, AdamW, with 0.3 to
-    0.9, after shorter ones.
+    It is rounded up to quarters of ``steps``, so that layers that start together end together. On the GPT of
+    ``examples/``, Muon, whose layers have excesses of 0 to 0.5 at that time, ended better after longer descents, and
+    AdamW, with excesses of 0.3 to 0.9, after shorter ones.
 
     Args:
+        steps: the configured ``descent_steps``.
         captures: the chance-corrected captures of the last analyses; ``None``: undefined.
     """
     known = [c for c in captures if c is not None and not math.isnan(c)]
@@ -28,10 +29,10 @@ def duration(steps: int, captures: Sequence[float | None]) -> int:
 
 
 def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -> int:
-    """The step at which the factors of a layer are due if its descent begins after ``step``.
+    """The optimizer step at which a descent that begins after ``step`` ends, and the factors are installed.
 
-    That is the end of the training, where it comes first, but after half of the duration at the earliest:
-    past ``total_steps`` if it is too late to begin.
+    That is ``step`` plus :func:`duration`, or the end of training if that comes first, but at least half of the
+    duration: past ``total_steps`` if it is too late to begin.
 
     Args:
         history: the layer's analyses, oldest first, those at another rank included.
@@ -43,5 +44,5 @@ def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -
 
 
 def too_late(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -> bool:
-    """Whether a descent that begins after ``step`` would last beyond the end of the training."""
+    """Whether a descent that begins after ``step`` would last beyond the end of training."""
     return config.total_steps is not None and ending(config, step, history) > config.total_steps

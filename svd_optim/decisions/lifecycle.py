@@ -1,7 +1,7 @@
-"""The layers of a run and their decisions: asks the policy, drives the state machine, says what happened. No torch.
+"""The layers of a run and their decisions: queries the policy, drives the state machine, emits events. No torch.
 
-The run that trains and the replay of its log share it. What happens to tensors is the caller's matter: it asks here
-what may be done, does it, and reports it here, which changes the layer's status and makes the :class:`Event`.
+Shared by the training run and the replay of its log. Tensors are the caller's responsibility: the caller asks here what
+is allowed, does it, and reports it here, which updates the layer's status and emits the :class:`Event`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from .descent_schedule import ending
 from .machine import LayerLife, Protection, Trigger
 from .policy import policy_of
 
-MAX_EXTENSIONS = 3  # how often the end of a descent is put off before the layer gives up
-MANUAL, GUARD, LOADED = "manual", "a guard tripped", "other weights were loaded"  # reasons that no decision has given
+MAX_EXTENSIONS = 3  # extensions of a descent before it fails
+MANUAL, GUARD, LOADED = "manual", "a guard tripped", "other weights were loaded"  # reasons of events without decision
 PROTECTED = "its principal block is protected"
 
-# What can be said of a run: kinds of events.
+# The kinds of events.
 EVENTS: Mapping[str, str] = {
     "descend": "a dense layer starts its descent",
-    "descent_extended": "the factors would not be exact enough yet: the descent goes on",
+    "descent_extended": "the factors would not be accurate enough yet: the descent continues",
     "descent_waits": "a layer without gradients, frozen or at a learning rate of 0: its descent waits",
-    "descent_resumed": "it goes on",
-    "descent_failed": "they were not after several extensions: the layer stays dense",
-    "descent_stopped": "a descent is called off; what it has faded stays faded",
-    "factorize": "a layer goes into factors",
+    "descent_resumed": "it continues",
+    "descent_failed": "they still were not after several extensions: the layer stays dense",
+    "descent_stopped": "a descent is canceled; what it has faded stays faded",
+    "factorize": "a layer is factorized",
     "merge": "a factorized layer becomes dense again",
-    "grow": "a factorized layer gets new directions",
-    "shrink": "a factorized layer gives up directions",
+    "grow": "a factorized layer gains singular directions",
+    "shrink": "a factorized layer drops singular directions",
     "danger": "the gradient attacks what a layer has learned",
-    "danger_over": "it no longer does",
-    "protect": "a layer's principal block is kept from moving",
-    "release": "it may move again",
+    "danger_over": "the danger is over",
+    "protect": "a layer's principal block is held fixed",
+    "release": "the principal block may change again",
     "loss_rose": "the training loss rose by more than its noise after layers had changed",
     "skewed": "factors are no longer orthonormal",
     "nonfinite": "NaN or Inf in a gradient, a weight or a step",
-    "decomposition_failed": "a decomposition keeps failing: the old basis is kept",
+    "decomposition_failed": "a decomposition fails repeatedly: the old basis is kept",
     "unsupported": "a layer is no longer tracked",
-    "interval": "intervals are stretched, or given back, to keep to max_overhead",
-    "stalled": "many analyses, and nothing ever acted",
+    "interval": "intervals are stretched or shortened to stay within max_overhead",
+    "stalled": "many analyses, and no layer ever acted",
 }
 WARNINGS = frozenset(
     {"stalled", "nonfinite", "descent_failed", "unsupported", "loss_rose", "skewed", "decomposition_failed"}
-)  # of these somebody should know
+)  # logged as warnings
 ACTS = frozenset({"descend", "factorize", "merge", "grow", "shrink"})
 TRIGGERS = {
     Action.DESCEND: Trigger.DESCEND,
@@ -54,7 +54,7 @@ TRIGGERS = {
     Action.MERGE: Trigger.MERGE,
     Action.GROW: Trigger.GROW,
     Action.SHRINK: Trigger.SHRINK,
-}  # that a policy may ask for
+}  # that a policy may request
 
 L = TypeVar("L", bound=LayerLife)
 
@@ -63,8 +63,8 @@ class Lifecycle(Generic[L]):
     """The tracked layers of one run, live or replayed.
 
     Args:
-        config: the rules.
-        emit: takes each event as it happens.
+        config: see :class:`SubspaceConfig`.
+        emit: called with each event as it happens.
     """
 
     def __init__(self, config: SubspaceConfig, emit: Callable[[Event], None]) -> None:
@@ -77,12 +77,12 @@ class Lifecycle(Generic[L]):
         self._emit = emit
 
     def emit(self, event: Event) -> None:
-        """Something has happened."""
+        """Pass an event on, and remember whether any layer ever acted."""
         self.acted |= event.kind in ACTS
         self._emit(event)
 
     def note(self, step: int, layer: str, kind: str, reason: str, numbers: Mapping[str, float] | None = None) -> None:
-        """Something has happened that changed no layer's state."""
+        """Emit an event that changed no layer's state."""
         self.emit(Event(step=step, layer=layer, kind=kind, reason=reason, numbers=dict(numbers or {})))
 
     def _fire(
@@ -97,7 +97,7 @@ class Lifecycle(Generic[L]):
     # ---- decisions -------------------------------------------------------------------------------------
 
     def begin_analysis(self, step: int) -> bool:
-        """Count an analysis. Returns whether layers may act at it: they do so together, in cohorts."""
+        """Count an analysis. Returns whether it is the first of a cohort: only then layers act, together."""
         cohort = self.config.cohort_steps
         boundary = step // cohort > self.last_analysis // cohort
         self.last_analysis = step
@@ -105,7 +105,11 @@ class Lifecycle(Generic[L]):
         return boundary
 
     def ask(self, layer: L, step: int, info: LayerInfo) -> Decision:
-        """Ask the policy about a layer, and remember what it was asked and what it said."""
+        """Query the policy about a layer, and record its input and its decision.
+
+        Raises:
+            TypeError: the policy returned something else than a :class:`Decision`.
+        """
         if layer.state == LayerState.WARMUP and step >= self.config.warmup_steps:
             layer.fire(Trigger.WARMUP_OVER)
         window = layer.window
@@ -117,41 +121,41 @@ class Lifecycle(Generic[L]):
         return decision
 
     def note_danger(self, layer: L, step: int) -> bool:
-        """After a decision: whether danger began or ended.
+        """After a decision: whether danger began or ended; if so, the event is emitted.
 
-        A window that has just started says nothing about it, nor does warmup, nor an interval without gradients.
+        It stays as it was in warmup, and while the window has fewer than ``patience`` analyses with gradients.
         """
         assert layer.decision is not None
-        begins, metrics = layer.decision.danger, layer.history[-1]
+        danger, metrics = layer.decision.danger, layer.history[-1]
         recent = [m for m in layer.window[-self.config.patience :] if m.principal_excess is not None]
         ready = layer.state != LayerState.WARMUP and len(recent) == self.config.patience
-        if not ready or begins == layer.status.in_danger:
+        if not ready or danger == layer.status.in_danger:
             return False
-        layer.status.in_danger = begins
+        layer.status.in_danger = danger
         excess = {} if metrics.principal_excess is None else {"principal_excess": metrics.principal_excess}
-        reason = f"the gradient {'attacks' if begins else 'leaves alone'} what the layer has learned"
+        reason = f"the gradient {'attacks' if danger else 'leaves alone'} what the layer has learned"
         numbers = {**excess, "principal_danger": layer.thresholds.principal_danger}
-        self.note(step, layer.name, "danger" if begins else "danger_over", reason, numbers)
+        self.note(step, layer.name, "danger" if danger else "danger_over", reason, numbers)
         return True
 
     @property
     def protects(self) -> bool:
-        """Whether danger makes layers protected by itself."""
+        """Whether layers in danger are protected automatically."""
         return self.config.on_danger == "protect" and self.config.mode == "auto"
 
-    def wanted(self) -> dict[Action, list[L]]:
-        """The layers by what their policy asks for, where the table allows it; of a protected one only to merge."""
-        wanted: dict[Action, list[L]] = {action: [] for action in Action}
+    def requests(self) -> dict[Action, list[L]]:
+        """The layers by requested action, where their state allows it; protected ones may only merge."""
+        requests: dict[Action, list[L]] = {action: [] for action in Action}
         for layer in self.layers.values():
             action = Action.HOLD if layer.decision is None else layer.decision.action
             if action == Action.HOLD or not layer.can(TRIGGERS[action]):
                 continue
             if not layer.protected or action == Action.MERGE:
-                wanted[action].append(layer)
-        return wanted
+                requests[action].append(layer)
+        return requests
 
     def note_stall(self, step: int) -> None:
-        """A run in which nothing ever acted says so, with the numbers."""
+        """Emit "stalled", with the blocking conditions, every ``stall_analyses`` analyses until a layer acts."""
         every = self.config.stall_analyses
         if self.acted or not self.layers or self.config.mode != "auto" or self.analyses % every:
             return
@@ -165,24 +169,24 @@ class Lifecycle(Generic[L]):
     # ---- descents --------------------------------------------------------------------------------------
 
     def descend(self, layer: L, step: int) -> None:
-        """A dense layer starts its descent, for as long as its captures say."""
+        """A dense layer starts its descent; its length follows from the measured capture."""
         assert layer.decision is not None
         until = ending(self.config, step, layer.history)
         numbers: dict[str, float] = {"rank": layer.rank, "until_step": until}
         self._fire(layer, Trigger.DESCEND, step, "descend", layer.decision.reason, lambda: numbers, descent_end=until)
 
-    def landing(self, layer: L, error: float) -> Trigger:
-        """What a descent that is due comes to.
+    def descent_outcome(self, layer: L, error: float) -> Trigger:
+        """How a descent that has reached its end is concluded: exact, extended or failed.
 
         Args:
-            error: relative, of keeping only the rank.
+            error: relative Frobenius error of the truncation to the layer's rank.
         """
         if error < layer.thresholds.reconstruction_safe:
             return Trigger.DESCENT_EXACT
         return Trigger.DESCENT_EXTENDED if layer.status.extensions < MAX_EXTENSIONS else Trigger.DESCENT_FAILED
 
-    def put_off(self, layer: L, step: int, until: int, error: float) -> None:
-        """A descent whose factors would not be exact enough yet goes on."""
+    def extend_descent(self, layer: L, step: int, until: int, error: float) -> None:
+        """A descent whose factors would not be accurate enough yet continues until step ``until``."""
         layer.fire(Trigger.DESCENT_EXTENDED)
         layer.status.extensions += 1
         layer.status.descent_end = until
@@ -209,27 +213,31 @@ class Lifecycle(Generic[L]):
             self.note(step, layer.name, "descent_resumed", "the base optimizer moves it again", numbers)
             status.waited = 0
 
-    def give_up(self, layer: L, step: int, error: float) -> None:
-        """It is given up."""
+    def fail_descent(self, layer: L, step: int, error: float) -> None:
+        """A descent that needed too many extensions ends, and the layer stays dense."""
         numbers = {"reconstruction_error": error, "reconstruction_safe": layer.thresholds.reconstruction_safe}
         reason = f"not exact enough after {MAX_EXTENSIONS} extensions"
         self._fire(layer, Trigger.DESCENT_FAILED, step, "descent_failed", reason, lambda: numbers)
 
     def stop_descent(self, layer: L, step: int, trigger: Trigger, reason: str) -> None:
-        """It is called off."""
+        """A descent is canceled, and the layer stays dense."""
         self._fire(layer, trigger, step, "descent_stopped", reason, dict)
 
     # ---- factors ---------------------------------------------------------------------------------------
 
     def factorize(self, layer: L, step: int, trigger: Trigger, reason: str, error: float) -> None:
-        """A layer has gone into factors of its present rank."""
+        """A layer was factorized at its present rank.
+
+        Args:
+            error: relative Frobenius error of the truncation.
+        """
         info = layer.info(step)
         numbers = {"rank": info.rank, "reconstruction_error": error, "parameters_before": info.dense_numel,
                    "parameters_after": info.factored_numel}  # fmt: skip
         self._fire(layer, trigger, step, "factorize", reason, lambda: numbers)
 
     def merge(self, layer: L, step: int, trigger: Trigger, reason: str) -> None:
-        """A factorized layer has become dense again."""
+        """A factorized layer became dense again."""
         rank, status = layer.rank, layer.status
         self._fire(layer, trigger, step, "merge", reason,
                    lambda: {"rank": rank, "cooldown": status.cooldown_until - step})  # fmt: skip
@@ -241,17 +249,17 @@ class Lifecycle(Generic[L]):
         self._fire(layer, trigger, step, kind, reason, lambda: {"rank_before": before, "rank": rank}, rank=rank)
 
     def beyond_break_even(self, layer: L, rank: int) -> bool:
-        """Whether factors of this rank would be no smaller than the dense weight."""
+        """Whether factors of this rank would have at least as many parameters as the dense weight."""
         return rank >= break_even_rank(*layer.shape)
 
     # ---- protection ------------------------------------------------------------------------------------
 
     def may_protect(self, layer: L, begin: bool, manual: bool) -> bool:
-        """Whether protection can begin or end now; what was begun manually ends manually."""
+        """Whether protection can begin or end now; manual protection ends only manually."""
         return begin != layer.protected and (manual or layer.status.protection != Protection.MANUAL)
 
     def protect(self, layer: L, step: int, reason: str, rank: int, manual: bool) -> None:
-        """The principal block of a layer is kept from moving; a descent would move it."""
+        """The principal block of a layer is held fixed from now on; a descent, which would change it, is canceled."""
         layer.status.protection = Protection.MANUAL if manual else Protection.DANGER
         if layer.state == LayerState.DESCENDING:
             self.stop_descent(layer, step, Trigger.PROTECT, PROTECTED)
@@ -260,7 +268,7 @@ class Lifecycle(Generic[L]):
         self.note(step, layer.name, "protect", reason, {"rank": rank})
 
     def release(self, layer: L, step: int, reason: str, rank: int) -> None:
-        """It may move again."""
+        """The principal block of a layer may change again."""
         layer.fire(Trigger.RELEASE)
         layer.status.protection = Protection.NONE
         self.note(step, layer.name, "release", reason, {"rank": rank})

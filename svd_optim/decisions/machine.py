@@ -1,7 +1,7 @@
-"""The state machine of a layer: where it can be, what can happen to it, and what follows. No torch.
+"""The state machine of a layer: its states, its triggers and its transitions. No torch.
 
-One table, :data:`TRANSITIONS`. The run that trains and the replay of its log go by it (:mod:`.lifecycle`), tests try
-each of its cells, and ``CONTRIBUTING.md`` shows it as :func:`transition_table` writes it.
+One table, :data:`TRANSITIONS`. The training run and the replay of its log both use it (:mod:`.lifecycle`), tests cover
+each of its cells, and ``CONTRIBUTING.md`` shows it as formatted by :func:`transition_table`.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class Trigger(StrEnum):
 
 
 class Cooldown(StrEnum):
-    """For how long a layer is left as it is afterwards."""
+    """For how long a layer does not change again afterwards."""
 
     NONE = "none"
     FLAT = "flat"  # cooldown_steps
     BACKOFF = "back-off"  # cooldown_steps, doubled by each earlier revert: exponential back-off
-    UNCOUNTED = "back-off, not counted"  # the same, but the next one is no longer for it
+    UNCOUNTED = "back-off, not counted"  # the same, but it does not count as a revert
 
 
 class Next(NamedTuple):
-    """What a trigger makes of a layer in one state."""
+    """The effect of a trigger on a layer in one state."""
 
     state: LayerState
     cooldown: Cooldown = Cooldown.NONE
-    restarts: bool = False  # a new decision window: analyses up to now say nothing of what the layer is from now on
+    restarts: bool = False  # a new decision window starts: earlier analyses say nothing about the layer's new form
 
 
 def _same(*states: LayerState) -> dict[LayerState, Next]:
@@ -67,7 +67,7 @@ _REVERT = Next(DENSE, Cooldown.BACKOFF, restarts=True)
 _INSTALL = Next(FACTORIZED, restarts=True)
 _RESIZE = {FACTORIZED: Next(FACTORIZED, Cooldown.FLAT, restarts=True)}
 
-TRANSITIONS: Mapping[Trigger, Mapping[LayerState, Next]] = {  # a state that is not there: impossible
+TRANSITIONS: Mapping[Trigger, Mapping[LayerState, Next]] = {  # states that are missing: impossible
     Trigger.WARMUP_OVER: {WARMUP: Next(DENSE)},
     Trigger.DESCEND: {DENSE: Next(DESCENDING)},
     Trigger.FACTORIZE: {DENSE: _INSTALL, DESCENDING: _INSTALL},
@@ -96,39 +96,39 @@ TRANSITIONS: Mapping[Trigger, Mapping[LayerState, Next]] = {  # a state that is 
 
 
 class Protection(StrEnum):
-    """Who keeps a layer's principal block from moving."""
+    """Why a layer's principal block is held fixed."""
 
     NONE = "none"
-    DANGER = "danger"  # for as long as it lasts
+    DANGER = "danger"  # until the danger is over
     MANUAL = "manual"  # until `release_`
 
 
 @dataclass
 class LayerStatus:
-    """Where a layer is in its life: everything that the machine changes, saved as one dict."""
+    """The state of a layer: everything that the state machine changes, saved as one dict."""
 
     state: LayerState = WARMUP
     rank: int = 0
-    """Singular directions kept, or to be kept."""
+    """Number of singular directions kept, or to be kept."""
     window_start: int = -1
-    """No decision rests on analyses up to this step: they were of another state or rank."""
+    """Decisions ignore analyses up to this step: they were of another state or rank."""
     descent_end: int | None = None
-    """The step at which the factors are due, while the layer descends."""
+    """The optimizer step at which the factors are to be installed, while the layer descends."""
     extensions: int = 0
-    """How often that was put off."""
+    """Number of times that the descent was extended."""
     waited: int = 0
     """Steps that the descent has waited for gradients; 0: it does not wait."""
     cooldown_until: int = 0
-    """Before that step the layer is left as it is."""
+    """The layer does not change again before this optimizer step."""
     reverts: int = 0
-    """How often it became dense again; each doubles the next cooldown."""
+    """Number of times that it became dense again; each doubles the next cooldown."""
     in_danger: bool = False
     protection: Protection = Protection.NONE
 
 
 @dataclass
 class LayerLife:
-    """One layer as decisions see it, in a run or in its replay."""
+    """One layer as the decisions see it, in a run or in its replay."""
 
     name: str
     shape: tuple[int, int]
@@ -138,33 +138,33 @@ class LayerLife:
     history: list[LayerMetrics] = field(default_factory=list)
     """Its analyses, oldest first."""
     decision: Decision | None = None
-    """The last one; ``None``: somebody has stepped in since."""
+    """The last one; ``None`` before the first, and after an intervention (manual, a guard, loading)."""
     policy_input: PolicyInput | None = None
-    """What it answers."""
+    """The policy's input for that decision."""
 
     @property
     def state(self) -> LayerState:
-        """Where it is in its life."""
+        """Its current state."""
         return self.status.state
 
     @property
     def factorized(self) -> bool:
-        """Whether its weight is in factors."""
+        """Whether its weight is stored as factors."""
         return self.status.state == FACTORIZED
 
     @property
     def rank(self) -> int:
-        """Singular directions kept, or to be kept."""
+        """Number of singular directions kept, or to be kept."""
         return self.status.rank
 
     @property
     def protected(self) -> bool:
-        """Whether its principal block is kept from moving."""
+        """Whether its principal block is held fixed."""
         return self.status.protection != Protection.NONE
 
     @property
     def window(self) -> tuple[LayerMetrics, ...]:
-        """The analyses that decisions rest on: those at the present rank and in the present state."""
+        """The decision window: the analyses at the present rank and in the present state, oldest first."""
         return tuple(metrics for metrics in self.history if metrics.step > self.status.window_start)
 
     @property
@@ -173,31 +173,35 @@ class LayerLife:
         return bool(self.history) and not self.history[-1].measured and self.history[-1].nonfinite > 0
 
     def restart_window(self) -> None:
-        """Another rank or state: decisions start from nothing."""
+        """Start a new decision window, after a change of rank or state."""
         self.status.window_start = self.history[-1].step if self.history else -1
 
     def info(self, step: int, **facts: object) -> LayerInfo:
-        """What a policy may know at a step.
+        """The policy's view of the layer at an optimizer step.
 
         Args:
-            facts: fields of :class:`LayerInfo` that somebody else knows.
+            facts: fields of :class:`LayerInfo` that only the caller knows.
         """
         cooldown = max(0, self.status.cooldown_until - step)
         known = {"rank": self.rank, "protected": self.protected, "cooldown": cooldown, **facts}
         return LayerInfo(name=self.name, shape=self.shape, **known)  # type: ignore[arg-type]
 
     def can(self, trigger: Trigger) -> bool:
-        """Whether this can happen to it now."""
+        """Whether the trigger is possible in its present state."""
         return self.state in TRANSITIONS[trigger]
 
     def fire(self, trigger: Trigger, step: int = 0, cooldown_steps: int = 0) -> LayerState:
-        """It has happened: go where the table says.
+        """Make the transition that the table has for the trigger in the present state.
+
+        Args:
+            step: the present optimizer step, from which a cooldown counts.
+            cooldown_steps: length of a flat cooldown.
 
         Returns:
             The state before.
 
         Raises:
-            RuntimeError: the table knows no such transition; nothing was changed.
+            RuntimeError: the table has no such transition; nothing was changed.
         """
         status, before = self.status, self.state
         if not self.can(trigger):
@@ -219,12 +223,12 @@ def transition_table() -> str:
     """:data:`TRANSITIONS` in Markdown: one row per trigger, one column per state; ``–``: impossible."""
     rows = [("what happens", *(state.upper() for state in LayerState), "cooldown"), ("---",) * (len(LayerState) + 2)]
     for trigger, cells in TRANSITIONS.items():
-        shown = [
+        targets = [
             "–" if state not in cells else "same" if cells[state].state == state else cells[state].state.upper()
             for state in LayerState
         ]
         cooldowns = {state: cell.cooldown for state, cell in cells.items()}
-        several = len(set(cooldowns.values())) > 1
-        told = [f"{c} ({s.upper()})" if several else c for s, c in cooldowns.items() if c != Cooldown.NONE]
-        rows.append((trigger, *shown, ", ".join(dict.fromkeys(told)) or Cooldown.NONE))
+        differ = len(set(cooldowns.values())) > 1
+        labels = [f"{c} ({s.upper()})" if differ else c for s, c in cooldowns.items() if c != Cooldown.NONE]
+        rows.append((trigger, *targets, ", ".join(dict.fromkeys(labels)) or Cooldown.NONE))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

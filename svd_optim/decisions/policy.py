@@ -1,4 +1,4 @@
-"""Thresholds and history in, decisions out: the library's rules. Plain Python: no torch."""
+"""The library's decision rules: from a layer's metrics and thresholds to a decision. Plain Python: no torch."""
 
 from __future__ import annotations
 
@@ -71,22 +71,22 @@ _REASONS = {
 }
 
 RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
-    # Capture says how long to descend and when to come back; as a way in it is there for those who ask for it.
+    # Capture sets the length of a descent and triggers growing and merging; as an entry condition it is off by default.
     "stability": (_stable, _capture_safe),
-    # That of the Phase 1 experiment: danger first. minor_safe is danger's complement, so one test is both.
+    # The rule of the Phase 1 experiment. minor_safe is the complement of danger, so one condition tests both.
     "alignment": (_minor_safe, _stable),
 }
 
 
 @dataclass(frozen=True)
 class ThresholdPolicy:
-    """The rules of this library: all conditions of a rule, ``patience`` analyses in a row.
+    """The library's policy: all conditions of a rule must hold at ``patience`` consecutive analyses.
 
     Args:
         rule: a key of :data:`RULES`.
-        patience: consecutive analyses.
-        descend: whether a layer that is not exact enough yet may descend; if not,
-            ``reconstruction_safe`` is one of the conditions.
+        patience: number of consecutive analyses.
+        descend: whether a layer that is not accurate enough yet may descend; if not, ``reconstruction_safe`` is one
+            of the conditions.
     """
 
     rule: str = "stability"
@@ -109,7 +109,7 @@ class ThresholdPolicy:
     ) -> Decision:
         danger = self._in_danger(history, thresholds)
         if state == LayerState.FACTORIZED and history:
-            return self._inside(layer, history, thresholds, danger)
+            return self._decide_factorized(layer, history, thresholds, danger)
         if state != LayerState.DENSE or not history:
             waiting = "no analysis yet" if not history else str(state)
             return Decision(action=Action.HOLD, reason=waiting, danger=danger)
@@ -124,40 +124,44 @@ class ThresholdPolicy:
         reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)
         return Decision(action=action, reason=reason, conditions=conditions, danger=danger)
 
-    def _inside(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds, danger: bool) -> Decision:
-        """Shrink, grow, go back or stay: only what ``patience`` analyses in a row agree on."""
+    def _decide_factorized(
+        self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds, danger: bool
+    ) -> Decision:
+        """Shrink, grow, merge or hold: only what ``patience`` consecutive analyses agree on."""
         hold = Decision(action=Action.HOLD, reason=str(LayerState.FACTORIZED), danger=danger)
         recent = history[-self.patience :]
         if len(recent) < self.patience:
             return hold
         captures = [c for m in recent if (c := m.capture_excess) is not None and not math.isnan(c)]
         if len(captures) < len(recent):
-            return hold  # undefined: says nothing, for it or against it
+            return hold  # an undefined capture is no evidence either way
         highest = max(captures)
-        kept = Condition(name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True)
+        capture_kept = Condition(
+            name="capture_kept", value=highest, threshold=t.capture_lost, above=True, or_equal=True
+        )
         known = [m.persistence for m in recent if m.persistence is not None]
         persistence_signal = Condition(
             name="persistence_signal", value=min(known, default=None), threshold=t.persistence_signal, above=True
         )
-        noise = bool(known) and not persistence_signal.holds  # is what the factors can't follow
+        noise = bool(known) and not persistence_signal.holds  # what the factors can't follow is noise
 
-        def because(why: str, missing: Condition, action: Action, rank: int | None = None) -> Decision:
-            told = (missing, persistence_signal) if known else (missing,)
-            reason = f"{why}: {'; '.join(map(str, told))}"
-            return replace(hold, action=action, reason=reason, conditions=told, rank=rank)
+        def decision(summary: str, failed: Condition, action: Action, rank: int | None = None) -> Decision:
+            conditions = (failed, persistence_signal) if known else (failed,)
+            reason = f"{summary}: {'; '.join(map(str, conditions))}"
+            return replace(hold, action=action, reason=reason, conditions=conditions, rank=rank)
 
         step = quantum(*layer.shape)
         grown = layer.rank + step
-        if not kept.holds and not noise:
-            few = layer.room >= step and grown < layer.break_even and layer.cooldown == 0
-            action, rank = (Action.GROW, grown) if few else (Action.MERGE, None)  # a second time it is not enough
-            return because("factors can't follow", kept, action, rank)
+        if not capture_kept.holds and not noise:
+            if layer.room >= step and grown < layer.break_even and layer.cooldown == 0:
+                return decision("factors can't follow", capture_kept, Action.GROW, grown)
+            return decision("factors can't follow", capture_kept, Action.MERGE)  # or growing has not helped
         if layer.cooldown > 0:
             return hold
-        exact = [m.exact_rank or m.rank for m in recent]
-        rank = -(-max(exact) // step) * step
-        spare = rank <= layer.rank - step
-        free = Condition(
+        exact_ranks = [m.exact_rank or m.rank for m in recent]
+        rank = -(-max(exact_ranks) // step) * step
+        can_shrink = rank <= layer.rank - step
+        capture_held = Condition(
             name="capture_held",
             value=highest,
             threshold=t.capture_held,
@@ -165,13 +169,13 @@ class ThresholdPolicy:
             or_equal=True,
             margin=min(t.warn_margin, t.capture_held),
         )
-        if free.holds and spare:
+        if capture_held.holds and can_shrink:
             reason = f"all but {rank} of {layer.rank} directions are negligible"
             return replace(hold, action=Action.SHRINK, reason=reason, rank=rank)
-        if not free.holds and not spare and not noise:  # held back, and using all the directions that it has
+        if not capture_held.holds and not can_shrink and not noise:  # limited by its rank, all of which it uses
             if layer.room < step:
-                return because("held back, without room to grow", free, Action.HOLD)
-            return because("held back", free, Action.GROW, grown)
+                return decision("held back, without room to grow", capture_held, Action.HOLD)
+            return decision("held back", capture_held, Action.GROW, grown)
         return hold
 
     def _has_to_descend(self, history: Sequence[LayerMetrics], t: Thresholds) -> bool:
@@ -182,7 +186,7 @@ class ThresholdPolicy:
         return len(recent) == self.patience and all(_attack(m, t).holds for m in recent)
 
     def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
-        """All conditions as of the last analysis, the structural ones first, patience last."""
+        """All conditions at the last analysis, the structural ones first, patience last."""
         tests = RULES[self.rule] if self.descend else (*RULES[self.rule], _reconstruction_safe)
         in_time = not (layer.late and self._has_to_descend(history, t))
         streak = 0
@@ -209,5 +213,5 @@ class ThresholdPolicy:
 
 
 def policy_of(config: SubspaceConfig) -> Policy:
-    """The user's own policy, or the library's with the rule that the configuration names."""
+    """The user's policy if there is one, else the library's with the configured rule."""
     return config.policy or ThresholdPolicy(config.rule, config.patience, descend=config.descent_steps > 0)

@@ -1,7 +1,8 @@
-"""Layers in factors: the module, turning layers into it and back, and the base optimizer's step inside.
+"""Factorized layers: the module, the conversion of layers, and the base optimizer's step on the factors.
 
-For users: :func:`factorize_` and :func:`merge_` turn single modules of a model that no optimizer of this library
-wraps; :func:`restore_on_load_` lets such a model load what was saved with factorized layers.
+For users: :func:`factorize_` and :func:`merge_` convert single modules of a model without a
+:class:`~svd_optim.SubspaceAwareOptimizer`; :func:`restore_on_load_` lets such a model load state dicts with factorized
+layers.
 """
 
 from .linear import FactorizedLinear

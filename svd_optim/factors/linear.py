@@ -1,16 +1,16 @@
-"""FactorizedLinear: a linear layer whose weight is U diag(S) V^T and is never formed.
+"""FactorizedLinear: a linear layer with the weight U diag(S) V^T, which is never formed.
 
-Its gradients come in two conventions. As an ordinary module it gives the true ones. While a
-:class:`~svd_optim.SubspaceAwareOptimizer` trains it (``tangent=True``) it gives those of the two
-matrices that the optimizer steps on, in the units of W:
+Its gradients come in two conventions. As an ordinary module it has the true ones. While a
+:class:`~svd_optim.SubspaceAwareOptimizer` trains it (``tangent=True``) it has those of the two matrices that the
+optimizer updates, in the units of W:
 
     U.grad = G V                    (m, k), the gradient of K = U diag(S)
     V.grad = (I - V V^T) G^T U      (n, k), the gradient of L, which starts at 0 each step
     S.grad = None
 
-with G the gradient of W. Together their squared norm is that of the projection of G onto the
-tangent space of the rank-k matrices, so a global gradient norm means the same before and after a
-switch: what these factors can follow of the dense norm, without the factor S of the true gradients.
+with G the gradient of W. The sum of their squared norms is that of the projection of G onto the tangent space of the
+rank-k matrices (Vandereycken, SIAM J. Optim. 23 (2013)), so a global gradient norm is comparable before and after a
+switch: it is the part of the dense norm that the factors can follow, without the factor S of the true gradients.
 
 To the rest of PyTorch it is an ordinary module: plain optimizers, ``deepcopy``, pickling, ``.to()`` and
 ``torch.compile`` work (which gains nothing inside factors, and recompiles the model once for each switch). A parent
@@ -32,7 +32,7 @@ SKETCH_SIZE = 8  # columns of the sketch that estimates the part of ||G|| outsid
 
 
 class _TangentLinear(torch.autograd.Function):
-    """y = x V diag(S) U^T, with the gradients of K and L (see above) and a sketch of G."""
+    """y = x V diag(S) U^T, with the gradients of K and L (see the module) and the sketch G Omega."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, sketch: Tensor, Omega: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class _TangentLinear(torch.autograd.Function):
 
 
 class _TangentWeight(torch.autograd.Function):
-    """U diag(S) V^T as a matrix, for readers of ``layer.weight``, with the gradients of K and L."""
+    """U diag(S) V^T as a matrix, for code that reads ``layer.weight``, with the gradients of K and L."""
 
     @staticmethod
     def forward(ctx: Any, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
@@ -76,15 +76,20 @@ class _TangentWeight(torch.autograd.Function):
 class FactorizedLinear(nn.Linear):
     """``nn.Linear`` with W = U diag(S) V^T.
 
-    Parameters: ``U`` (out_features, rank), ``S`` (rank,), ``V`` (in_features, rank), ``bias``.
-    ``weight`` is a read-only property that forms the product; writing to it has no effect on the
-    layer.
+    Parameters: ``U`` (out_features, rank), ``S`` (rank,), ``V`` (in_features, rank), ``bias`` (out_features,).
+    ``weight`` is a read-only property that forms the product; modifying the result has no effect on the layer.
+
+    The constructor fills the factors with the leading triplets of a newly initialized ``nn.Linear``; to convert an
+    existing layer in place use :func:`svd_optim.factors.factorize_`.
 
     Args:
         rank: number of singular triplets, 1 to min(in_features, out_features).
 
     The constructor fills the factors with the leading triplets of a fresh ``nn.Linear``; use
     :func:`svd_optim.factors.factorize_` to turn an existing layer into this class in place.
+
+    Raises:
+        ValueError: ``rank`` is out of range.
     """
 
     U: nn.Parameter
@@ -116,7 +121,7 @@ class FactorizedLinear(nn.Linear):
         self.install(U[:, :rank], S[:rank], Vh[:rank].mT, dense.dtype)
 
     def install(self, U: Tensor, S: Tensor, V: Tensor, dtype: torch.dtype) -> None:
-        """Make U (m, k), S (k,), V (n, k) the parameters, in ``dtype``, before ``bias``."""
+        """Register copies of U (m, k), S (k,), V (n, k) in ``dtype`` as parameters, before ``bias``."""
         bias = self._parameters.pop("bias", None)
         for name, factor in (("U", U), ("S", S), ("V", V)):
             data = factor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
@@ -130,17 +135,17 @@ class FactorizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """U diag(S) V^T, (out_features, in_features), formed anew at each access."""
+        """U diag(S) V^T, (out_features, in_features), computed at each access."""
         if self.tangent:
             return _TangentWeight.apply(self.U, self.S, self.V)
         return (self.U * self.S) @ self.V.mT
 
     def track_tangent(self, Omega: Tensor | None, owner: object = None) -> None:
-        """Switch to the gradients of K and L, with a fresh sketch; ``None``: back to the true ones.
+        """Switch to the gradients of K and L, with a zero sketch; ``None``: back to the true gradients.
 
         Args:
-            Omega: (in_features, s), standard normal, in the parameters' type.
-            owner: who asked; whoever lets go later can see whether the layer is still theirs.
+            Omega: (in_features, s), standard normal, in the parameters' dtype.
+            owner: identifies the caller, so that it detaches the layer only if no other one has attached it since.
         """
         for name in ("tangent", "owner", "Omega", "sketch"):
             self.__dict__.pop(name, None)
@@ -155,25 +160,26 @@ class FactorizedLinear(nn.Linear):
             y = F.linear(F.linear(x, V.mT) * S, U)
         else:
             assert self.sketch is not None and self.Omega is not None
-            # Cast here, outside of the function, so that autocast sees leaves of one dtype inside it.
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else U.dtype
+            # Cast here, outside the autograd function, so that all of its inputs have one dtype under autocast.
+            device_type = x.device.type
+            autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if autocast else U.dtype
             factors = (t.to(dtype) for t in (U, S, V, self.sketch, self.Omega))
             y = _TangentLinear.apply(x.to(dtype) if x.dtype != dtype else x, *factors)
         return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        """As of ``nn.Linear``, with the rank."""
+        """The text of ``nn.Linear``, with the rank."""
         return f"{super().extra_repr()}, rank={self.rank}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.Omega is not None:  # the sketch is no buffer (it is a leaf), so it moves by hand
+        if self.Omega is not None:  # the sketch is a leaf and no buffer, so nn.Module does not move it
             self.track_tangent(fn(self.Omega), self.owner)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle belongs to no optimizer: it gives true gradients until one adopts it.
+        # A copy or a pickle belongs to no optimizer: it has true gradients until one attaches it.
         state = self.__dict__.copy()
         for name in ("tangent", "owner", "Omega", "sketch"):
             state.pop(name, None)

@@ -1,9 +1,8 @@
-"""What an optimizer remembers of a weight, moved with the weight: dense <-> factors, basis to basis.
+"""Transfer of an optimizer's moments with its weight: dense to factors and back, and from basis to basis.
 
-First moments are linear in the gradient and move exactly (inside the tangent space). Second moments
-move under the assumption that a gradient's entries are uncorrelated: E[(G V)_ia^2] = sum_j
-E[G_ij^2] V_ja^2. Kept: v >= M^2, without which the first Adam step after a move can be thousands of
-learning rates long.
+First moments are linear in the gradient and are transferred exactly (within the tangent space). Second moments are
+transferred under the assumption that a gradient's entries are uncorrelated: E[(G V)_ia^2] = sum_j E[G_ij^2] V_ja^2.
+v >= M^2 is enforced: without it the first Adam step after a transfer can be thousands of learning rates long.
 
 K = U diag(S) (m, k) has the gradient G V, L (n, k) has (I - V V^T) G^T U; M_K, M_L, v_K, v_L are
 their moments. All functions take leading batch dimensions.
@@ -25,12 +24,12 @@ from torch import Tensor
 
 from ..linalg import project_off, to_compute_dtype
 
-# torch.optim's vocabulary, and that of most optimizers written after it.
+# State keys of torch.optim, which most other optimizers use too.
 FIRST = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
 FIRST_OF = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg", "square_avg": "grad_avg"}
 
-# Those whose state is known to be of these kinds before they have taken a step.
+# Optimizers whose state is known to have only these keys before they have taken a step.
 SUPPORTED = (
     torch.optim.SGD,
     torch.optim.Adam,
@@ -48,7 +47,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
-    """Why a parameter's optimizer state can't be moved into factors; empty if it can."""
+    """Why a parameter's optimizer state can't be transferred to factors; empty if it can."""
     cannot = "which svd_optim can't move into factors"
     for key, value in state.items():
         if isinstance(value, Tensor):
@@ -64,16 +63,16 @@ def _is_moment(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim >= 2 and (key in FIRST or key in SECOND)
 
 
-def _copied(value: Any) -> Any:
-    # K and L must not share one `step` tensor: a fused or foreach step would count it twice.
+def _copy(value: Any) -> Any:
+    # K and L must not share one `step` tensor: a fused or foreach step would increment it twice.
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, Any]]) -> None:
-    """v >= M^2, or, where that did not hold before the move: no entry's M^2 / v above the largest one then.
+def _bound_ratios(after: Sequence[Moments], before: Sequence[Mapping[str, Any]]) -> None:
+    """Raise v such that max M^2 / v is at most 1, or at most what it was before the transfer if that was more.
 
-    A young Adam's v is far below M^2 by nature (0.001 g^2 against (0.1 g)^2 after one step; its bias
-    correction knows). Raising it to M^2 there would slow the layer for a thousand steps.
+    In the first steps of Adam v is far below M^2 (0.001 g^2 against (0.1 g)^2 after one step, which its bias correction
+    compensates). Raising v to M^2 then would slow the layer down for a thousand steps.
     """
     for key, first in FIRST_OF.items():
         if not all(key in moments and first in moments for moments in (*after, *before)):
@@ -81,8 +80,8 @@ def _keep_steps_short(after: Sequence[Moments], before: Sequence[Mapping[str, An
         allowed = torch.ones((), dtype=torch.float32, device=after[0][key].device)
         for moments in before:
             v = to_compute_dtype(moments[key])
-            safe = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0
-            ratio = to_compute_dtype(moments[first]).square().div_(safe).amax((-2, -1), keepdim=True)
+            nonzero = v.clamp(min=torch.finfo(v.dtype).tiny)  # where there was no gradient yet, M = v = 0
+            ratio = to_compute_dtype(moments[first]).square().div_(nonzero).amax((-2, -1), keepdim=True)
             allowed = torch.maximum(allowed, ratio)
         for moments in after:
             moments[key] = torch.maximum(moments[key], moments[first].square().div_(allowed))
@@ -106,19 +105,18 @@ def split_second(v: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 def join_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """An estimate of v (m, n) from v_K, v_L.
 
-    v_K (V o V)^T + (U o U) v_L^T is the variance of the part of the gradient that the factors saw.
-    Of a gradient without a preferred direction that is the share k/m + k/n - k^2/mn (with v_L the
-    variance of the projected gradient), so it is divided by it: exact there, and too large, hence
-    cautious, where the factors saw more than chance.
+    v_K (V o V)^T + (U o U) v_L^T is the variance of the gradient's projection onto the tangent space. For an isotropic
+    gradient that is the fraction k/m + k/n - k^2/mn of its variance (with v_L the variance of the projected gradient),
+    by which it is divided: exact in that case, and too large, hence conservative, where the factors capture more.
     """
     m, k = U.shape[-2:]
     n = V.shape[-2]
-    seen = 1 - (1 - k / m) * (1 - k / n)
-    return (v_K @ V.square().mT + U.square() @ v_L.mT) / seen
+    captured = 1 - (1 - k / m) * (1 - k / n)
+    return (v_K @ V.square().mT + U.square() @ v_L.mT) / captured
 
 
 def transport_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
-    """M_K, M_L in the bases U1, V1: the split of M_K V^T + U M_L^T, never formed."""
+    """M_K (m, k), M_L (n, k) in the bases U1, V1 (vector transport): the split of M_K V^T + U M_L^T, never formed."""
     return _transport_first(M_K, M_L, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
 
 
@@ -133,7 +131,7 @@ def _transport_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, rotations: 
 
 
 def transport_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
-    """v_K, v_L in the bases U1, V1, whose columns are nearly combinations of those of U, V."""
+    """v_K, v_L in the bases U1, V1, whose spans are nearly those of U, V."""
     return _transport_second(v_K, v_L, (U.mT @ U1, V.mT @ V1))
 
 
@@ -145,15 +143,14 @@ def _transport_second(v_K: Tensor, v_L: Tensor, rotations: Pair) -> Pair:
 def resize(
     state_K: Mapping[str, Any], state_L: Mapping[str, Any], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
 ) -> tuple[Moments, Moments]:
-    """The states of K and L in bases with more or fewer columns, the common ones being the same.
+    """The states of K and L in bases with more or fewer columns, the common columns being the same.
 
-    First moments keep all that the new tangent space holds of them, so growing and then cutting the
-    same columns off again changes nothing of them. Variances of new columns are the means of the old
-    ones. Old ones stay, but where M_L has got a part of what moved between columns and v_L has not:
-    an input that was always zero has v_L = 0, and M_L only as long as it is orthogonal to the old V.
+    First moments are projected onto the new tangent space, so adding columns and removing them again changes nothing.
+    Variances of new columns are the means of the old ones; those of old columns stay, except where v >= M^2 would not
+    hold: an input that was always zero has v_L = 0, but M_L = 0 only while it is orthogonal to the old V.
 
     Args:
-        old, new: (U, V), (m, k) and (n, k) with the k of before and after.
+        old, new: (U, V), (m, k) and (n, k), k being the rank before and after.
     """
     k0, k1 = old[0].shape[-1], new[0].shape[-1]
     resized: tuple[Moments, Moments] = ({}, {})
@@ -161,10 +158,10 @@ def resize(
         if not (_is_moment(key, value) and key in state_L):
             for after, state in zip(resized, (state_K, state_L), strict=True):
                 if key in state:
-                    after[key] = _copied(state[key])
+                    after[key] = _copy(state[key])
         elif key in FIRST:
-            turned = transport_first(to_compute_dtype(value), to_compute_dtype(state_L[key]), *old, *new)
-            for after, M in zip(resized, turned, strict=True):
+            transported = transport_first(to_compute_dtype(value), to_compute_dtype(state_L[key]), *old, *new)
+            for after, M in zip(resized, transported, strict=True):
                 after[key] = M.to(value.dtype).contiguous()
         else:
             for after, v in zip(resized, (value, state_L[key]), strict=True):
@@ -174,7 +171,7 @@ def resize(
 
 
 def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Moments]:
-    """A dense weight's state -> the states of K and L."""
+    """The state of a dense weight -> the states of K and L."""
     state_K: Moments = {}
     state_L: Moments = {}
     for key, value in state.items():
@@ -182,7 +179,7 @@ def split(state: Mapping[str, Any], U: Tensor, V: Tensor) -> tuple[Moments, Mome
             move = split_first if key in FIRST else split_second
             state_K[key], state_L[key] = move(to_compute_dtype(value), U, V)
         else:
-            state_K[key], state_L[key] = _copied(value), _copied(value)
+            state_K[key], state_L[key] = _copy(value), _copy(value)
     return _finished(state_K, state), _finished(state_L, state)
 
 
@@ -194,44 +191,44 @@ def join(state_K: Mapping[str, Any], state_L: Mapping[str, Any], U: Tensor, V: T
             combine = join_first if key in FIRST else join_second
             state[key] = combine(to_compute_dtype(value), to_compute_dtype(state_L[key]), U, V)
         else:
-            state[key] = _copied(value)
+            state[key] = _copy(value)
     return _finished(state, state_K, state_L)
 
 
 def transport_(
     states_K: list[Moments], states_L: list[Moments], old: Pair, new: Pair, rotations: Pair | None = None
 ) -> None:
-    """Turn the states of b layers of equal shape and equal keys from the bases ``old`` to ``new``.
+    """Transport the states of b layers of equal shapes and equal keys from the bases ``old`` to ``new``, in place.
 
     Args:
         old, new: (U, V), each (b, m, k) and (b, n, k).
-        rotations: (U^T U', V^T V'), each (b, k, k), if they are known.
+        rotations: (U^T U', V^T V'), each (b, k, k), if known.
     """
     K0: Moments = {}
     L0: Moments = {}
     K1: Moments = {}
     L1: Moments = {}
-    turned = [key for key, value in states_K[0].items() if _is_moment(key, value) and key in states_L[0]]
-    if not turned:
+    keys = [key for key, value in states_K[0].items() if _is_moment(key, value) and key in states_L[0]]
+    if not keys:
         return
     rotations = rotations or (old[0].mT @ new[0], old[1].mT @ new[1])
-    for key in turned:
+    for key in keys:
         K0[key] = torch.stack([to_compute_dtype(s[key]) for s in states_K])
         L0[key] = torch.stack([to_compute_dtype(s[key]) for s in states_L])
         if key in FIRST:
             K1[key], L1[key] = _transport_first(K0[key], L0[key], old, new, rotations)
         else:
             K1[key], L1[key] = _transport_second(K0[key], L0[key], rotations)
-    _keep_steps_short((K1, L1), (K0, L0))
+    _bound_ratios((K1, L1), (K0, L0))
     for moments, states in ((K1, states_K), (L1, states_L)):
         for key, value in moments.items():
-            for state, turned in zip(states, value, strict=True):
-                state[key].copy_(turned)
+            for state, transported in zip(states, value, strict=True):
+                state[key].copy_(transported)
 
 
 def _finished(moments: Moments, *before: Mapping[str, Any]) -> Moments:
-    """Variances made safe, and the tensors in the types that the optimizer keeps them in."""
-    _keep_steps_short((moments,), before)
+    """The moments with bounded ratios, in the dtypes of the optimizer's state."""
+    _bound_ratios((moments,), before)
     for key, value in moments.items():
         if isinstance(value, Tensor):
             moments[key] = value.to(before[0][key].dtype).contiguous()

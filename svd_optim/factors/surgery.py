@@ -1,7 +1,6 @@
-"""Dense to factorized and back: modules in place. Knows no optimizer.
+"""In-place conversion of modules between dense and factorized. Independent of optimizers.
 
-The module object stays the same (hooks, names and references to it go on to work); its class and its
-parameters change.
+The module object stays the same (hooks, names and references to it keep working); its class and its parameters change.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from .linear import FactorizedLinear
 
 @full_precision()
 def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> FactorizedLinear:
-    """Turn a dense linear layer into a :class:`FactorizedLinear`, in place, and return it.
+    """Convert a dense linear layer into a :class:`FactorizedLinear`, in place, and return it.
 
     Args:
-        module: exactly an ``nn.Linear`` (a subclass may compute something else in ``forward``).
-        rank: singular triplets to keep, 1 to min(out_features, in_features).
-        basis: its leading triplets, if known, at least ``rank``; else a full SVD.
+        module: an ``nn.Linear``, not of a subclass (whose ``forward`` may differ), with W (m, n).
+        rank: number of singular triplets to keep, 1 to min(m, n).
+        basis: the leading triplets (m, q), (q,), (n, q) of W, q >= ``rank``; default: by a full SVD.
 
     Raises:
         TypeError: ``module`` is no plain ``nn.Linear``.
-        ValueError: ``rank`` is out of range, or the weight holds NaN or Inf.
+        ValueError: ``rank`` is out of range, or the weight contains NaN or Inf.
         RuntimeError: a :class:`SubspaceAwareOptimizer` trains it.
     """
     if type(module) is not nn.Linear:
@@ -59,10 +58,10 @@ def install_factors_(module: nn.Linear, factors: Basis) -> FactorizedLinear:
 
 @full_precision()
 def merge_(module: FactorizedLinear, weight: Tensor | None = None) -> nn.Linear:
-    """Turn a factorized layer back into a dense ``nn.Linear``, in place, and return it.
+    """Convert a factorized layer back into a dense ``nn.Linear``, in place, and return it.
 
     Args:
-        weight: the dense weight (m, n) to install; default: U diag(S) V^T.
+        weight: the dense weight (m, n); default: U diag(S) V^T.
 
     Raises:
         TypeError: ``module`` is no :class:`FactorizedLinear`.
@@ -92,15 +91,15 @@ def install_dense_(module: FactorizedLinear, weight: Tensor) -> nn.Linear:
 
 
 def saved_factors(state_dict: Mapping[str, Any], key: str) -> Basis | None:
-    """U (m, k), S (k,), V (n, k) of the layer whose names begin with ``key``, if it was factorized."""
+    """U (m, k), S (k,), V (n, k) under the prefix ``key`` in a state dict; ``None`` if they are not there."""
     factors = [f for factor in "USV" if isinstance(f := state_dict.get(f"{key}{factor}"), Tensor)]
     return Basis(*factors) if len(factors) == 3 else None
 
 
 def restore_on_load_(model: nn.Module) -> None:
-    """From now on ``model.load_state_dict`` makes layers dense or factorized as the state dict has them.
+    """Make ``model.load_state_dict`` convert layers to the structure of the state dict from now on.
 
-    For a model without an optimizer of this library (:class:`SubspaceAwareOptimizer` does it by itself).
+    For a model without an optimizer of this library (a :class:`~svd_optim.SubspaceAwareOptimizer` does it itself).
     """
     model.register_load_state_dict_pre_hook(_restore_structure)
 
@@ -110,9 +109,9 @@ def _restore_structure(model: nn.Module, state_dict: Mapping[str, Any], prefix: 
 
 
 def restore_structure_(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Make ``model``'s linear layers dense or factorized, as ``state_dict`` has them, in place.
+    """Convert ``model``'s linear layers, in place, to dense or factorized as in ``state_dict``.
 
-    Values are not loaded: ``model.load_state_dict(state_dict)`` does that next, and then fits.
+    Values are not loaded: call ``model.load_state_dict(state_dict)`` next.
 
     Returns:
         The names of the layers that changed.

@@ -1,13 +1,12 @@
-"""The tangent step: any base optimizer's ordinary step, taken inside U diag(S) V^T.
+"""The tangent step: an ordinary step of any base optimizer, taken within the tangent space at U diag(S) V^T.
 
-While the base optimizer steps, the parameters of a factorized layer hold K = U diag(S) instead of U
-and 0 (called L) instead of V; their gradients are G V and (I - V V^T) G^T U (see :mod:`.linear`). Both
-live in the units of W, so learning rate, momentum and weight decay mean what they meant. Then
-K V^T + U L^T is brought back to rank k (``linalg.retract``) and the optimizer's moments turn with
-the bases. For plain SGD this is Riemannian gradient descent on the rank-k matrices (Vandereycken,
-SIAM J. Optim. 23 (2013)), up to the O(lr^2) between two retractions.
+During the base optimizer's step the parameters of a factorized layer hold K = U diag(S) instead of U and 0 (called L)
+instead of V; their gradients are G V and (I - V V^T) G^T U (:mod:`.linear`). Both are in the units of W, so learning
+rate, momentum and weight decay keep their meaning. Then K V^T + U L^T is retracted to rank k (:mod:`..linalg`), and the
+optimizer's moments are transported to the new bases. For plain SGD this is Riemannian gradient descent on the manifold
+of rank-k matrices (Vandereycken, SIAM J. Optim. 23 (2013)), up to the O(lr^2) difference between retractions.
 
-Bringing K V^T + U L^T back to rank k costs the same whatever the number of tokens in a step: with few of them it can
+The retraction costs the same whatever the number of tokens in a step: with few of them it can
 take longer than the dense step would have.
 
 Under bfloat16 or float16 parameters float32 masters of the factors stay beside them. So at half the parameters a
@@ -34,18 +33,18 @@ from .linear import FactorizedLinear
 from .moments import SUPPORTED, transport_
 from .weight_decay import decay_of, is_muon
 
-# What is left over of a derived scale: the best of a small grid (``benchmarks/quality.py``, "step x ...").
+# Empirical factors on the derived scales: the best of a small grid (``benchmarks/quality.py``, "step x ...").
 MUON_SCALE = 0.5
 ENTRYWISE_SCALE = 1.0
-MAX_AMPLIFICATION = 30.0  # of rounding errors, 1e-7, in retractions without QR
+MAX_AMPLIFICATION = 30.0  # of rounding errors, 1e-7, in retractions by Cholesky-QR
 
 
 def float32_factors(module: FactorizedLinear, masters: Basis | None) -> Basis:
-    """U, S, V in float32 (float64 for a float64 layer), without the rounding of low-precision parameters.
+    """U (m, k), S (k,), V (n, k) in float32 (float64 for a float64 layer), from the masters if there are any.
 
     Args:
-        masters: the float32 factors that the parameters were rounded from. Where a parameter is no
-            longer their rounding (somebody loaded or edited it), the parameter counts.
+        masters: the float32 factors that low-precision parameters were rounded from. Entries of a parameter that are
+            no longer their rounding (they were loaded or edited) take precedence.
     """
     current = Basis(module.U.detach(), module.S.detach(), module.V.detach())
     if current.U.dtype in (torch.float32, torch.float64):
@@ -57,21 +56,21 @@ def float32_factors(module: FactorizedLinear, masters: Basis | None) -> Basis:
 
 @dataclass
 class FactorState:
-    """A factorized layer as the tangent step sees it."""
+    """The state of a factorized layer in the tangent step."""
 
     name: str
     module: FactorizedLinear
     masters: Basis | None = None  # float32, only under lower-precision parameters
-    nonfinite: Tensor | None = None  # steps that were not taken because of NaN or Inf; 0-d, on the device
-    anchor: Anchor | None = None  # while the principal block is protected
+    nonfinite: Tensor | None = None  # number of steps skipped because of NaN or Inf; 0-d int64, on the device
+    anchor: Anchor | None = None  # while the principal block is held fixed
 
 
 class Scales(NamedTuple):
-    """What the base optimizer's updates of K and L are multiplied by, and its decoupled decay."""
+    """Factors on the base optimizer's updates of K and L, and its decoupled weight decay."""
 
     K: float
     L: float
-    decay: float | Tensor  # share of K that the base optimizer's step takes away whatever the gradient
+    decay: float | Tensor  # lr * weight_decay: the fraction by which a step shrinks K whatever the gradient
 
 
 def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
@@ -82,21 +81,21 @@ def _muon_ratio(adjust: str | None, rows: int, cols: int) -> float:
 
 
 def _is_entrywise(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> bool:
-    """Whether the base optimizer brings each entry's update to the size of the learning rate (Adam and its kin)."""
+    """Whether the base optimizer normalizes each entry's update to about the learning rate (Adam and its variants)."""
     if not state:
         return isinstance(base, SUPPORTED) and not isinstance(base, (torch.optim.SGD, torch.optim.Muon))
     return not state.keys() <= {"momentum_buffer", "step"}
 
 
 def _decoupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor:
-    """The share of a weight that a step takes away whatever the gradient."""
+    """lr * weight_decay of a decoupled decay: the fraction by which a step shrinks a weight; 0 without one."""
     if not group.get("weight_decay", 0.0) or decay_of(base, group) == "coupled":
         return 0.0
     return group["lr"] * group["weight_decay"]
 
 
 def _coupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor | None:
-    """What the base optimizer adds to a gradient, in weights; ``None``: nothing."""
+    """The multiple of the weight that the base optimizer adds to its gradient (L2 penalty); ``None``: nothing."""
     if not group.get("weight_decay", 0.0) or decay_of(base, group) != "coupled":
         return None
     return -group["weight_decay"] if group.get("maximize", False) else group["weight_decay"]
@@ -105,21 +104,20 @@ def _coupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> flo
 def update_scales(
     base: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], shape: tuple[int, int, int]
 ) -> Scales:
-    """Bring the updates of K and L to the spectral norm that the dense step could have had.
+    """Scale the updates of K and L to the spectral norm that the dense update can have.
 
-    * Linear in the gradient (SGD, with momentum): nothing to do, K and L take W's step exactly.
-    * Entry by entry (Adam and its kin): each entry moves by up to lr, so an update of W has a spectral
-      norm of up to lr sqrt(mn), which a gradient with a preferred direction comes near; that of K
-      only lr sqrt(mk). Hence sqrt(n/k) for K and sqrt(m/k) for L. Of pure noise an update of W
-      has only about lr (sqrt(m) + sqrt(n)), and one of K lr (sqrt(m) + sqrt(k)) before it is scaled: there the
-      step is too long, at m = n = 256 by 3.5 times with k = 8, by 1.4 times with k = 102 (both parts together).
-    * Muon: its update is orthogonal, so its size is set by the shape that it sees. Its shape factor is
-      exchanged for that of W. Two steps of norm a together, dK V^T + U dL^T, have a norm of up to
-      sqrt(2) a where they share their directions: times 1/sqrt(2) they have at most the dense step's. Times
-      1/2 measured better still.
+    * Linear in the gradient (SGD, with momentum): no scaling, K and L take the projected step of W exactly.
+    * Entrywise (Adam and its variants): each entry changes by up to lr, so an update of W has a spectral norm of up to
+      lr sqrt(mn), which low-rank gradients approach, but one of K only lr sqrt(mk). Hence sqrt(n/k) for K and
+      sqrt(m/k) for L. For pure noise an update of W has a norm of about lr (sqrt(m) + sqrt(n)), and one of K
+      lr (sqrt(m) + sqrt(k)) before it is scaled: in that case the step is too long, at m = n = 256 by a factor of 3.5
+      with k = 8 and of 1.4 with k = 102 (K and L together).
+    * Muon: its update is orthogonal, so its norm depends only on the shape. The shape factor of K or L is replaced by
+      that of W. Two updates of norm a add up to dK V^T + U dL^T, of norm up to sqrt(2) a where their directions
+      coincide: scaled by 1/sqrt(2), it is at most that of the dense update. 1/2 performed still better.
 
     Args:
-        state: what the optimizer keeps for K.
+        state: the base optimizer's state of K.
         shape: (m, n, k).
     """
     m, n, k = shape
@@ -134,19 +132,19 @@ def update_scales(
 
 
 class FactorBatch(NamedTuple):
-    """Layers of one shape, type and state whose parameters hold K (in low precision 0) and 0 at the moment."""
+    """Layers of equal shape, dtype and state keys whose parameters hold K (under low precision 0) and 0 at present."""
 
     layers: list[FactorState]
     scales: Scales
     U: Tensor  # (b, m, k)
     S: Tensor  # (b, k)
     V: Tensor  # (b, n, k)
-    K: Tensor  # (b, m, k), as the base optimizer sees it
-    sound: Tensor  # (b,) bool: layers whose gradients are finite
-    gradients: dict[Tensor, Tensor]  # of those parameters to whose gradients decay is added meanwhile
+    K: Tensor  # (b, m, k), as the base optimizer gets it
+    finite: Tensor  # (b,) bool: layers whose gradients are finite
+    gradients: dict[Tensor, Tensor]  # original gradients of the parameters to whose gradients decay was added
 
     def restore_(self) -> None:
-        """Put U, S and V back, as if nothing had happened."""
+        """Put U, S, V and the gradients back, to undo :func:`enter_factors_`."""
         self.restore_gradients_()
         for i, layer in enumerate(self.layers):
             layer.module.U.copy_(self.U[i])
@@ -154,24 +152,24 @@ class FactorBatch(NamedTuple):
             layer.module.V.copy_(self.V[i])
 
     def restore_gradients_(self) -> None:
-        """Take the decay out of the gradients of K again."""
+        """Put the gradients without decay back."""
         for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
 
 
-def _silence_(layers: Sequence[FactorState]) -> Tensor:
-    """Make the gradients of a layer zero if one of them is not finite, so that no moment takes it in.
+def _zero_nonfinite_(layers: Sequence[FactorState]) -> Tensor:
+    """Zero both gradients of a layer if one is not finite, so that NaN or Inf enters no moment.
 
     Returns:
-        Whose gradients are finite, (b,) bool. Nothing is read from the device.
+        Which layers have finite gradients, (b,) bool. No host-device synchronization.
     """
     gradients = [[p.grad for p in (x.module.U, x.module.V) if p.grad is not None] for x in layers]
-    of_K, of_L = (linalg.finite(torch.stack(of)) for of in zip(*gradients, strict=True))
-    sound = of_K & of_L
-    for pair, bad in zip(gradients, ~sound, strict=True):
+    finite_K, finite_L = (linalg.finite(torch.stack(side)) for side in zip(*gradients, strict=True))
+    finite = finite_K & finite_L
+    for pair, nonfinite in zip(gradients, ~finite, strict=True):
         for gradient in pair:
-            gradient.masked_fill_(bad, 0.0)
-    return sound
+            gradient.masked_fill_(nonfinite, 0.0)
+    return finite
 
 
 def enter_factors_(
@@ -179,19 +177,20 @@ def enter_factors_(
     base: torch.optim.Optimizer,
     groups: Mapping[Tensor, Mapping[str, Any]],
 ) -> list[FactorBatch]:
-    """Put K and 0 where U and V are, in all layers that will move; equal layers in one batch.
+    """Before the base optimizer's step: replace U and V by K and 0, in batches of equal layers.
 
-    In bfloat16 or float16 K would swallow steps smaller than its rounding. There the base optimizer steps
-    on 0, where they are exact, and decay, which is all that it needs K for, is taken off the float32 K
-    afterwards, or added to the gradient now.
+    In bfloat16 or float16 an update below the rounding error of K would be lost. There the base optimizer updates 0,
+    which is exact; weight decay, for which alone it needs K, is applied to the float32 K afterwards (decoupled), or
+    added to the gradient here (coupled).
 
-    A layer with a gradient that is not finite gets gradients of zero: its moments only fade, and
-    :func:`leave_factors_` leaves its factors as they were.
-
-    Layers without gradients or with a learning rate of zero are left as they are.
+    A layer with a gradient that is not finite gets zero gradients: its moments only decay, and :func:`leave_factors_`
+    leaves its factors unchanged. Layers without gradients, or with a learning rate of zero, are skipped.
 
     Args:
         groups: the param group of each parameter.
+
+    Returns:
+        The batches, for :func:`leave_factors_`. On an error nothing was changed but gradients zeroed.
     """
     batches: dict[Any, list[FactorState]] = {}
     for layer in layers:
@@ -201,7 +200,7 @@ def enter_factors_(
         keys = tuple(base.state[U]) if U in base.state else ()
         batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
     entered: list[FactorBatch] = []
-    decayed: dict[Tensor, Tensor] = {}  # gradients with decay
+    with_decay: dict[Tensor, Tensor] = {}  # parameter -> its gradient with decay added
     for (U_shape, V_shape, *_), batch in batches.items():
         first = batch[0].module.U
         state = base.state.get(first, {})
@@ -209,61 +208,63 @@ def enter_factors_(
         factors = Basis(
             *(torch.stack(f) for f in zip(*(float32_factors(x.module, x.masters) for x in batch), strict=True))
         )
-        sound = _silence_(batch)
+        finite = _zero_nonfinite_(batch)
         K = factors.U * factors.S.unsqueeze(-2)
         gradients: dict[Tensor, Tensor] = {}
         if first.dtype != K.dtype:
             if (rate := _coupled_decay(base, groups[first])) is not None:
                 gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
-                decayed |= {p: (G + rate * K_p).to(G.dtype) for (p, G), K_p in zip(gradients.items(), K, strict=True)}
+                with_decay |= {
+                    p: (G + rate * K_p).to(G.dtype) for (p, G), K_p in zip(gradients.items(), K, strict=True)
+                }
             K = torch.zeros_like(K)
-        entered.append(FactorBatch(batch, scales, *factors, K, sound, gradients))
-    for ready in entered:  # only now, when nothing can fail any more
-        for layer, K_layer in zip(ready.layers, ready.K, strict=True):
+        entered.append(FactorBatch(batch, scales, *factors, K, finite, gradients))
+    for entered_batch in entered:  # last, when nothing can fail any more
+        for layer, K_layer in zip(entered_batch.layers, entered_batch.K, strict=True):
             layer.module.U.copy_(K_layer)
             layer.module.V.zero_()
-    for parameter, gradient in decayed.items():
+    for parameter, gradient in with_decay.items():
         parameter.grad = gradient
     return entered
 
 
 def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tuple[FactorState, bool]]:
-    """After the base optimizer's step: scale, decay, retract, turn the moments, write U, S, V back.
+    """After the base optimizer's step: scale, decay, retract, transport the moments, write U, S, V.
 
-    A layer whose gradients, K or L are not finite keeps the factors it had, and counts it; so does one
-    whose retraction fails.
+    A layer keeps its factors if its gradients, K or L are not finite (which its ``nonfinite`` counts), or if its
+    retraction fails.
 
     Returns:
-        The layers, and whether their retractions were possible at all.
+        Each layer, and whether its retraction succeeded.
     """
     batch.restore_gradients_()
-    K, L = _stepped(batch)
-    new, rotations, finite, failed = _retracted_quickly(K, L, batch) or _retracted(K, L, batch)
+    K, L = _scaled_update(batch)
+    new, rotations, finite, failed = _retract_by_gram(K, L, batch) or _retract_by_qr(K, L, batch)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
             old = Basis(batch.U[i], batch.S[i], batch.V[i])
-            one = _anchored(Basis(*(factor[i] for factor in new)), layer.anchor, old)
-            if one is None:
+            restored = _with_block(Basis(*(factor[i] for factor in new)), layer.anchor, old)
+            if restored is None:
                 failed.add(i)
-                one = old
-            for factor, restored in zip(new, one, strict=True):
-                factor[i].copy_(restored)
+                restored = old
+            for factor, values in zip(new, restored, strict=True):
+                factor[i].copy_(values)
             rotations = None
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
     transport_(states_K, states_L, (batch.U, batch.V), (new.U, new.V), rotations)
     for i, layer in enumerate(batch.layers):
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
-        bad = (~finite[i]).to(torch.int64)
-        layer.nonfinite = bad if layer.nonfinite is None else layer.nonfinite + bad
+        skipped = (~finite[i]).to(torch.int64)
+        layer.nonfinite = skipped if layer.nonfinite is None else layer.nonfinite + skipped
     return [(layer, i not in failed) for i, layer in enumerate(batch.layers)]
 
 
-def _stepped(batch: FactorBatch) -> tuple[Tensor, Tensor]:
-    """K and L as the base optimizer's step leaves them, scaled; (b, m, k) and (b, n, k)."""
+def _scaled_update(batch: FactorBatch) -> tuple[Tensor, Tensor]:
+    """K (b, m, k) and L (b, n, k) after the base optimizer's step, with its updates scaled."""
     K1 = torch.stack([layer.module.U.to(batch.U.dtype) for layer in batch.layers])
     L1 = torch.stack([layer.module.V.to(batch.U.dtype) for layer in batch.layers])
-    # What the gradient did, apart from decay, which keeps its size whatever the scale.
+    # The update without decay, which must not be scaled.
     scale_K, scale_L, decay = batch.scales
     dK = K1.sub_(batch.K * (1.0 - decay))
     K = (batch.U * batch.S.unsqueeze(-2)).mul_(1.0 - decay).add_(dK, alpha=scale_K)
@@ -271,69 +272,72 @@ def _stepped(batch: FactorBatch) -> tuple[Tensor, Tensor]:
 
 
 class _Retracted(NamedTuple):
-    new: Basis  # (b, ...)
-    rotations: tuple[Tensor, Tensor] | None  # (U^T U', V^T V'), if that is known
-    finite: Tensor  # (b,) bool: layers that moved
-    failed: set[int]  # indices of those whose retraction was not possible
+    """A retracted batch."""
+
+    new: Basis  # (b, m, k), (b, k), (b, n, k)
+    rotations: tuple[Tensor, Tensor] | None  # (U^T U', V^T V'), each (b, k, k), if known
+    finite: Tensor  # (b,) bool: layers that were updated
+    failed: set[int]  # indices of layers whose retraction failed
 
 
-def _retracted_quickly(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted | None:
-    """Without QR, if all of the batch is up to it: the host asks, which costs nothing on a CPU."""
+def _retract_by_gram(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted | None:
+    """By Cholesky-QR, if that is accurate for the whole batch. On a CPU only, where reading the result is free."""
     if K.device.type != "cpu" or K.dtype != torch.float32:
         return None
     with suppress(LinAlgError):
-        spread = float((batch.S[:, 0] / batch.S[:, -1]).square().max())
-        core = torch.float32 if spread <= MAX_AMPLIFICATION else torch.float64
+        squared_condition = float((batch.S[:, 0] / batch.S[:, -1]).square().max())
+        core = torch.float32 if squared_condition <= MAX_AMPLIFICATION else torch.float64
         quick = quick_retract(K, L, batch.U, batch.V, core)
-        good = quick.amplified <= MAX_AMPLIFICATION  # not so if K or L is not finite
-        if bool((good & batch.sound).all()):
-            return _Retracted(quick.basis, (quick.of_U, quick.of_V), good, set())
+        accurate = quick.amplification <= MAX_AMPLIFICATION  # False if K or L is not finite
+        if bool((accurate & batch.finite).all()):
+            return _Retracted(quick.basis, (quick.of_U, quick.of_V), accurate, set())
     return None
 
 
-def _retracted(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted:
-    """By QR. A layer whose K or L is not finite keeps its factors, and so does one whose retraction fails."""
+def _retract_by_qr(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted:
+    """By QR. A layer keeps its factors if its K or L is not finite, or if its retraction fails."""
     old = Basis(batch.U, batch.S, batch.V)
-    L = project_off(L, old.V)  # Adam rotations the update of L back into span(V)
-    finite = batch.sound & linalg.finite(K) & linalg.finite(L)  # (b,)
-    ok = finite[:, None, None]
-    K, L = torch.where(ok, K, old.U * old.S.unsqueeze(-2)), torch.where(ok, L, 0.0)
-    new, failed = _attempted(K, L, old)
+    L = project_off(L, old.V)  # Adam's update of L has a component in span(V)
+    finite = batch.finite & linalg.finite(K) & linalg.finite(L)  # (b,)
+    mask = finite[:, None, None]
+    K, L = torch.where(mask, K, old.U * old.S.unsqueeze(-2)), torch.where(mask, L, 0.0)
+    new, failed = _retract_with_fallback(K, L, old)
     for factor in (new.U, new.S.unsqueeze(-1), new.V):
         finite = finite & linalg.finite(factor)
-    ok = finite[:, None, None]
-    new = Basis(torch.where(ok, new.U, old.U), torch.where(ok[..., 0], new.S, old.S), torch.where(ok, new.V, old.V))
+    mask = finite[:, None, None]
+    U, V = torch.where(mask, new.U, old.U), torch.where(mask, new.V, old.V)
+    new = Basis(U, torch.where(mask[..., 0], new.S, old.S), V)
     return _Retracted(new, None, finite, failed)
 
 
-def _attempted(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
-    """The retraction of all layers of a batch; where it fails, also in float64, the old factors and the index."""
+def _retract_with_fallback(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
+    """The retractions of a batch; of layers where it fails, also in float64, the old factors, and their indices."""
     with suppress(LinAlgError):
         return retract(K, L, old.U, old.V), set()
-    done: list[Basis] = []
+    retracted: list[Basis] = []
     failed: set[int] = set()
     for i in range(len(K)):
         inputs = [t[i] for t in (K, L, old.U, old.V)]
-        one = with_float64_fallback(partial(_retract_in, inputs), K.dtype)
-        if one is None:
+        single = with_float64_fallback(partial(_retract_in_dtype, inputs), K.dtype)
+        if single is None:
             failed.add(i)
-        done.append(one or Basis(*(t[i] for t in old)))
-    return Basis(*(torch.stack(t) for t in zip(*done, strict=True))), failed
+        retracted.append(single or Basis(*(t[i] for t in old)))
+    return Basis(*(torch.stack(t) for t in zip(*retracted, strict=True))), failed
 
 
-def _retract_in(inputs: Sequence[Tensor], dtype: torch.dtype) -> Basis:
+def _retract_in_dtype(inputs: Sequence[Tensor], dtype: torch.dtype) -> Basis:
     return retract(*(t.to(dtype) for t in inputs))
 
 
-def _anchored(factors: Basis, anchor: Anchor, old: Basis) -> Basis | None:
-    """:func:`restored_factors`, or ``None`` if the core can't be decomposed (it is in float64 already)."""
+def _with_block(factors: Basis, anchor: Anchor, old: Basis) -> Basis | None:
+    """:func:`restored_factors`; ``None`` if a decomposition fails (they are in float64 already)."""
     with suppress(LinAlgError):
         return restored_factors(factors, anchor, old)
     return None
 
 
 def write_(layer: FactorState, factors: Basis) -> None:
-    """Write U, S, V into the parameters, and keep them as masters under lower precision."""
+    """Copy U, S, V into the parameters, and keep them as float32 masters of low-precision parameters."""
     module = layer.module
     for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
         parameter.copy_(factor)
@@ -342,12 +346,12 @@ def write_(layer: FactorState, factors: Basis) -> None:
 
 
 def all_lr_zero(param_groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every learning rate is known to be zero, without reading a device tensor."""
+    """Whether every learning rate is known to be zero. No host-device synchronization."""
     return all(lr_is_zero(group) for group in param_groups)
 
 
 def lr_is_zero(group: Mapping[str, Any]) -> bool:
-    """Whether a group's learning rate is known to be zero, without reading a device tensor."""
+    """Whether a param group's learning rate is known to be zero. No host-device synchronization."""
     lr = group.get("lr", None)
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return False

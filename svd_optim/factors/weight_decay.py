@@ -1,7 +1,8 @@
-"""How a base optimizer decays weights: apart from the gradient (AdamW, Muon), or as a part of it (Adam, SGD).
+"""How a base optimizer decays weights: decoupled from the gradient (AdamW, Muon), or as an L2 penalty (Adam, SGD).
 
-torch's own optimizers are known, and a param group may say it: ``decoupled_weight_decay``. Of any other
-optimizer a stand-in takes one step on two small matrices that differ in size only, and shows it.
+torch.optim's own optimizers are known, and a param group can declare it: ``decoupled_weight_decay``. For any other
+optimizer it is measured: a copy of it takes one step on two small matrices that differ only in scale. (Decoupled
+weight decay: Loshchilov and Hutter, ICLR 2019.)
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch.optim import Optimizer
 
 from .moments import SUPPORTED
 
-# "other": the step depends on the weight in another way (LAMB, LARS). "unknown": the stand-in could not step.
+# "other": the step depends on the weight in another way (LAMB, LARS). "unknown": the copy could not step.
 Decay = Literal["decoupled", "coupled", "other", "unknown"]
 
 _measured: WeakKeyDictionary[Optimizer, dict[tuple[Any, ...], Decay]] = WeakKeyDictionary()
 
 
 def is_muon(base: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a group's updates are orthogonal."""
+    """Whether the optimizer orthogonalizes the updates of a param group."""
     return bool(group.get("use_muon", "muon" in type(base).__name__.lower()))
 
 
@@ -38,24 +39,24 @@ def decay_of(base: Optimizer, group: Mapping[str, Any]) -> Decay:
         decoupled = False
     if decoupled is not None:
         return "decoupled" if decoupled else "coupled"
-    flags = (_decays(group), *((k, v) for k, v in group.items() if isinstance(v, (bool, str))))
+    key = (_decays(group), *((k, v) for k, v in group.items() if isinstance(v, (bool, str))))
     known = _measured.setdefault(base, {})
-    if flags not in known:
+    if key not in known:
         try:
-            known[flags] = _measure(base, group)
-        except Exception:  # whatever a foreign step raises where it meets something else than its own parameters
-            known[flags] = "unknown"
-    return known[flags]
+            known[key] = _measure(base, group)
+        except Exception:  # a third-party step may raise anything when it gets other parameters than its own
+            known[key] = "unknown"
+    return known[key]
 
 
 def unsupported_reason(base: Optimizer, group: Mapping[str, Any]) -> str:
-    """Why a layer can't go into factors for the way its weight decays; empty if it can."""
+    """Why the kind of weight decay prevents factorizing the layers of a param group; empty if it does not."""
     decay = decay_of(base, group)
     if decay == "other":
         return f"a step of {type(base).__name__} depends on the weight by more than its decay"
     if decay == "unknown" and _decays(group):
-        ask = "say it in the param group: decoupled_weight_decay=True or False"
-        return f"how {type(base).__name__} decays weights could not be measured; {ask}"
+        remedy = "say it in the param group: decoupled_weight_decay=True or False"
+        return f"how {type(base).__name__} decays weights could not be measured; {remedy}"
     return ""
 
 
@@ -65,6 +66,10 @@ def _decays(group: Mapping[str, Any]) -> bool:
 
 
 def _measure(base: Optimizer, group: Mapping[str, Any]) -> Decay:
+    """The kind of decay, from one step of a copy of ``base``.
+
+    A coupled decay enters the optimizer's state; a decoupled one changes the weight by lr * weight_decay of it.
+    """
     lr, decay = 2.0**-3, 2.0**-2 if _decays(group) else 0.0
     device = group["params"][0].device
     small, large = (
@@ -72,19 +77,19 @@ def _measure(base: Optimizer, group: Mapping[str, Any]) -> Decay:
     )
     for p in (small, large):
         p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float32, device=device)
-    own = {k: v for k, v in group.items() if k != "params"} | {"params": [small, large]}
-    own |= {k: v for k, v in (("lr", lr), ("weight_decay", decay)) if k in group}
-    # A copy of everything but parameters and their state: nothing that the optimizer holds is touched.
+    test_group = {k: v for k, v in group.items() if k != "params"} | {"params": [small, large]}
+    test_group |= {k: v for k, v in (("lr", lr), ("weight_decay", decay)) if k in group}
+    # A copy of everything but parameters and their state: the optimizer itself is not modified.
     copies: dict[int, Any] = {id(p): small for g in base.param_groups for p in g["params"]}
-    copies |= {id(base.param_groups): [own], id(base.state): defaultdict(dict)}
-    stand_in = object.__new__(type(base))
+    copies |= {id(base.param_groups): [test_group], id(base.state): defaultdict(dict)}
+    clone = object.__new__(type(base))
     attributes = {k: v for k, v in vars(base).items() if k != "step" and not k.endswith("_hooks")}
-    vars(stand_in).update(deepcopy(attributes, copies))
+    vars(clone).update(deepcopy(attributes, copies))
     step = type(base).step
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        getattr(step, "__wrapped__", step)(stand_in)
-    of_small, of_large = (stand_in.state[p] for p in (small, large))
+        getattr(step, "__wrapped__", step)(clone)
+    of_small, of_large = (clone.state[p] for p in (small, large))
     if any(isinstance(v, Tensor) and not torch.equal(v, of_large[k]) for k, v in of_small.items()):
         return "coupled"
-    shares = 1.0 - (large - small)  # the same update of both leaves 1 - lr decay between them
-    return "decoupled" if bool((shares - lr * decay).abs().max() < 1e-5) else "other"
+    shrinkage = 1.0 - (large - small)  # they differed by 1; equal updates leave a difference of 1 - lr decay
+    return "decoupled" if bool((shrinkage - lr * decay).abs().max() < 1e-5) else "other"

@@ -1,9 +1,9 @@
-"""The mathematics: tensors in, tensors out. Knows no module and no optimizer.
+"""The linear algebra: tensors in, tensors out. Independent of modules and optimizers.
 
-Every function takes float32 or float64 matrices, with leading batch dimensions where the shape
-comments show ``...``, and never draws from the global random generator. Only :mod:`.fallback` and
-:mod:`.protection` read values back to the host, where their docstrings say so. Energies (squared
-Frobenius norms) are summed in float64: squares of float32 numbers overflow at 1e19 and vanish at 1e-23.
+Every function takes float32 or float64 matrices, with leading batch dimensions where the shape comments show ``...``,
+and never draws from the global random generator. Only :mod:`.fallback` and :mod:`.protection` synchronize host and
+device, where their docstrings say so. Energies (squared Frobenius norms) are summed in float64: squares of float32
+numbers overflow from 1e19 on and underflow below 1e-23.
 
 Notation: W weight and G gradient (m, n); U (m, k), S (k,), V (n, k) with W ~ U diag(S) V^T.
 """

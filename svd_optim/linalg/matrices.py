@@ -1,4 +1,4 @@
-"""Norms and projections that the other files of this floor share."""
+"""Norms and projections shared by the other files of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_compute_dtype(X: Tensor) -> Tensor:
-    """X, detached, in the precision of the mathematics: float32, or float64 if it is that already."""
+    """X, detached, in the precision of the linear algebra: float64 stays, everything else becomes float32."""
     X = X.detach()
     return X if X.dtype == torch.float64 else X.float()
 
@@ -18,9 +18,9 @@ def energy(X: Tensor) -> Tensor:
 
 
 def finite(X: Tensor) -> Tensor:
-    """Whether all of X (..., a, b) is finite, (...,) bool: by its extremes, which carry NaN.
+    """Whether all entries of X (..., a, b) are finite, (...,) bool: from its extremes, which propagate NaN.
 
-    On the CPU that takes a tenth of the time of ``isfinite`` or of the maximum norm, which make copies.
+    On a CPU that takes a tenth of the time of ``isfinite`` or of the maximum norm, which make copies.
     """
     return torch.isfinite(X.amax((-2, -1))) & torch.isfinite(X.amin((-2, -1)))
 
@@ -31,12 +31,12 @@ def column_energies(X: Tensor) -> Tensor:
 
 
 def magnitude(X: Tensor) -> Tensor:
-    """The largest entry of X (..., a, b) in size, or 1 where all are 0, (..., 1, 1).
+    """The largest absolute value in X (..., a, b), or 1 where all entries are 0, (..., 1, 1).
 
-    A power step, W W^T alone, would square the scale of W: float32 ends at 1e38 and at 1e-45. So it divides by this.
+    Power iterations divide by it: W W^T squares the scale of W, and float32 overflows at 1e38 and underflows at 1e-45.
     """
-    size = X.abs().amax((-2, -1), keepdim=True)
-    return torch.where(size > 0, size, 1.0)
+    largest = X.abs().amax((-2, -1), keepdim=True)
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def project_off(X: Tensor, V: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def project_off(X: Tensor, V: Tensor) -> Tensor:
 
 
 def complement(X: Tensor, V: Tensor) -> Tensor:
-    """Orthonormal columns, as many as X (n, j) has, that span (I - V V^T) X for orthonormal V (n, k)."""
-    for _ in range(2):  # the second pass takes out what rounding left of V in the first
+    """An orthonormal basis (n, j) of the range of (I - V V^T) X for X (n, j) and orthonormal V (n, k)."""
+    for _ in range(2):  # the second pass removes what rounding left of V ("twice is enough")
         X, _ = torch.linalg.qr(project_off(X, V))
     return X

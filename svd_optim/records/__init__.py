@@ -1,4 +1,4 @@
-"""Plain values that travel between the parts: metrics, decisions, events, summaries.
+"""Plain records that the other floors exchange: metrics, decisions, events, plans, summaries.
 
 Nothing here imports torch or rich. Every record is frozen, holds only plain Python values and
 round-trips through :func:`dataclasses.asdict`, so it can be logged, saved and compared.

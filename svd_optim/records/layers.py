@@ -1,4 +1,4 @@
-"""One layer at one analysis: what was measured of it, what was asked, what was decided."""
+"""One layer at one analysis: its metrics, the policy's input and the policy's decision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class LayerState(StrEnum):
-    """Where a layer is in its life: warmup -> dense -> (descending ->) factorized."""
+    """The phase that a layer is in: warmup -> dense -> (descending ->) factorized."""
 
     WARMUP = "warmup"
     DENSE = "dense"
@@ -16,7 +16,7 @@ class LayerState(StrEnum):
 
 
 class Action(StrEnum):
-    """What a policy may ask for."""
+    """What a policy can request for a layer."""
 
     HOLD = "hold"
     DESCEND = "descend"
@@ -27,34 +27,34 @@ class Action(StrEnum):
 
 
 def parameter_count(m: int, n: int, rank: int | None) -> int:
-    """Numbers that an (m, n) layer keeps: in U, S and V at a rank, or dense (``None``)."""
+    """Parameters of an (m, n) layer: k (m + n + 1) in U, S and V at rank k, or m n if dense (``None``)."""
     return m * n if rank is None else rank * (m + n + 1)
 
 
 def break_even_rank(m: int, n: int) -> float:
-    """The rank from which on U, S, V hold as many numbers as a dense (m, n) weight: mn / (m+n+1)."""
+    """The rank at which U, S and V have as many parameters as a dense (m, n) weight: m n / (m + n + 1)."""
     return m * n / parameter_count(m, n, 1)
 
 
 def largest_useful_rank(m: int, n: int) -> int:
-    """The largest integer rank whose factors are smaller than the dense (m, n) weight (0: none is)."""
+    """The largest rank whose factors have fewer parameters than the dense (m, n) weight; 0 if there is none."""
     return max(0, (m * n - 1) // parameter_count(m, n, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """What a policy may know of a layer besides its metrics."""
+    """What a policy knows about a layer besides its metrics."""
 
     name: str
     shape: tuple[int, int]  # (m, n) = (out_features, in_features)
     rank: int  # number of leading singular directions kept
-    base_supported: bool = True  # can the base optimizer's state be moved into factors?
-    unsupported_reason: str = ""  # if not: why
+    base_supported: bool = True  # whether the base optimizer's state can be moved into factors
+    unsupported_reason: str = ""  # why not; empty if it can
     keep_dense: bool = False  # the plan over all layers leaves it dense
-    protected: bool = False  # its principal block is kept from moving
-    cooldown: int = 0  # steps for which it is to be left as it is
-    room: int = 0  # directions that it may grow by, within the budget
-    late: bool = False  # too few steps of the training are left for its descent
+    protected: bool = False  # its principal block is held fixed
+    cooldown: int = 0  # optimizer steps until it may change again
+    room: int = 0  # singular directions that it may grow by within the budget
+    late: bool = False  # too few optimizer steps of the training are left for its descent
 
     @property
     def break_even(self) -> float:
@@ -63,18 +63,18 @@ class LayerInfo:
 
     @property
     def dense_numel(self) -> int:
-        """Numbers in the dense weight."""
+        """Parameters of the dense weight."""
         return parameter_count(*self.shape, None)
 
     @property
     def factored_numel(self) -> int:
-        """Numbers in U, S and V at this rank."""
+        """Parameters of U, S and V at this rank."""
         return parameter_count(*self.shape, self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMetrics:
-    """One analysis of one layer. Alignments are means over the gradients measured since the last one.
+    """The metrics of one layer at one analysis. Alignments are means over the gradients measured since the last one.
 
     With U, S, V the k leading singular triplets of the weight W (m, n), G its gradient, energies as shares of ||G||^2:
 
@@ -93,22 +93,22 @@ class LayerMetrics:
 
     step: int
     rank: int
-    measured: int  # gradients in the means
-    principal_alignment: float | None = None  # energy fraction, output side
-    input_alignment: float | None = None  # energy fraction, input side
-    tangent_capture: float | None = None  # energy fraction that rank-k factors can follow
+    measured: int  # number of gradients in the means
+    principal_alignment: float | None = None  # fraction of ||G||^2, output side
+    input_alignment: float | None = None  # fraction of ||G||^2, input side
+    tangent_capture: float | None = None  # fraction of ||G||^2 that rank-k factors can follow
     principal_excess: float | None = None  # principal_alignment, chance-corrected
     input_excess: float | None = None  # input_alignment, chance-corrected
     capture_excess: float | None = None  # tangent_capture, chance-corrected
-    persistence: float | None = None  # factorized: share of the gradient outside that stays, 0 if it is noise
+    persistence: float | None = None  # factorized: persistent share of the gradient outside the factors; 0 for noise
     subspace_angle: float | None = None  # largest principal angle since the last analysis, radians
-    subspace_drift: float | None = None  # energy-weighted sine, larger of both sides, per 20 steps
-    reconstruction_error: float | None = None  # relative Frobenius error of keeping rank k
-    stable_rank: float | None = None
-    effective_rank: int | None = None  # components for 95 % of the energy, if within rank k
-    exact_rank: int | None = None  # components that hold all but a negligible tail, if within rank k
-    skew: float | None = None  # ||U^T U - I|| or that of V, the larger: 0 but for rounding
-    nonfinite: int = 0  # gradients since the last analysis that held NaN or Inf
+    subspace_drift: float | None = None  # energy-weighted sine per 20 steps, of the side that moved more
+    reconstruction_error: float | None = None  # relative Frobenius error of the truncation to rank k
+    stable_rank: float | None = None  # ||W||_F^2 / S_1^2
+    effective_rank: int | None = None  # components for 95 % of ||W||_F^2, if at most k
+    exact_rank: int | None = None  # rank at which the truncation is accurate to reconstruction_safe, if at most k
+    skew: float | None = None  # factorized: the larger of ||U^T U - I||_F and ||V^T V - I||_F
+    nonfinite: int = 0  # gradients since the last analysis that contained NaN or Inf
 
     @property
     def minor_alignment(self) -> float | None:
@@ -118,14 +118,14 @@ class LayerMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """One comparison that a decision rests on."""
+    """One comparison of a decision: a value against a threshold."""
 
     name: str  # "drift_stable", "capture_safe", ...
     value: float | None
     threshold: float
     above: bool  # True: holds when value > threshold; False: when value < threshold
     or_equal: bool = False  # also holds at the threshold
-    margin: float = 0.0  # "near" within this distance of the threshold
+    margin: float = 0.0  # within this distance of the threshold the value is near it
 
     @property
     def holds(self) -> bool:
@@ -138,7 +138,7 @@ class Condition:
 
     @property
     def distance(self) -> float | None:
-        """How far the value is from the threshold; positive: on the right side."""
+        """Distance of the value from the threshold; positive where the condition holds."""
         if self.value is None:
             return None
         return (self.value - self.threshold) * (1 if self.above else -1)
@@ -160,14 +160,14 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a policy says of one layer at one analysis, and why."""
+    """What a policy decides for one layer at one analysis, and why."""
 
     action: Action
     reason: str
     conditions: tuple[Condition, ...] = ()
-    danger: bool = False  # what the layer has learned is under attack (alerts; never blocks capture)
-    rank: int | None = None  # to grow or shrink to
-    attack: Condition | None = None  # principal_excess against principal_danger, in this analysis alone
+    danger: bool = False  # gradients overwrite what the layer has learned (raises an alert; blocks no action)
+    rank: int | None = None  # target of GROW and SHRINK
+    attack: Condition | None = None  # principal_excess against principal_danger, at this analysis alone
 
     @property
     def blocker(self) -> Condition | None:
@@ -177,8 +177,8 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyInput:
-    """What the policy was asked about a layer at an analysis: with the history, all that its decision rests on."""
+    """What a policy was given for one layer at one analysis, besides the history and the thresholds."""
 
     info: LayerInfo
     state: LayerState
-    analyses: int  # of its history, up to this one, that are of this rank and state
+    analyses: int  # length of its decision window: analyses at this rank and in this state, this one included

@@ -1,4 +1,4 @@
-"""A run: its events, its plan, its layers as of now."""
+"""A run: its events, its plan and the current state of its layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 from .layers import Decision, LayerMetrics, LayerState, PolicyInput, parameter_count
 from .text import clean
 
+MONITORING = ("measure", "refresh", "decide")  # phases of host time that are monitoring overhead
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened to a layer (or to the run: layer ``"*"``), with the numbers behind it."""
+    """A state change or finding of one layer (or of the whole run: layer ``"*"``), with its numbers."""
 
     step: int
     layer: str
@@ -23,7 +25,7 @@ class Event:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
     def as_plain(self) -> dict[str, Any]:
-        """Strings, numbers, ``None`` and dicts only."""
+        """The event as strings, numbers, ``None`` and dicts."""
         states = {key: None if (s := getattr(self, key)) is None else str(s) for key in ("before", "after")}
         return {**vars(self), **states, "numbers": dict(self.numbers)}
 
@@ -44,7 +46,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A parameter that the wrapper does not follow, and why."""
+    """A parameter that is not tracked, and why."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,35 +55,35 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLayer:
-    """What the plan has in mind for one layer."""
+    """One layer in a :class:`Plan`."""
 
     name: str
     shape: tuple[int, int]
     state: LayerState
     rank: int | None  # None: stays dense
-    fixed: str  # why the plan can't choose ("explicit", "descending", "factorized", ...); empty if it can
-    missed: float  # expected share of the gradient's energy that factors of this rank can't follow
+    fixed: str  # why its rank is not free ("explicit", "descending", "factorized", ...); empty if it is
+    missed: float  # expected fraction of ||G||^2 outside the tangent space at this rank
 
     @property
     def parameters_dense(self) -> int:
-        """Numbers in the dense weight."""
+        """Parameters of the dense weight."""
         return parameter_count(*self.shape, None)
 
     @property
     def parameters(self) -> int:
-        """Numbers that the layer keeps."""
+        """Parameters at the planned rank."""
         return parameter_count(*self.shape, self.rank)
 
 
 class Renderer(NamedTuple):
-    """How records are shown."""
+    """How records are displayed."""
 
-    table: Callable[[Any, int], Any]  # (record, columns) -> what rich prints
+    table: Callable[[Any, int], Any]  # (record, width in columns) -> a rich renderable
     html: Callable[[Any], str]
 
 
 class Renderable:
-    """Records that ``rich.print`` and notebooks show as tables, once the console has said how (``svd_optim`` does)."""
+    """Records that ``rich.print`` and notebooks show as tables, once :mod:`svd_optim.console` has set ``renderer``."""
 
     renderer: ClassVar[Renderer | None] = None
 
@@ -94,57 +96,57 @@ class Renderable:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Renderable):
-    """How a parameter budget is spread over the tracked layers: what ``optimizer.plan()`` returns."""
+    """The allocation of a parameter budget to the tracked layers: the result of ``optimizer.plan()``."""
 
     step: int
-    budget: float | None  # share of the numbers to keep; None: the target is a rank or an energy
+    budget: float | None  # share of the dense parameters to keep; None: the target is a rank or an energy
     layers: tuple[PlannedLayer, ...]
 
     @property
     def parameters_dense(self) -> int:
-        """Numbers in all tracked weights, were they dense."""
+        """Parameters of all tracked weights if they were dense."""
         return sum(layer.parameters_dense for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """Numbers that the plan keeps."""
+        """Parameters that the plan keeps."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def room(self) -> float:
-        """Numbers that the budget leaves; below 0 where what is fixed takes more; 0 without a budget."""
+        """Parameters that the budget leaves unused; negative where fixed layers exceed it; 0 without a budget."""
         return 0.0 if self.budget is None else self.budget * self.parameters_dense - self.parameters
 
     @property
     def share(self) -> float:
-        """The share that the plan keeps; above ``budget`` where what is fixed leaves no room."""
+        """Share of the dense parameters that the plan keeps; above ``budget`` where fixed layers exceed it."""
         return self.parameters / max(1, self.parameters_dense)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One tracked layer as of now: a row of the table, an answer of ``optimizer.why()``."""
+    """The current state of one tracked layer: a row of the layer table, an element of ``optimizer.why()``."""
 
     name: str
     shape: tuple[int, int]
     state: LayerState
     rank: int
-    protected: bool  # its principal block is kept from moving
+    protected: bool  # its principal block is held fixed
     metrics: LayerMetrics | None  # of the last analysis
     decision: Decision | None  # of the last analysis
-    weight_bytes: int  # resident now: parameters, and float32 masters under lower precision
-    grad_bytes: int  # resident now, when gradients are there
-    state_bytes: int  # resident now: what the base optimizer remembers
-    monitoring_bytes: int  # resident now: bases, sketches and sums of ours
-    weight_bytes_dense: int  # the same three, were the layer dense
+    weight_bytes: int  # resident now: parameters, and float32 master factors under lower precision
+    grad_bytes: int  # resident now, while gradients are allocated
+    state_bytes: int  # resident now: the base optimizer's state
+    monitoring_bytes: int  # resident now: cached bases, sketches and running sums
+    weight_bytes_dense: int  # the same three if the layer were dense
     grad_bytes_dense: int
     state_bytes_dense: int
-    policy_input: PolicyInput | None = None  # what the policy was asked at the last analysis
-    spectrum: tuple[float, ...] = ()  # S_1, S_2, S_4, ..., S_k over ||W||_F, as of the last analysis
+    policy_input: PolicyInput | None = None  # of the last analysis
+    spectrum: tuple[float, ...] = ()  # S_1, S_2, S_4, ..., S_k over ||W||_F, at the last analysis
 
     @property
     def condition(self) -> str | None:
-        """The name of the condition that blocks, or ``None``."""
+        """The name of the first condition that does not hold, or ``None``."""
         blocker = self.decision.blocker if self.decision else None
         return blocker.name if blocker else None
 
@@ -162,13 +164,13 @@ class LayerReport:
 
     @property
     def distance(self) -> float | None:
-        """How far the blocking value is from its threshold (negative: on the wrong side)."""
+        """Distance of the blocking value from its threshold; negative."""
         blocker = self.decision.blocker if self.decision else None
         return blocker.distance if blocker else None
 
     @property
     def reason(self) -> str:
-        """The last decision in words."""
+        """The reason of the last decision."""
         if self.decision is not None:
             return self.decision.reason
         return (
@@ -181,12 +183,12 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Renderable):
-    """The whole run as of now: what ``optimizer.summary()`` returns and :mod:`svd_optim.console.report` renders."""
+    """The current state of the whole run: the result of ``optimizer.summary()``."""
 
     step: int
     mode: str
     analyses: int
-    stall_analyses: int  # analyses without any action after which the run says that it is stuck
+    stall_analyses: int  # analyses without any action after which the run reports a stall
     layers: tuple[LayerReport, ...]
     skipped: tuple[Skipped, ...]
     events: tuple[Event, ...]
@@ -199,16 +201,16 @@ class Summary(Renderable):
 
     @property
     def analysis_share(self) -> float:
-        """Share of the wall time since the first step that measuring, refreshing and deciding took."""
-        own = sum(self.seconds.get(phase, 0.0) for phase in ("measure", "refresh", "decide"))
-        return own / self.seconds_total if self.seconds_total > 0 else 0.0
+        """Monitoring overhead: share of the wall time since the first step spent on :data:`MONITORING`."""
+        monitoring = sum(self.seconds.get(phase, 0.0) for phase in MONITORING)
+        return monitoring / self.seconds_total if self.seconds_total > 0 else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """All numbers of the last analysis as one flat dict, ready for any tracker.
+        """The last analysis as one flat dict of numbers, for any experiment tracker.
 
-        ``svd/<layer>/<metric>`` for each number of its :class:`LayerMetrics` that is defined, and for all
-        layers together ``svd/parameters`` (share of their dense numbers that they hold now),
-        ``svd/factorized`` (share of the layers) and ``svd/overhead`` (share of the time spent on monitoring).
+        ``svd/<layer>/<metric>`` for each defined field of the layer's :class:`LayerMetrics`, and for all layers
+        together ``svd/parameters`` (share of their dense parameters that they have now), ``svd/factorized`` (share of
+        the layers) and ``svd/overhead`` (monitoring overhead: :attr:`analysis_share`).
         """
         dense, now = self.parameters()
         values = {
@@ -223,7 +225,7 @@ class Summary(Renderable):
         return values
 
     def parameters(self, layers: Iterable[LayerReport] | None = None) -> tuple[int, int]:
-        """(numbers in the tracked weights were they dense, numbers in them now)."""
+        """(parameters of the tracked weights if they were dense, parameters now) of ``layers``; default: all."""
         rows: Sequence[LayerReport] = self.layers if layers is None else tuple(layers)
         dense = sum(parameter_count(*r.shape, None) for r in rows)
         now = sum(parameter_count(*r.shape, r.rank if r.state == LayerState.FACTORIZED else None) for r in rows)

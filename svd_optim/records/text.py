@@ -1,17 +1,17 @@
-"""Text and numbers that are safe to print and exact to repeat."""
+"""Text that is safe to print, and numbers that a log reproduces exactly."""
 
 from __future__ import annotations
 
 import unicodedata
 
-_NOT_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
+_CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi), surrogates, line separators
 
 
 def clean(text: object) -> str:
-    """Without the characters by which a name or reason could take hold of a terminal or a log."""
-    return "".join(c for c in str(text) if unicodedata.category(c) not in _NOT_TEXT)
+    """``text`` without the characters by which a name or a reason could control a terminal or forge log lines."""
+    return "".join(c for c in str(text) if unicodedata.category(c) not in _CONTROL_CATEGORIES)
 
 
 def significant(x: float, digits: int = 7) -> float:
-    """``x`` to so many significant digits: what float32 holds, and what a log can repeat exactly."""
+    """``x`` rounded to ``digits`` significant digits; 7 is float32's precision, and a log reproduces them exactly."""
     return float(f"{x:.{digits}g}")

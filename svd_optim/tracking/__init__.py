@@ -1,6 +1,6 @@
-"""The layers of a model as they are trained: measured, refreshed, faded, switched, protected, guarded.
+"""The tracked layers of a model during training: measuring, refreshing, descents, switches, protection, guards.
 
-For users: :class:`Listener`, to be told of a run while it goes on.
+For users: :class:`Listener`, whose methods are called during a run.
 """
 
 from .listeners import Listener, Monitored

@@ -1,4 +1,4 @@
-"""What ties factorized modules to the optimizer that trains them: the gradients that they deliver."""
+"""The connection between factorized modules and the optimizer that trains them: which gradients they compute."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def _detach(modules: Mapping[int, nn.Module], owner: object) -> None:
 
 
 class Attachment:
-    """The modules that deliver the gradients of K and L to one optimizer, in one process."""
+    """The modules that compute the gradients of K and L for one optimizer, in one process."""
 
     def __init__(self, config: SubspaceConfig) -> None:
         self.config = config
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._owner = Owner()  # by which a module knows whose gradients it delivers
         self._modules: dict[int, nn.Module] = {}  # by identity
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}  # a copy's modules are other ones
+        return {"config": self.config}  # a copy has other modules
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.config = state["config"]
-        self._forget()
+        self._reset()
 
     def claim(self, layer: TrackedLayer) -> None:
         """The layer's module is trained by this optimizer; nobody else may change its form."""
@@ -52,13 +52,13 @@ class Attachment:
         _detach({id(layer.module): layer.module}, self._owner)
 
     def attach(self, layer: TrackedLayer, step: int) -> None:
-        """From now on the factorized layer delivers the gradients that the tangent step takes."""
+        """Make a factorized layer compute the gradients that the tangent step needs."""
         assert layer.factors is not None
         layer.factors.module.track_tangent(draw_sketch(layer, step, self.config), self._owner)
         self._modules[id(layer.module)] = layer.module
 
     def adopt(self, layer: TrackedLayer, module: FactorizedLinear, base: Optimizer, step: int) -> None:
-        """Attach a layer that was factorized before its optimizer came; S is no longer a parameter of this one."""
+        """Attach a layer that was factorized before its optimizer was wrapped, and remove S from the optimizer."""
         base.state.pop(module.S, None)
         factors = [module.U, module.S, module.V]
         replace_parameters_(base, [Replacement(factors, [module.U, module.V], ["U", "V"])])
@@ -66,17 +66,17 @@ class Attachment:
         self.attach(layer, step)
 
     def detach_after(self, optimizer: Optimizer) -> None:
-        """Give the modules back their true gradients once ``optimizer`` is gone."""
+        """Return the modules to their true gradients once ``optimizer`` is garbage-collected."""
         weakref.finalize(optimizer, _detach, self._modules, self._owner).atexit = False
 
     def drop_sketches(self, layers: list[TrackedLayer]) -> None:
-        """Sketches go with the gradients they belong to."""
+        """Drop the sketches, together with the gradients that they belong to."""
         for layer in layers:
             if layer.factors is not None and layer.factors.module.sketch is not None:
                 layer.factors.module.sketch.grad = None
 
     def renew_sketches(self, layers: list[TrackedLayer], step: int) -> None:
-        """Another sketch for each interval."""
+        """Draw new sketch vectors, for the next interval."""
         for layer in layers:
             module = layer.module
             layer.outside = None

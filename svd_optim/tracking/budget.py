@@ -1,6 +1,6 @@
-"""The budget at work: which rank each tracked layer is to have now, by the plan over all of them.
+"""Target ranks of the tracked layers by the plan over all of them.
 
-``planner`` knows shapes and numbers only; this file brings it together with the layers' states.
+:mod:`svd_optim.decisions.planner` knows only shapes and captures; this file adds the layers' states.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ..records import LayerState, Plan, PlannedLayer, break_even_rank, parameter
 from .layer import TrackedLayer
 from .refreshing import RANK_HYSTERESIS, update_energy_rank
 
-PLAN_HYSTERESIS = 0.25  # after warmup a plan moves a rank only by more: a new rank starts a layer's analyses anew
+PLAN_HYSTERESIS = 0.25  # relative change below which a plan after warmup keeps a rank, and so its decision window
 
 
 def _fixed(layer: TrackedLayer, step: int) -> tuple[int | None, str] | None:
-    """The rank that a layer has whatever the plan (``None``: dense), and why; ``None`` if it may be chosen."""
+    """The rank that a layer has whatever the plan (``None``: dense), and why; ``None`` if the plan can choose it."""
     if layer.state in (LayerState.DESCENDING, LayerState.FACTORIZED):
         return layer.rank, str(layer.state)
     if layer.status.cooldown_until > step:
@@ -31,28 +31,28 @@ def _fixed(layer: TrackedLayer, step: int) -> tuple[int | None, str] | None:
 
 
 def _hysteresis(config: SubspaceConfig, step: int) -> float:
-    """The share of its rank by which a layer's rank has to be another in the plan, to be moved."""
+    """The relative change up to which a planned rank does not replace a layer's present one."""
     if step == 0:
         return 0.0
     return RANK_HYSTERESIS if step < config.warmup_steps else PLAN_HYSTERESIS
 
 
 def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> Plan:
-    """How the budget is spread as of now: the ranks that layers would have if they all started now.
+    """The current allocation of the budget: the ranks that layers would have if they all started their descents now.
 
-    Those that can't be chosen for any more keep what they have; those that are near their rank don't move up.
+    Fixed layers keep what they have. A planned rank within the hysteresis above the present one is replaced by that.
     """
     budget, hysteresis = config.parameter_budget, _hysteresis(config, step)
-    share = 1.0 if budget is None else budget  # without one nothing is left to choose: every layer has its own target
-    fixed = {name: known for name, layer in layers.items() if (known := _fixed(layer, step)) is not None}
+    share = 1.0 if budget is None else budget  # without one all layers are fixed: each has its own target
+    fixed = {name: entry for name, layer in layers.items() if (entry := _fixed(layer, step)) is not None}
     candidates = {
         name: planner.Candidate(name=name, shape=layer.shape, capture=layer.capture) for name, layer in layers.items()
     }
     shapes = {name: layer.shape for name, layer in layers.items()}
-    whole = sum(m * n for m, n in shapes.values())
+    total = sum(m * n for m, n in shapes.values())
     spent = planner.planned_cost({name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()})
     free = [candidate for name, candidate in candidates.items() if name not in fixed]
-    chosen = planner.allocate(free, share * whole - spent, planner.even_share(shapes.values(), share * whole))
+    chosen = planner.allocate(free, share * total - spent, planner.even_share(shapes.values(), share * total))
     rows = []
     for name, layer in layers.items():
         rank, why = fixed[name] if name in fixed else (chosen[name], "")
@@ -64,7 +64,7 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
 
 
 def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:
-    """Target ranks of layers that have not started: by energy, or by the plan over all of them."""
+    """Update the target ranks of layers that have not started their descents: by energy, or by the plan."""
     for layer in layers.values():
         if layer.energy_target is not None and layer.state in (LayerState.WARMUP, LayerState.DENSE):
             update_energy_rank(layer)
@@ -72,7 +72,7 @@ def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, st
 
 
 def follow_plan_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:
-    """Give layers that have not started the ranks of the plan, where those differ by more than a share of them."""
+    """Give layers that have not started their descents the planned ranks that differ by more than the hysteresis."""
     for planned in plan(layers, config, step).layers:
         layer = layers[planned.name]
         if planned.fixed:
@@ -82,41 +82,41 @@ def follow_plan_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, ste
             layer.set_rank(planned.rank)
 
 
-def room(now: Plan | None, layer: TrackedLayer) -> int:
-    """Directions by which a factorized layer may grow within the budget, in whole steps; the others need no plan."""
-    if now is None or not layer.factorized or layer.protected or layer.explicit:
+def room(current: Plan | None, layer: TrackedLayer) -> int:
+    """Singular directions by which a factorized layer can grow within the budget, in multiples of the quantum."""
+    if current is None or not layer.factorized or layer.protected or layer.explicit:
         return 0
     m, n = layer.shape
     step = quantum(m, n)
-    return max(0, int(now.room) // parameter_count(m, n, 1) // step * step)
+    return max(0, int(current.room) // parameter_count(m, n, 1) // step * step)
 
 
 def new_ranks(
-    now: Plan, shrinking: Sequence[TrackedLayer], growing: Sequence[TrackedLayer], merging: Sequence[TrackedLayer]
+    current: Plan, shrinking: Sequence[TrackedLayer], growing: Sequence[TrackedLayer], merging: Sequence[TrackedLayer]
 ) -> tuple[dict[str, int], list[TrackedLayer]]:
-    """Ranks to change inside factors, and layers to make dense as they want more than break-even.
+    """(new ranks of factorized layers by name, layers to make dense as their new rank would be past break-even).
 
-    What one layer lets go another may have; beyond the budget, and what ``merging`` takes of it, nothing grows.
+    Parameters freed by shrinking are available for growing. Layers grow only within the budget that ``merging`` leaves.
     """
     ranks: dict[str, int] = {}
-    dense: list[TrackedLayer] = []
-    room = now.room - sum(_cost(layer, None) for layer in merging)
+    outgrown: list[TrackedLayer] = []
+    available = current.room - sum(_cost(layer, None) for layer in merging)
     for layer in (*shrinking, *growing):
         rank = None if layer.decision is None else layer.decision.rank
         if rank is None or rank < 1:
             continue
-        beyond = rank >= break_even_rank(*layer.shape)
-        cost = _cost(layer, None if beyond else rank)
-        if cost > 0 and (layer.explicit or cost > room):
+        past_break_even = rank >= break_even_rank(*layer.shape)
+        cost = _cost(layer, None if past_break_even else rank)
+        if cost > 0 and (layer.explicit or cost > available):
             continue
-        room -= cost
-        if beyond:
-            dense.append(layer)
+        available -= cost
+        if past_break_even:
+            outgrown.append(layer)
         else:
             ranks[layer.name] = rank
-    return ranks, dense
+    return ranks, outgrown
 
 
 def _cost(layer: TrackedLayer, rank: int | None) -> int:
-    """Numbers that a factorized layer would have more at another rank, or dense."""
+    """Additional parameters of a factorized layer at another rank, or dense (``None``)."""
     return parameter_count(*layer.shape, rank) - parameter_count(*layer.shape, layer.rank)

@@ -1,8 +1,7 @@
-"""Controller: what happens to the tracked layers around each step of the base optimizer.
+"""Controller: the work on the tracked layers around each step of the base optimizer.
 
-A layer is measured, analyzed and decided on; it descends, switches and is trained on in its factors.
-Each transition is an :class:`Event` with its reason, each non-transition a decision that says what
-blocked.
+Layers are measured and analyzed, decisions are made and carried out. Each transition is an :class:`Event` with its
+reason; where there is none, the decision names the condition that blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..linalg.fallback import IN_A_ROW
 from ..records import Action, Condition, LayerState, Plan
 from . import budget, measuring, refreshing
 from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
-from .guards import check_loss, tripped, watch
+from .guards import check_loss, guard_changes, tripped
 from .layer import TrackedLayer
 from .protecting import protect, release
 from .run import NO_GROUP, TrackedRun
@@ -27,7 +26,7 @@ from .switching import Changes, switch
 
 
 class Controller(TrackedRun):
-    """See :class:`TrackedRun` for what it holds; here is what it does at each step and at each analysis."""
+    """The operations of a run at each step and at each analysis; :class:`TrackedRun` has its state."""
 
     def track(self, selection: Selection) -> None:
         """Track the selected layers. Those already tracked stay what they are, with what has become of them."""
@@ -59,7 +58,7 @@ class Controller(TrackedRun):
             self.stop_tracking(layer, "its weight is no parameter of it any more: pruned, or parametrized")
 
     def measure(self) -> None:
-        """Measure the gradients that are eligible, before the base optimizer may change them."""
+        """Measure the gradients at the eligible steps, before the base optimizer can modify them."""
         step = self.steps + 1
         eligible = step % (self.config.measure_every * self.overhead.stretch) == 0 or step % self.interval == 0
         measured = []
@@ -75,9 +74,9 @@ class Controller(TrackedRun):
             measuring.measure(measured)
 
     def _has_basis(self, layer: TrackedLayer, step: int) -> bool:
-        known = layer.nonfinite
+        reported = layer.nonfinite
         usable = measuring.ensure_basis(layer, step, self.config)
-        if layer.nonfinite and not known:
+        if layer.nonfinite and not reported:
             reason = "NaN or Inf in the weight from the start: no basis, not measured"
             self.lifecycle.note(self.steps, layer.name, "nonfinite", reason)
         return usable
@@ -95,23 +94,23 @@ class Controller(TrackedRun):
         self.moves = moved(list(self.layers.values()), self.base.param_groups)
 
     def leave_factors(self, batches: list[FactorBatch]) -> None:
-        """After the base optimizer's step: retract. What is done is taken off ``batches``."""
+        """After the base optimizer's step: retract. Finished batches are removed from ``batches``."""
         with self.journal.clock("retract"):
             while batches:
-                for factors, ok in leave_factors_(batches[-1], self.base.state):
-                    self.layers[factors.name].count_decomposition(ok)
+                for factors, succeeded in leave_factors_(batches[-1], self.base.state):
+                    self.layers[factors.name].count_decomposition(succeeded)
                 batches.pop()
             self.attachment.drop_sketches(list(self.layers.values()))
 
     def advance(self) -> None:
-        """Once layers hold their new weights: descend, and each interval analyze."""
+        """Once the layers have their new weights: descend, refresh, and analyze once per interval."""
         self.steps += 1
         layers = list(self.layers.values())
         for layer in layers:
             layer.restore_block_()
         with self.journal.clock("descend"):
-            outcome = descend_(layers, self.steps, self.config.analyze_every, self.moves)
-        self._land(outcome)
+            ended = descend_(layers, self.steps, self.config.analyze_every, self.moves)
+        self._conclude_descents(ended)
         with self.journal.clock("refresh"):
             refreshing.refresh(self._eligible_for_refresh(), self.steps, self.config)
         if self.steps % self.interval == 0:
@@ -122,9 +121,9 @@ class Controller(TrackedRun):
         self._warn_of_failures()
 
     def _eligible_for_refresh(self) -> list[TrackedLayer]:
-        """An equal share of the layers on the step before each measured one: no step pays for all, nor for both.
+        """An equal share of the layers on the step before each measured one, so that no step does all of the work.
 
-        Where there is one share only, or each step is measured, the last share comes with the analysis.
+        With a single share, or if each step is measured, the last share is refreshed at the analysis.
         """
         slots = max(1, self.config.analyze_every // self.config.measure_every)
         early = 1 if 1 < slots < self.interval else 0
@@ -141,30 +140,32 @@ class Controller(TrackedRun):
                 reason = f"its decomposition failed {layer.failures} times in a row, also in float64: old basis kept"
                 self.lifecycle.note(self.steps, name, "decomposition_failed", reason, {"basis_step": layer.basis_step})
 
-    def _land(self, outcome: DescentOutcome) -> None:
-        """Install the factors of layers whose descent is done, and say what became of the others."""
-        if not outcome.layers:
+    def _conclude_descents(self, ended: DescentOutcome) -> None:
+        """Install the factors of layers whose descent is exact; extend or fail the descents of the others."""
+        if not ended.layers:
             return
-        landings = {layer.name: self.lifecycle.landing(layer, outcome.errors[layer.name]) for layer in outcome.layers}
-        for layer in outcome.layers:
-            if landings[layer.name] == Trigger.DESCENT_EXTENDED:
+        outcomes = {
+            layer.name: self.lifecycle.descent_outcome(layer, ended.errors[layer.name]) for layer in ended.layers
+        }
+        for layer in ended.layers:
+            if outcomes[layer.name] == Trigger.DESCENT_EXTENDED:
                 until = self.steps + self.config.analyze_every
-                self.lifecycle.put_off(layer, self.steps, until, outcome.errors[layer.name])
-                keep_bases([layer], outcome.bases, self.steps)
-        for layer in outcome.layers:
-            if landings[layer.name] == Trigger.DESCENT_FAILED:
-                self.lifecycle.give_up(layer, self.steps, outcome.errors[layer.name])
-        unsupported = self.unsupported(outcome.layers)
+                self.lifecycle.extend_descent(layer, self.steps, until, ended.errors[layer.name])
+                keep_bases([layer], ended.bases, self.steps)
+        for layer in ended.layers:
+            if outcomes[layer.name] == Trigger.DESCENT_FAILED:
+                self.lifecycle.fail_descent(layer, self.steps, ended.errors[layer.name])
+        unsupported = self.unsupported(ended.layers)
         ready = {}
-        for layer in outcome.layers:
-            if landings[layer.name] == Trigger.DESCENT_EXACT and not self._stop_if_unsupported(layer, unsupported):
-                ready[layer.name] = outcome.bases[layer.name]
-        switch(self, Changes("descent done", ready, outcome.errors, Trigger.DESCENT_EXACT))
+        for layer in ended.layers:
+            if outcomes[layer.name] == Trigger.DESCENT_EXACT and not self._stop_if_unsupported(layer, unsupported):
+                ready[layer.name] = ended.bases[layer.name]
+        switch(self, Changes("descent done", ready, ended.errors, Trigger.DESCENT_EXACT))
 
     # ---- every interval ------------------------------------------------------------------------------
 
     def analyze(self) -> None:
-        """Refresh bases, close the measurements, decide, act, notify the listeners."""
+        """Compute the metrics, decide, act, notify the listeners."""
         boundary = self.lifecycle.begin_analysis(self.steps)
         with self.journal.clock("refresh"):
             metrics = refreshing.analyze(self.layers.values(), self.steps, self.config)
@@ -178,11 +179,12 @@ class Controller(TrackedRun):
         if boundary or self.steps < self.config.warmup_steps:
             budget.revise_ranks_(self.layers, self.config, self.steps)
         self.lifecycle.note_stall(self.steps)
-        self._keep_to_time()
+        self._limit_overhead()
         self._notify()
 
     def _decide(self, layers: list[TrackedLayer]) -> None:
-        plan = self.plan() if any(layer.factorized for layer in self.layers.values()) else None  # else nobody asks
+        growable = any(layer.factorized for layer in self.layers.values())
+        plan = self.plan() if growable else None  # only growing needs it
         unsupported = self.unsupported(layers)
         for layer in layers:
             if layer.state == LayerState.DESCENDING:
@@ -226,7 +228,7 @@ class Controller(TrackedRun):
         layer.nonfinite = bool(last.nonfinite)
 
     def _revert(self, risen: Condition | None) -> None:
-        """Layers that trip a guard become dense again now, whatever the cohort; those that still are stay it."""
+        """Layers that trip a guard become dense again at once, not at a cohort boundary; descents are canceled."""
         trips = tripped(list(self.layers.values()), risen, self.config)
         for layer, trip in trips:
             reason = f"{trip.reason}; it stays in factors, as these have hooks" if layer.hooked else trip.reason
@@ -238,36 +240,37 @@ class Controller(TrackedRun):
                 self.lifecycle.stop_descent(layer, self.steps, trip.trigger, GUARD)
         switch(self, Changes(GUARD, merge=merge))
         if trips and risen is not None:
-            self.guard.changed()  # earlier changes are not to blame for this level
-        self._forget_decisions(layer for layer, _ in trips)
+            self.guard.changed()  # the present level of the loss is not attributed to earlier changes
+        self._clear_decisions(layer for layer, _ in trips)
 
-    def _forget_decisions(self, layers: Iterable[TrackedLayer]) -> None:
-        """What was decided before somebody stepped in says nothing any more."""
+    def _clear_decisions(self, layers: Iterable[TrackedLayer]) -> None:
+        """Discard the decisions that were made before an intervention."""
         for layer in layers:
             layer.decision = None
 
     def _act(self) -> None:
-        """Carry out the decisions, all in one event: starts of descents, switches, changes of rank, merges."""
-        wanted = {
+        """Carry out the decisions together: starts of descents, switches, changes of rank, merges."""
+        requests = {
             action: [layer for layer in layers if not (layer.factorized and layer.hooked)]
-            for action, layers in self.lifecycle.wanted().items()
+            for action, layers in self.lifecycle.requests().items()
         }
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
-        for layer in (*wanted[Action.DESCEND], *wanted[Action.FACTORIZE]):
-            layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))  # no hysteresis above the budget
-        for layer in wanted[Action.DESCEND]:
+        for layer in (*requests[Action.DESCEND], *requests[Action.FACTORIZE]):
+            # The hysteresis of a plan must not exceed the budget.
+            layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))
+        for layer in requests[Action.DESCEND]:
             self.lifecycle.descend(layer, self.steps)
-        watch(self.guard, wanted[Action.DESCEND], self.steps, self.config)
-        unsupported = self.unsupported(wanted[Action.FACTORIZE])
-        smaller = [x for x in wanted[Action.FACTORIZE] if not self.lifecycle.beyond_break_even(x, x.rank)]
+        guard_changes(self.guard, requests[Action.DESCEND], self.steps, self.config)
+        unsupported = self.unsupported(requests[Action.FACTORIZE])
+        smaller = [x for x in requests[Action.FACTORIZE] if not self.lifecycle.beyond_break_even(x, x.rank)]
         bases, errors = exact_bases([layer for layer in smaller if layer.name not in unsupported])
         bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
-        merges = wanted[Action.MERGE]
-        ranks, outgrown = budget.new_ranks(self.plan(), wanted[Action.SHRINK], wanted[Action.GROW], merges)
+        merges = requests[Action.MERGE]
+        ranks, outgrown = budget.new_ranks(self.plan(), requests[Action.SHRINK], requests[Action.GROW], merges)
         merge = dict.fromkeys((layer.name for layer in (*merges, *outgrown)), Trigger.MERGE)
         switch(self, Changes("decided", bases, errors, merge=merge, ranks=ranks))
 
-    def _keep_to_time(self) -> None:
+    def _limit_overhead(self) -> None:
         share = self.overhead.update(self.journal.seconds)
         if share is not None:
             assert self.config.max_overhead is not None
@@ -277,7 +280,7 @@ class Controller(TrackedRun):
 
     def _notify(self) -> None:
         summary = self.summary()
-        alerts = self.alerts.update(summary)  # also where nobody listens: what is saved must not depend on that
+        alerts = self.alerts.update(summary)  # also without listeners: the saved state must not depend on them
         if alerts:
             self.journal.notify("on_alerts", alerts)
         self.journal.notify("on_analysis", summary)

@@ -1,8 +1,8 @@
-"""Rank descent: a dense layer trains on while what rank-k factors could not hold of it fades out.
+"""Rank descent: a dense layer keeps training while the component of its weight that rank-k factors lose fades to zero.
 
-After each step of the base optimizer 1 / (steps left) of the minor-minor block (I - U U^T) W (I - V V^T) is taken off,
-so that it is gone when the factors are due and installing them changes nothing. How long that takes:
-:mod:`svd_optim.decisions.descent_schedule`.
+After each step of the base optimizer the fraction 1 / (remaining steps) of the minor block (I - U U^T) W (I - V V^T) is
+subtracted, so that it is zero at the end of the descent and installing the factors changes nothing. Its length is
+determined by :mod:`svd_optim.decisions.descent_schedule`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .layer import TrackedLayer
 
 
 class DescentOutcome(NamedTuple):
-    """The descents whose factors were due at a step."""
+    """The descents that reached their end at a step."""
 
     layers: list[TrackedLayer]
     bases: dict[str, linalg.Basis]  # exact ones, by name
-    errors: dict[str, float]  # relative, of keeping only the rank
+    errors: dict[str, float]  # relative Frobenius errors of the truncation to the rank, by name
 
 
 def exact_bases(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
-    """Exact bases of dense layers at their ranks, and the error of keeping only those ranks.
+    """Exact bases of dense layers, and the relative Frobenius errors of the truncations to their ranks, by name.
 
     A weight that is not finite, or can't be decomposed, has no basis and an infinite error.
     """
@@ -49,7 +49,7 @@ def exact_bases(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis]
 
 
 def _exact_basis(W: torch.Tensor, q: int) -> linalg.Basis | None:
-    # One Inf would return silently, with U and V that pass for orthonormal.
+    # For a weight with Inf the SVD may return plausible factors without an error.
     return (
         with_float64_fallback(lambda dtype: linalg.exact_basis(W.to(dtype), q), W.dtype)
         if bool(torch.isfinite(W).all())
@@ -81,7 +81,7 @@ def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Ma
         interval: steps by which the end is put off where all gradients were NaN or Inf lately.
         flags: of :func:`moved`.
     """
-    left: list[tuple[TrackedLayer, int]] = []
+    descending: list[tuple[TrackedLayer, int]] = []  # with the remaining steps
     for layer in layers:
         status = layer.status
         if layer.state != LayerState.DESCENDING or status.descent_end is None:
@@ -94,17 +94,17 @@ def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Ma
         layer.idle = idle if layer.idle is None else layer.idle + idle
         if status.descent_end <= step and layer.only_nonfinite:
             status.descent_end = step + interval
-        left.append((layer, status.descent_end - step))
-    # The step before the last: what turned since the last analysis would leave a rank of up to 2k.
-    last = [layer for layer, steps in left if steps == 1]
+        descending.append((layer, status.descent_end - step))
+    # One step before the end the basis is made exact: fading against an outdated one would leave a rank of up to 2k.
+    last = [layer for layer, remaining in descending if remaining == 1]
     keep_bases(last, exact_bases(last)[0], step)
-    for layer, steps in left:
-        if steps > 0:
-            _fade(layer, 1.0 if layer.status.extensions else 1.0 / steps, flags[layer.name])
-    eligible = _without_idle([layer for layer, steps in left if steps <= 0])
-    for layer in eligible:  # this step's own update: no factored step would have followed it
+    for layer, remaining in descending:
+        if remaining > 0:
+            _fade(layer, 1.0 if layer.status.extensions else 1.0 / remaining, flags[layer.name])
+    ended = _without_idle([layer for layer, remaining in descending if remaining <= 0])
+    for layer in ended:  # the minor block of this step's own update, which a factorized step would not have made
         _fade(layer, 1.0, flags[layer.name])
-    return DescentOutcome(eligible, *exact_bases(eligible))
+    return DescentOutcome(ended, *exact_bases(ended))
 
 
 def _without_idle(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
@@ -116,7 +116,7 @@ def _without_idle(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
 
 
 def keep_bases(layers: Sequence[TrackedLayer], bases: dict[str, linalg.Basis], step: int) -> None:
-    """Make exact bases those that the layers fade against."""
+    """Replace the cached bases by exact ones, which the layers then fade against."""
     for layer in layers:
         if layer.name in bases:  # else the old one stays
             layer.cached, layer.basis_step = bases[layer.name], step
@@ -127,8 +127,8 @@ def _fade(layer: TrackedLayer, share: float, moves: Tensor) -> None:
     U, _, V = layer.cached.leading(layer.rank)
     W = layer.module.weight
     faded = W if W.dtype == U.dtype else W.to(U.dtype)
-    damaged = ~(torch.isfinite(U).all() & torch.isfinite(V).all())  # until the next analysis mends it
-    U, V = U.masked_fill(damaged, 0.0), V.masked_fill(damaged, 0.0)
-    linalg.fade_minor_(faded, U, V, share * (moves & ~damaged).to(U.dtype))
+    nonfinite = ~(torch.isfinite(U).all() & torch.isfinite(V).all())  # no fading until the next refresh replaces it
+    U, V = U.masked_fill(nonfinite, 0.0), V.masked_fill(nonfinite, 0.0)
+    linalg.fade_minor_(faded, U, V, share * (moves & ~nonfinite).to(U.dtype))
     if faded is not W:
         W.copy_(faded)

@@ -1,4 +1,4 @@
-"""What sends layers back to dense: a training loss that rose, factors that are skewed, steps that are NaN."""
+"""Guards, which make layers dense again: a rise of the training loss, skewed factors, repeated NaN steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..records import Condition, LayerState
 from .layer import TrackedLayer
 from .loss_guard import LossGuard
 
-MAX_SKEW = 1e-2  # ||U^T U - I||_F of factors that nobody has tampered with is 1e-4 at the worst
+MAX_SKEW = 1e-2  # ||U^T U - I||_F; rounding alone makes at most 1e-4
 
 
 class Trip(NamedTuple):
@@ -24,15 +24,15 @@ class Trip(NamedTuple):
 
 
 def keeps_failing(layer: TrackedLayer, patience: int) -> bool:
-    """Whether all recent intervals of a factorized layer had NaN or Inf in its steps."""
+    """Whether the last ``patience`` analyses of a factorized layer all had steps with NaN or Inf."""
     recent = layer.window[-patience:]
     return len(recent) == patience and all(m.nonfinite and m.skew is not None for m in recent)
 
 
-def watch(guard: LossGuard, layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -> None:
-    """From now on a rise of the training loss is laid to these layers, which have just changed or begun to.
+def guard_changes(guard: LossGuard, layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -> None:
+    """Attribute a rise of the training loss from now on to these layers, which have just changed or begun to.
 
-    What a descent has done to the loss is not forgotten when it lands.
+    A layer that was guarded already, as in its descent, keeps the reference losses from before that change.
     """
     layers = list(layers)
     if not config.guard_steps:
@@ -44,7 +44,7 @@ def watch(guard: LossGuard, layers: Iterable[TrackedLayer], step: int, config: S
 
 
 def check_loss(guard: LossGuard, layers: Sequence[TrackedLayer], step: int, config: SubspaceConfig) -> Condition | None:
-    """Whether the training loss has risen since a change by more than its noise; ``None``: it has not."""
+    """The failed condition if the training loss rose after a change by more than its noise; ``None``: it did not."""
     for layer in layers:
         since = layer.guarded_since
         if since is not None and layer.state != LayerState.DESCENDING and step - since > config.guard_steps:
@@ -58,10 +58,10 @@ def check_loss(guard: LossGuard, layers: Sequence[TrackedLayer], step: int, conf
 def tripped(
     layers: Sequence[TrackedLayer], risen: Condition | None, config: SubspaceConfig
 ) -> list[tuple[TrackedLayer, Trip]]:
-    """The layers that have to go back now, and why.
+    """The layers that have to become dense again now, and why.
 
     Args:
-        risen: of :func:`check_loss`; the layers that changed last are to blame.
+        risen: from :func:`check_loss`; a rise is attributed to the layers that changed last.
     """
     latest = max((x.guarded_since for x in layers if x.guarded_since is not None), default=None)
     trips = []

@@ -1,4 +1,4 @@
-"""What is there: the resident bytes of tracked layers, and their rows in reports."""
+"""Resident bytes of tracked layers, and their reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def size(tensors: Iterable[Tensor | None]) -> int:
 
 
 def monitoring_bytes(layer: TrackedLayer) -> int:
-    """What monitoring a layer keeps resident besides its weight, gradient and optimizer state."""
+    """Resident bytes due to monitoring a layer, besides its weight, gradient and optimizer state."""
     tensors: list[Tensor | None] = [*(layer.cached or ()), *(layer.images or ()), layer.sums, layer.outside]
     if layer.factors is not None:
         module = layer.factors.module
@@ -26,7 +26,7 @@ def monitoring_bytes(layer: TrackedLayer) -> int:
 
 
 def report(layer: TrackedLayer, base: Optimizer) -> LayerReport:
-    """A layer as of now, as a plain record."""
+    """The current state of a layer, as a plain record."""
     element = layer.weight.element_size()
     dense = parameter_count(*layer.shape, None) * element
     parameters = [layer.weight]

@@ -1,4 +1,4 @@
-"""Journal: what has happened in a run, who is told of it, and where the time went."""
+"""Journal: the events of a run, its listeners, and the time spent by phase."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .listeners import Listener
 
 logger = logging.getLogger(__name__)
 
-MAX_EVENTS = 10_000  # the oldest are forgotten: memory, summaries and checkpoints must not grow with the run
+MAX_EVENTS = 10_000  # the oldest are dropped: memory, summaries and checkpoints must not grow with the run
 
 
 class Journal:
-    """Events, oldest first; listeners; host seconds by phase, which are for the report only."""
+    """Events, oldest first; listeners; host seconds by phase."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._held: list[Event] | None = None  # inside a transaction: not told yet
-        self._forget_process()
+        self._held: list[Event] | None = None  # within a transaction: not emitted yet
+        self._reset_process_state()
 
-    def _forget_process(self) -> None:
-        """Listeners and clocks are those of one process."""
+    def _reset_process_state(self) -> None:
+        """Listeners and clocks belong to one process: they are not copied or pickled."""
         self.listeners: list[Listener] = []
-        self.deferred: Exception | None = None  # what a listener raised
+        self.deferred: Exception | None = None  # the first exception of a listener
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by phase
         self.started: float | None = None
 
@@ -38,7 +38,7 @@ class Journal:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.events, self._held = state["events"], None
-        self._forget_process()
+        self._reset_process_state()
 
     def emit(self, event: Event) -> None:
         """Record an event, log it and notify the listeners."""
@@ -51,8 +51,8 @@ class Journal:
         self.notify("on_event", event)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Events inside the block are told when it is done; if it raises, they never happened."""
+    def hold_events(self) -> Iterator[None]:
+        """Emit the events of the block when it is done; discard them if it raises."""
         outer = self._held
         held = self._held = [] if outer is None else outer
         before = len(held)
@@ -68,13 +68,13 @@ class Journal:
                 self.emit(event)
 
     def replace(self, events: list[Event]) -> None:
-        """The events of another run, which is resumed here; what led here is no part of it."""
+        """Replace the events by those of a loaded run, and discard the events of loading it."""
         self.events = events
         if self._held is not None:
             self._held.clear()
 
     def notify(self, method: str, *arguments: Any) -> None:
-        """Call the listeners. What one raises waits until the step is whole."""
+        """Call the listeners. The first exception is stored, so that the step can be completed."""
         for listener in self.listeners:
             try:
                 getattr(listener, method)(*arguments)
@@ -82,13 +82,13 @@ class Journal:
                 self.deferred = self.deferred or error
 
     def raise_deferred(self) -> None:
-        """Raise what a listener has raised, if any did."""
+        """Raise the stored exception of a listener, if there is one."""
         error, self.deferred = self.deferred, None
         if error is not None:
             raise error
 
     def start_clock(self) -> None:
-        """The first step starts the total that shares of time are taken of."""
+        """Start the total time, at the first step."""
         if self.started is None:
             self.started = time.perf_counter()
 
@@ -99,7 +99,7 @@ class Journal:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Count the time that the block takes."""
+        """Add the host time of the block to a phase."""
         start = time.perf_counter()
         try:
             yield

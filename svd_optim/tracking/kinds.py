@@ -1,4 +1,4 @@
-"""What a saved value may be. A kind says of any value whether it is one; ``True`` is no number here."""
+"""Type checks for saved values. A kind is a predicate over arbitrary values; a bool is not a number here."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Kind = Callable[[Any], bool]
 
 
 def exactly(*types: type) -> Kind:
-    """A value of one of these types, not of their subclasses."""
+    """A value of exactly one of these types, not of a subclass."""
     return lambda value: type(value) in types
 
 
 def or_none(kind: Kind) -> Kind:
-    """Or ``None``."""
+    """A value of this kind, or ``None``."""
     return lambda value: value is None or kind(value)
 
 
 def list_of(kind: Kind, most: int | None = None, length: int | None = None) -> Kind:
-    """A list of at most, or of exactly, so many."""
+    """A list with items of this kind, of at most ``most`` or exactly ``length``."""
     return lambda value: (
         isinstance(value, list)
         and (most is None or len(value) <= most)
@@ -37,18 +37,18 @@ def list_of(kind: Kind, most: int | None = None, length: int | None = None) -> K
 
 
 def dict_of(kind: Kind) -> Kind:
-    """Names to values."""
+    """A dict from strings to values of this kind."""
     return lambda value: isinstance(value, dict) and all(type(k) is str and kind(v) for k, v in value.items())
 
 
 def one_of(values: type[StrEnum]) -> Kind:
-    """The value of a member, as a string."""
+    """The value of one member of the enumeration, as a string."""
     known = {str(value) for value in values}
     return lambda value: type(value) is str and value in known
 
 
 def tensor(*shape: int | None) -> Kind:
-    """A finite floating-point tensor; ``None``: any size."""
+    """A finite floating-point tensor of this shape; ``None``: any size of that dimension."""
     return lambda value: (
         isinstance(value, Tensor)
         and value.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ def tensor(*shape: int | None) -> Kind:
 
 
 def tensors(*shapes: tuple[int | None, ...]) -> Kind:
-    """A list of such tensors."""
+    """A list of finite floating-point tensors, one of each shape."""
     kinds = [tensor(*shape) for shape in shapes]
     return lambda value: (
         isinstance(value, list) and len(value) == len(kinds) and all(k(v) for k, v in zip(kinds, value, strict=True))
@@ -67,7 +67,7 @@ def tensors(*shapes: tuple[int | None, ...]) -> Kind:
 
 
 def dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> Kind:
-    """A tensor of these, whatever its values."""
+    """A tensor of this dtype and shape, with any values."""
     return lambda value: isinstance(value, Tensor) and value.dtype == dtype and tuple(value.shape) == shape
 
 
@@ -80,7 +80,7 @@ _ANNOTATED: dict[str, Kind] = {
 
 
 def record(kind: Any) -> Kind:
-    """A dict from which the dataclass can be made."""
+    """A dict of plain values with exactly the fields of a dataclass."""
     kinds = {field.name: _ANNOTATED[str(field.type)] for field in fields(kind)}
     return lambda value: (
         isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](v) for key, v in value.items())

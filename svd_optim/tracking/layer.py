@@ -1,8 +1,8 @@
-"""TrackedLayer: one layer of the model and everything known of it.
+"""TrackedLayer: one layer of the model and all of its state.
 
-What was measured lies here, in float32 beside the optimizer (inside ``optimizer.state`` loading would cast it to the
-parameters' type): one basis, k (m + n) numbers and a few extra columns (a factorized layer is its own basis), running
-sums over the interval and a short history. :mod:`.saved` says how it is saved.
+Measurements are stored here, in float32 and outside ``optimizer.state``, where loading would cast them to the
+parameters' dtype: one basis of k (m + n) numbers and a few extra columns (a factorized layer is its own basis), running
+sums over the interval and a short history. :mod:`.saved` defines how it is saved.
 """
 
 from __future__ import annotations
@@ -23,54 +23,57 @@ from ..records import LayerState
 
 @dataclass(kw_only=True)
 class TrackedLayer(LayerLife):
-    """One layer and everything known of it; what decisions know of it is in :class:`LayerLife`."""
+    """One layer and all of its state; :class:`LayerLife` has the part that decisions need."""
 
     module: nn.Linear
     index: int
-    """In the wrapper's list: seeds its private generators."""
+    """Position among the tracked layers; seeds its private generators."""
     energy_target: float | None = None
+    """Share of ||W||_F^2 that its rank is to keep, if the target is an energy."""
     explicit: bool = False
-    """The user gave its rank, share or energy: no plan changes it."""
+    """The user gave its rank, budget or energy: the plan does not change it."""
     keep_dense: bool = False
-    """What the plan says of it."""
+    """The plan leaves it dense."""
     problem: str = ""
     """Why it could not be tracked if it were new now: frozen, tied, in no param group; empty if it could."""
 
     cached: Basis | None = None
-    """Of the dense weight, as of ``basis_step``."""
+    """The basis of the dense weight at ``basis_step``."""
     images: tuple[Tensor, Tensor] | None = None
-    """Of a factorized weight then: W Omega (m, s), W^T Psi (n, s)."""
+    """Random images of the factorized weight at ``basis_step``: W Omega (m, s), W^T Psi (n, s)."""
     basis_step: int = 0
+    """The optimizer step to which the basis or the images belong."""
     pending: Tensor | None = None
-    """(SCALARS,) float64 on the device: of this interval's refresh, once it was."""
+    """(SCALARS,) float64 on the device: the result of this interval's refresh, until the analysis."""
     sums: Tensor | None = None
-    """(2 + 3k,) float64 on the device: gradients measured, nonfinite, three alignments."""
+    """(2 + 3k,) float64 on the device: number of gradients measured, of nonfinite ones, three alignments."""
     outside: Tensor | None = None
-    """(m, s): sketches of what factors missed of unit gradients, summed over an interval."""
+    """(m, s): sketches of the part of normalized gradients outside the tangent space, summed over the interval."""
     idle: Tensor | None = None
     """Steps of its descent since the last analysis whose gradient was zero; 0-d int64 on the device."""
     idle_known: int = 0
     """Those that the host knows of: without a gradient, frozen, or with a learning rate of 0."""
     capture: list[float] = field(default_factory=list)
-    """Of the last analyses, at every rank from 1 to k."""
+    """Tangent capture at every rank from 1 to k, smoothed over the last analyses."""
     spectrum: tuple[float, ...] = ()
-    """S at its octaves over ||W||_F, as of the last analysis."""
+    """S_1, S_2, S_4, ..., S_k over ||W||_F, at the last analysis."""
 
     factors: FactorState | None = None
-    """While it is factorized."""
+    """Its state in the tangent step, while it is factorized."""
     dense_anchor: Anchor | None = None
-    """While it is dense and protected."""
+    """The protected block, while it is dense and protected."""
     guarded_since: int | None = None
-    """The first step of its descent, or its switch, while a rise of the loss is laid to it."""
+    """The step at which its descent began or it switched, while the loss guard attributes a rise of the loss to it."""
     nonfinite: bool = False
-    """Its gradient or weight was NaN or Inf when it was last looked at."""
+    """Whether its gradient or weight had NaN or Inf at the last analysis."""
     failures: int = 0
-    """Decompositions that failed in a row."""
+    """Number of consecutive failed decompositions."""
     warned_of_failures: bool = False
+    """Whether a warning about these was emitted."""
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (m, n), or U (m, k): the parameter that stands first in the optimizer."""
+        """The dense weight (m, n), or U (m, k): the layer's first parameter in the optimizer."""
         return self.module.U if isinstance(self.module, FactorizedLinear) else self.module.weight
 
     @property
@@ -94,7 +97,7 @@ class TrackedLayer(LayerLife):
 
     @property
     def anchor(self) -> Anchor | None:
-        """What its principal block is kept at while it is protected."""
+        """The block that is held fixed while it is protected; ``None`` otherwise."""
         return self.factors.anchor if self.factors is not None else self.dense_anchor
 
     def follow_weight(self) -> None:
@@ -130,34 +133,34 @@ class TrackedLayer(LayerLife):
             self.factors.nonfinite = None if bad is None else bad.to(W.device)
 
     def restart_window(self) -> None:
-        """Decisions start from nothing, and so does what was measured of the present interval's basis."""
+        """Start a new decision window, and discard the pending result of a refresh."""
         super().restart_window()
         self.pending = None
 
     def fire(self, trigger: Trigger, step: int = 0, cooldown_steps: int = 0) -> LayerState:
-        """See :meth:`LayerLife.fire`; a layer that is dense again is no longer to blame for the loss."""
+        """See :meth:`LayerLife.fire`; the loss guard no longer attributes a rise to a layer that is dense again."""
         before = super().fire(trigger, step, cooldown_steps)
         if before != self.state and self.state == LayerState.DENSE:
             self.guarded_since = None
         return before
 
     def set_rank(self, rank: int) -> None:
-        """Another rank: what was measured at the old one says nothing of it, but for the plan."""
+        """Change the target rank, and discard measurements at the old rank, except the capture curve for the plan."""
         if rank != self.rank:
             self.status.rank, self.sums = rank, None
-            enough = self.cached is not None and rank <= len(self.cached.S)
-            self.cached = self.cached if enough else None
+            sufficient = self.cached is not None and rank <= len(self.cached.S)
+            self.cached = self.cached if sufficient else None
             self.restart_window()
 
     @torch.no_grad()
-    def hold_block(self, principal: Basis | None = None) -> bool:
-        """From now on the principal block stays what it is.
+    def protect_block(self, principal: Basis | None = None) -> bool:
+        """Hold the principal block fixed from now on.
 
         Args:
-            principal: leading singular triplets of the weight; default: those known, at the layer's rank.
+            principal: leading singular triplets of the weight; default: those of the basis, at the layer's rank.
 
         Returns:
-            Whether it could be found.
+            Whether there is a basis, and so a block.
         """
         if principal is None and self.basis is not None:
             principal = self.basis.leading(self.rank)
@@ -169,20 +172,20 @@ class TrackedLayer(LayerLife):
             self.dense_anchor = anchor_dense(to_compute_dtype(self.module.weight), principal.U, principal.V)
         return True
 
-    def let_block_move(self) -> None:
-        """The inverse."""
+    def unprotect_block(self) -> None:
+        """Let the principal block change again."""
         self.dense_anchor = None
         if self.factors is not None:
             self.factors.anchor = None
 
     def restore_block_(self) -> None:
-        """After a step of the base optimizer: put a protected dense weight's principal block back."""
+        """After a step of the base optimizer: restore a protected dense weight's principal block."""
         if self.dense_anchor is not None:
             W = self.module.weight
-            held = W if W.dtype == self.dense_anchor.U.dtype else W.to(self.dense_anchor.U.dtype)
-            restore_dense_(held, self.dense_anchor)
-            if held is not W:
-                W.copy_(held)
+            restored = W if W.dtype == self.dense_anchor.U.dtype else W.to(self.dense_anchor.U.dtype)
+            restore_dense_(restored, self.dense_anchor)
+            if restored is not W:
+                W.copy_(restored)
 
     def count_idle(self, steps: int) -> None:
         """So many steps of its descent had zero gradients: it ends so much later."""
@@ -191,6 +194,6 @@ class TrackedLayer(LayerLife):
             self.status.descent_end += steps
             self.idle_known += steps
 
-    def count_decomposition(self, ok: bool) -> None:
-        """Remember whether the last decomposition gave something."""
-        self.failures = 0 if ok else self.failures + 1
+    def count_decomposition(self, succeeded: bool) -> None:
+        """Update the number of consecutive failures after a decomposition."""
+        self.failures = 0 if succeeded else self.failures + 1

@@ -1,4 +1,4 @@
-"""What can be told of a run while it goes on: subclass :class:`Listener`, override what you need.
+"""Callbacks during a run: subclass :class:`Listener` and override what you need.
 
 class WeightsAndBiases(Listener):
     def on_analysis(self, summary):
@@ -17,45 +17,48 @@ from ..records import Event, LayerReport, Plan, Summary
 
 
 class Monitored(Protocol):
-    """What a listener may ask of the optimizer that it is added to: a :class:`SubspaceAwareOptimizer`."""
+    """What a listener may use of the :class:`~svd_optim.SubspaceAwareOptimizer` that it is added to."""
 
     base_optimizer: Optimizer
     config: SubspaceConfig
 
     def summary(self) -> Summary:
-        """The run as of now."""
+        """The current state of the run."""
         ...
 
     def why(self) -> list[LayerReport]:
-        """The layers as of now."""
+        """The current state of the layers."""
         ...
 
     def plan(self) -> Plan:
-        """How the budget is spread as of now."""
+        """The current allocation of the parameter budget."""
         ...
 
 
 class Listener:
-    """Called by the optimizer, in the thread that trains. Every method does nothing here."""
+    """Its methods are called by the optimizer, in the training thread; here they all do nothing.
+
+    An exception that one raises is re-raised at the end of the optimizer step.
+    """
 
     def on_start(self, optimizer: Monitored) -> None:
-        """Once, when it is added to an optimizer."""
+        """Called once, when it is added to an optimizer."""
 
     def on_analysis(self, summary: Summary) -> None:
-        """After each analysis of the tracked layers, with the run as of then."""
+        """Called after each analysis of the tracked layers, with the state of the run."""
 
     def on_alerts(self, alerts: tuple[Alert, ...]) -> None:
-        """At an analysis, before :meth:`on_analysis`: what somebody should look at now and was not told yet."""
+        """Called at an analysis, before :meth:`on_analysis`, if there are new alerts."""
 
     def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        """Before ``layers`` change between dense and factorized, all in one event."""
+        """Called before ``layers`` change together between dense and factorized, or their rank."""
 
     def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        """After ``layers`` changed between dense and factorized.
+        """Called after ``layers`` changed.
 
         Their parameters are new objects: whoever keeps a list of the old ones (an average of weights, a cached list
         for clipping) has to ask the model again now.
         """
 
     def on_event(self, event: Event) -> None:
-        """For each event, as it happens."""
+        """Called for each event when it happens; for those of a switch, once all of it is done."""

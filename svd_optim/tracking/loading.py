@@ -1,4 +1,4 @@
-"""Structure before values: layers become dense or factorized as what is loaded was."""
+"""Saving and loading a run: first the structure of the layers, dense or factorized, then the values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
 @torch.no_grad()
 @full_precision()
 def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapping[str, Basis] | None = None) -> None:
-    """Factorize (an integer: the rank) or merge (``None``) layers whose structure differs.
+    """Convert layers whose structure differs.
 
     Args:
-        saved: their factors, if known; else those of the weights that are there.
+        ranks: by layer name: the rank to factorize it at, or ``None`` to make it dense.
+        saved: factors by layer name, if known; default: the truncated present weights.
+
+    Raises:
+        RuntimeError: a present weight can't be decomposed.
     """
     merged: list[Replacement] = []
     factorized: list[Replacement] = []
@@ -31,13 +35,13 @@ def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapp
         layer = run.layers[name]
         if rank == (layer.rank if layer.factorized else None):
             continue
-        drop_protection(layer)  # what is loaded has another principal block
+        drop_protection(layer)  # the loaded weight has another principal block
         if layer.factorized:
             merged.append(to_dense_(layer, run.base))
             layer.fire(Trigger.LOAD_DENSE)
         if rank is not None:
             layer.set_rank(rank)
-            basis = saved[name] if saved and name in saved else _present_factors(layer)
+            basis = saved[name] if saved and name in saved else _factors_of_weight(layer)
             factors = Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis))
             factorized.append(to_factors_(layer, run.base, factors))
             layer.fire(Trigger.LOAD_FACTORIZED)
@@ -46,8 +50,8 @@ def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapp
     replace_parameters_(run.base, factorized)  # a layer of another rank is in both
 
 
-def _present_factors(layer: TrackedLayer) -> Basis:
-    W = to_compute_dtype(layer.module.weight).nan_to_num()  # loading is the way out of a run that is lost
+def _factors_of_weight(layer: TrackedLayer) -> Basis:
+    W = to_compute_dtype(layer.module.weight).nan_to_num()  # loading must be possible after training has diverged
     basis = with_float64_fallback(lambda dtype: exact_basis(W.to(dtype), layer.rank), W.dtype)
     if basis is None:
         raise RuntimeError(f"the weight of layer {layer.name!r} can't be decomposed; load the model first")
@@ -55,19 +59,19 @@ def _present_factors(layer: TrackedLayer) -> Basis:
 
 
 def saved_ranks(saved: Mapping[str, Any]) -> dict[str, int | None]:
-    """The ranks of the layers that were factorized, ``None`` for the others."""
+    """The ranks of the layers that are factorized in a saved state, ``None`` for the others."""
     status = {name: layer["status"] for name, layer in saved["layers"].items()}
     return {name: x["rank"] if x["state"] == FACTORIZED else None for name, x in status.items()}
 
 
 def save_run(run: TrackedRun) -> dict[str, Any]:
-    """Everything but the weights and the base optimizer's state, as tensors and plain values."""
+    """The state of a run without weights and the base optimizer's state, as tensors and plain values."""
     layers = {name: save(layer, LAYER_FIELDS) for name, layer in run.layers.items()}
     return {"version": STATE_VERSION, **save(run, RUN_FIELDS), "layers": layers}
 
 
 def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
-    """The inverse of :func:`save_run`, once structures fit."""
+    """The inverse of :func:`save_run`, once the layers have the saved structure."""
     load(run, RUN_FIELDS, saved)
     for name, state in saved["layers"].items():
         layer = run.layers[name]
@@ -79,7 +83,7 @@ def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
 
 
 def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if loading ``saved`` and the base optimizer's state could not work."""
+    """Raise ``ValueError`` unless ``saved`` and the base optimizer's state fit this run."""
     if saved["version"] != STATE_VERSION:
         age = "a newer" if saved["version"] > STATE_VERSION else "an older"
         raise ValueError(f"saved by {age} svd_optim: state version {saved['version']}, this one reads {STATE_VERSION}")

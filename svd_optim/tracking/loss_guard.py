@@ -1,7 +1,6 @@
-"""The loss guard: losses in, verdicts out.
+"""The loss guard: a test of whether the training loss rose after a change by more than its noise explains.
 
-It asks whether the training loss since a switch, or since a descent began, is higher than its own noise
-explains.
+A change is a switch, or the start of a descent.
 """
 
 from __future__ import annotations
@@ -17,36 +16,36 @@ from torch import Tensor
 
 from ..records import Condition
 
-REFERENCE = 8  # intervals before a change that the losses since are compared with
-SIGMAS = 4.0  # a rise within so many standard errors is noise
+REFERENCE = 8  # windows before a change with which later losses are compared
+SIGMAS = 4.0  # standard errors up to which a rise is taken for noise
 PENDING = 4096  # losses kept between two analyses
-LEAST = 20  # losses in a window: with fewer, chance looks like a rise
-ROUNDING = 1e-6  # of a loss in float32: what losses without any noise may still differ by
+LEAST = 20  # losses in a window; fewer give too many false alarms
+ROUNDING = 1e-6  # relative rounding error of a float32 loss: the smallest noise that is assumed
 
 
 class LossWindow(NamedTuple):
-    """Losses of one interval, or of several short ones."""
+    """Statistics of the losses of one interval, or of several short ones."""
 
     losses: int
     mean: float
-    variance: float  # of single losses within the interval
+    variance: float  # of individual losses within the interval
 
     def with_more(self, new: LossWindow) -> LossWindow:
-        """Both together."""
-        count, apart = self.losses + new.losses, new.mean - self.mean
+        """The statistics of both windows together (Chan, Golub and LeVeque, 1979)."""
+        count, delta = self.losses + new.losses, new.mean - self.mean
         squares = (self.losses - 1) * self.variance + (new.losses - 1) * new.variance
-        squares += apart * apart * self.losses * new.losses / count
-        return LossWindow(count, self.mean + apart * new.losses / count, squares / (count - 1))
+        squares += delta * delta * self.losses * new.losses / count
+        return LossWindow(count, self.mean + delta * new.losses / count, squares / (count - 1))
 
 
 class LossGuard:
-    """Collects losses, on their device and without reading them, and judges once an analysis."""
+    """Collects losses on their device, without host-device synchronization, and tests them once per analysis."""
 
     def __init__(self) -> None:
         self._pending: deque[Tensor] = deque(maxlen=PENDING)
         self.windows: deque[LossWindow] = deque(maxlen=REFERENCE)  # before the last change
         self.since: deque[LossWindow] | None = None  # after it; None: nothing to guard
-        self.lost = 0  # losses in a row of which none was finite; a few don't count
+        self.lost = 0  # consecutive losses that were not finite; fewer than LEAST are tolerated
 
     @staticmethod
     def is_loss(loss: Any) -> bool:
@@ -67,34 +66,37 @@ class LossGuard:
         return True
 
     def changed(self) -> None:
-        """Layers have just gone into factors, or begun to: what comes now is compared with what came before."""
-        self.end()  # another change may still be watched
+        """A change has just been made: later losses are compared with earlier ones."""
+        self.end()  # an earlier change may still be guarded
         self.lost = 0
         self.since = deque(maxlen=REFERENCE)
 
     def end(self) -> None:
-        """Nothing is to be guarded any more."""
-        self._close()
+        """Stop guarding: the losses since the last change become reference."""
+        self._close_interval()
         since, self.since = self.since or (), None
         for window in since:
             self._add(window)
 
     def verdict(self) -> Condition | None:
-        """Close the interval; whether the loss is where it was. ``None``: too little is known."""
-        self._close()
+        """Close the interval and test whether the loss has not risen; ``None``: too few losses.
+
+        Its value is the rise in standard errors. One host-device synchronization.
+        """
+        self._close_interval()
         if self.since is None or len(self.windows) < 2:
             return None
         errors = math.inf
         if self.lost < LEAST:
             if not self.since or self.since[-1].losses < LEAST:
                 return None
-            before, last = settled(self.windows), self.since[-1]
+            before, last = without_transient(self.windows), self.since[-1]
             level = pooled_mean(before)
             noise = max(standard_error(before, last), ROUNDING * max(abs(level), abs(last.mean)))
             errors = (last.mean - level) / noise if noise > 0 else 0.0
         return Condition(name="loss_steady", value=errors, threshold=SIGMAS, above=False)
 
-    def _close(self) -> None:
+    def _close_interval(self) -> None:
         if not self._pending:
             return
         values = torch.stack([x.to(self._pending[-1].device) for x in self._pending])
@@ -103,10 +105,10 @@ class LossGuard:
         count = finite.sum()
         mean = torch.where(finite, values, 0.0).sum() / count
         squares = torch.where(finite, (values - mean).square(), 0.0).sum()
-        known, average, variance = torch.stack([count, mean, squares / (count - 1)]).tolist()
-        self.lost = 0 if known else self.lost + len(values)
-        if known:
-            self._add(LossWindow(int(known), average, variance if known > 1 else 0.0))
+        finite_count, average, variance = torch.stack([count, mean, squares / (count - 1)]).tolist()
+        self.lost = 0 if finite_count else self.lost + len(values)
+        if finite_count:
+            self._add(LossWindow(int(finite_count), average, variance if finite_count > 1 else 0.0))
 
     def _add(self, new: LossWindow) -> None:
         windows = self.windows if self.since is None else self.since
@@ -134,28 +136,28 @@ class LossGuard:
         self.since = None if since is None else deque((LossWindow(int(n), m, v) for n, m, v in since), maxlen=REFERENCE)
 
 
-def settled(windows: Sequence[LossWindow] | deque[LossWindow]) -> Sequence[LossWindow]:
-    """The later windows, without those from which the loss was still falling fast: half of them at least."""
-    kept = list(windows)
-    while len(kept) > REFERENCE // 2:
-        oldest, rest = kept[0], kept[1:]
+def without_transient(windows: Sequence[LossWindow] | deque[LossWindow]) -> Sequence[LossWindow]:
+    """The windows without the oldest ones while these are significantly above the rest; at least REFERENCE / 2."""
+    remaining = list(windows)
+    while len(remaining) > REFERENCE // 2:
+        oldest, rest = remaining[0], remaining[1:]
         if oldest.mean - pooled_mean(rest) <= SIGMAS / 2 * standard_error(rest, oldest):
             break
-        kept = rest
-    return kept
+        remaining = rest
+    return remaining
 
 
 def pooled_mean(windows: Sequence[LossWindow] | deque[LossWindow]) -> float:
-    """The mean of all losses in them."""
+    """The mean of all losses in the windows."""
     return sum(w.losses * w.mean for w in windows) / sum(w.losses for w in windows)
 
 
 def standard_error(before: Sequence[LossWindow], after: LossWindow) -> float:
-    """Of the difference of the means: from the scatter of single losses, or of whole intervals if that is larger."""
+    """Standard error of the difference of the means: from the variance within windows, or between them if larger."""
     count = sum(w.losses for w in before)
     within = sum(w.losses * w.variance for w in before) / count
-    single = within * (1 / count + 1 / after.losses)
+    from_within = within * (1 / count + 1 / after.losses)
     mean = sum(w.mean for w in before) / len(before)
-    between = sum((w.mean - mean) ** 2 for w in before) / (len(before) - 1) * (1 / len(before) + 1)
-    # Losses that fall steadily scatter too; that makes the guard slower, never hasty.
-    return math.sqrt(max(single, between))
+    from_between = sum((w.mean - mean) ** 2 for w in before) / (len(before) - 1) * (1 / len(before) + 1)
+    # A steadily falling loss increases the variance between windows, which only makes the test more conservative.
+    return math.sqrt(max(from_within, from_between))

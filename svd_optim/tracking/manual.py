@@ -1,4 +1,4 @@
-"""What the user does to layers directly: checked whole before anything is changed."""
+"""Changes that the user requests directly: validated completely before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .switching import Changes, switch
 
 
 def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[TrackedLayer]:
-    """The layers that names or globs mean.
+    """The tracked layers that match names or globs.
 
     Raises:
         RuntimeError: in observe mode.
-        ValueError: one matches nothing.
+        ValueError: a name or glob matches no layer.
     """
     if run.config.mode == "observe":
         raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    chosen: dict[str, TrackedLayer] = {}
+    matched: dict[str, TrackedLayer] = {}
     for pattern in patterns:
         matches = [n for n in run.layers if pattern == "all" or n == pattern or fnmatchcase(n, pattern)]
         if not matches:
             tracked = ", ".join(list(run.layers)[:5]) or "none"
             raise ValueError(f"{method}: no tracked layer matches {pattern!r}; tracked: {tracked}, ...")
-        chosen.update((name, run.layers[name]) for name in matches)
-    return list(chosen.values())
+        matched.update((name, run.layers[name]) for name in matches)
+    return list(matched.values())
 
 
 @full_precision()
 def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
-    """Factorize layers now: truncates at once, without a descent."""
+    """Factorize layers now, by truncation without a descent. See ``SubspaceAwareOptimizer.factorize_``."""
     chosen = [layer for layer in by_name(run, layers, "factorize_") if not layer.factorized]
     unsupported = run.unsupported(chosen)
     for layer in chosen:
@@ -55,14 +55,14 @@ def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) ->
         layer.status.rank = layer.rank if rank is None else rank
     with torch.no_grad():
         bases, errors = exact_bases(chosen)
-        crowded = keep_blocks_(run, bases, errors)
-    broken = [name for name, error in errors.items() if error == float("inf")]
+        too_low = keep_blocks_(run, bases, errors)
+    failed = [name for name, error in errors.items() if error == float("inf")]
     problem = ""
-    if broken:
-        problem = f"the weight of layer {broken[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
-    elif crowded:
+    if failed:
+        problem = f"the weight of layer {failed[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+    elif too_low:
         problem = (
-            f"rank {run.layers[crowded[0]].rank} can't hold the protected block of layer {crowded[0]!r}; "
+            f"rank {run.layers[too_low[0]].rank} can't hold the protected block of layer {too_low[0]!r}; "
             f"release_ it first, or give a higher rank"
         )
     if problem:
@@ -87,7 +87,7 @@ def _check_rank(layer: TrackedLayer, rank: object) -> None:
 
 @full_precision()
 def merge(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
-    """Make factorized layers dense again now; a descent under way is called off."""
+    """Make factorized layers dense again now; a descent in progress is canceled."""
     chosen = by_name(run, layers, "merge_")
     for layer in chosen:
         if layer.state == LayerState.DESCENDING:
@@ -101,7 +101,7 @@ def merge(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
 
 @full_precision()
 def protect(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
-    """Keep the principal blocks of layers from moving."""
+    """Hold the principal blocks of layers fixed. See ``SubspaceAwareOptimizer.protect_``."""
     chosen = by_name(run, layers, "protect_")
     for layer in chosen:
         _check_protected_rank(layer, rank)
@@ -131,7 +131,7 @@ def _check_protected_rank(layer: TrackedLayer, rank: int | None) -> None:
 
 @full_precision()
 def release_layers(run: TrackedRun, layers: str | Iterable[str]) -> list[str]:
-    """End the protection of layers, whoever began it."""
+    """End the protection of layers, manual or automatic."""
     chosen = [layer for layer in by_name(run, layers, "release_") if layer.protected]
     for layer in chosen:
         release(run, layer, MANUAL, manual=True)

@@ -1,4 +1,4 @@
-"""Gradients against cached bases: projections, and their running sums. Reads nothing back to the host."""
+"""Projections of gradients onto the layers' bases, and their running sums. No host-device synchronization."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from .sketches import private_generator
 
 
 def ensure_basis(layer: TrackedLayer, step: int, config: SubspaceConfig) -> bool:
-    """Make a first basis if there is none. Returns whether there is one now."""
+    """Compute a first basis if there is none. Returns whether the layer has a basis now.
+
+    Host-device synchronization only where a first basis is computed.
+    """
     if layer.factorized:
         return True  # it is its own basis
     if layer.cached is None:
@@ -42,25 +45,25 @@ def ensure_basis(layer: TrackedLayer, step: int, config: SubspaceConfig) -> bool
 
 @torch.no_grad()
 def measure(layers: Iterable[TrackedLayer]) -> None:
-    """Project the layers' present gradients onto their bases and add to the running sums.
+    """Project the layers' present gradients onto their bases and add the energies to the running sums.
 
-    Reads nothing back to the host. A zero gradient adds nothing; NaN or Inf is counted. Layers of
-    one shape and rank are measured together; nothing of the size of a weight is made.
+    No host-device synchronization. A zero gradient adds nothing; one with NaN or Inf is only counted. Layers of equal
+    shape and rank are measured together; no temporary is as large as a weight.
     """
     batches: dict[tuple[Any, ...], list[TrackedLayer]] = {}
     for layer in layers:
         if _measurable(layer):
-            kind = (not layer.factorized, layer.shape, layer.rank, layer.weight.dtype, layer.weight.device)
-            batches.setdefault(kind, []).append(layer)
+            key = (not layer.factorized, layer.shape, layer.rank, layer.weight.dtype, layer.weight.device)
+            batches.setdefault(key, []).append(layer)
     for (dense, *_), batch in batches.items():
         e, usable, outside = _dense_energies(batch) if dense else _factored_energies(batch)
-        finite = torch.isfinite(e.left + e.right).all(-1)  # of a sketch we don't speak: it may be stale
+        finite = torch.isfinite(e.left + e.right).all(-1)  # without the sketch, which may be stale
         usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)
         values = torch.where(usable[:, None, None], linalg.alignments(e), 0.0).double().flatten(1)
         add = torch.cat([torch.stack([usable, ~finite], dim=1).double(), values], dim=1)  # (b, 2 + 3k)
-        if outside is not None:  # of gradients of unit length
-            lengths = e.total.sqrt()[:, None, None]
-            outside = torch.where(usable[:, None, None], outside.double() / lengths, 0.0).to(outside)
+        if outside is not None:  # of normalized gradients
+            norms = e.total.sqrt()[:, None, None]
+            outside = torch.where(usable[:, None, None], outside.double() / norms, 0.0).to(outside)
         for i, layer in enumerate(batch):
             layer.sums = add[i].clone() if layer.sums is None else layer.sums + add[i]
             if outside is not None:

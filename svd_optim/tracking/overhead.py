@@ -1,4 +1,4 @@
-"""Intervals stretched so that monitoring keeps to its share of the time."""
+"""Limiting the monitoring overhead by stretching the intervals between measurements and analyses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-MONITORING = ("measure", "refresh", "decide")  # phases that a run could do without
+from ..records.run import MONITORING
 
 
 class Overhead:
-    """How much longer than configured the intervals are.
+    """The integer factor by which the configured intervals are stretched.
 
     Args:
-        limit: share of the time, by the host's clock; ``None``: no limit.
+        limit: on the monitoring overhead, as a share of wall time; ``None``: no limit.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -26,18 +26,21 @@ class Overhead:
         return {**vars(self), "_last": None}  # another process has another clock
 
     def update(self, seconds: Mapping[str, float]) -> float | None:
-        """At an analysis: stretch the intervals if monitoring took too much, give back what it no longer needs.
+        """At an analysis: stretch the intervals if the overhead exceeds the limit, shorten them if it allows that.
+
+        Args:
+            seconds: host seconds by phase since the start of the run.
 
         Returns:
-            The share that it took since the last one, if that changed the stretch.
+            The overhead since the last analysis, if that changed the stretch; else ``None``.
         """
         spent, now = sum(seconds.get(phase, 0.0) for phase in MONITORING), time.perf_counter()
         before, self._last = self._last, (spent, now)
-        if self.limit is None or before is None:  # the first interval pays for the first bases
+        if self.limit is None or before is None:  # the first interval includes computing the first bases
             return None
         share = (spent - before[0]) / (now - before[1])
-        wanted = max(1, math.ceil(self.stretch * share / self.limit))
-        if wanted <= self.stretch < 2 * wanted:
+        required = max(1, math.ceil(self.stretch * share / self.limit))
+        if required <= self.stretch < 2 * required:
             return None
-        self.stretch = wanted
+        self.stretch = required
         return share

@@ -1,4 +1,4 @@
-"""Protection begun and ended: the layer's status, its anchor and the event together."""
+"""Beginning and ending protection: the layer's status, its anchor and the event together."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from .layer import TrackedLayer
 from .refreshing import update_energy_rank
 from .run import TrackedRun
 
-OTHER_BLOCK = 1e-4  # relative difference from which on a block is not the one that is protected
+OTHER_BLOCK = 1e-4  # relative error up to which a loaded weight has the protected block
 
 
 def protect(
     run: TrackedRun, layer: TrackedLayer, reason: str, manual: bool = False, principal: linalg.Basis | None = None
 ) -> None:
-    """Keep a layer's principal block from moving.
+    """Hold a layer's principal block fixed from now on.
 
     Args:
-        principal: see :meth:`TrackedLayer.hold_block`.
+        principal: see :meth:`TrackedLayer.protect_block`.
     """
-    if run.lifecycle.may_protect(layer, True, manual) and layer.hold_block(principal):
+    if run.lifecycle.may_protect(layer, True, manual) and layer.protect_block(principal):
         assert layer.anchor is not None
         run.lifecycle.protect(layer, run.steps, reason, len(layer.anchor.block), manual)
 
 
 def release(run: TrackedRun, layer: TrackedLayer, reason: str, manual: bool = False) -> None:
-    """Let it move again; what was begun manually ends manually."""
+    """Let a layer's principal block change again; manual protection ends only manually."""
     if run.lifecycle.may_protect(layer, False, manual):
         assert layer.anchor is not None
         rank = len(layer.anchor.block)
-        layer.let_block_move()
+        layer.unprotect_block()
         run.lifecycle.release(layer, run.steps, reason, rank)
 
 
 def protect_manually(run: TrackedRun, layer: TrackedLayer, rank: int | None) -> None:
-    """Protect a layer on the exact leading directions of its weight, as of now; a protection before is replaced."""
+    """Protect a layer's exact leading triplets, as they are now; this replaces an earlier protection."""
     if rank is None and not layer.factorized and layer.cached is None and layer.energy_target is not None:
         update_energy_rank(layer)
     rank = layer.rank if rank is None else rank
@@ -56,18 +56,18 @@ def protect_manually(run: TrackedRun, layer: TrackedLayer, rank: int | None) -> 
 
 
 def drop_protection(layer: TrackedLayer) -> None:
-    """Forget it without an event: something else takes its place."""
-    layer.let_block_move()
+    """End protection without an event, where it is being replaced."""
+    layer.unprotect_block()
     layer.status.protection = Protection.NONE
 
 
 @torch.no_grad()
 @linalg.full_precision()
 def release_unless_held(run: TrackedRun, loading: Mapping[str, Sequence[Tensor]]) -> None:
-    """Before weights are loaded: end the protection of blocks that are not theirs.
+    """Before weights are loaded: end the protection of layers whose new weights have another block.
 
     Args:
-        loading: (W,) or (U, S, V) by layer.
+        loading: the new (W,) or (U, S, V) by layer name.
     """
     for name, parts in loading.items():
         layer = run.layers[name]
@@ -84,20 +84,20 @@ def release_unless_held(run: TrackedRun, loading: Mapping[str, Sequence[Tensor]]
 
 
 def keep_blocks_(run: TrackedRun, bases: dict[str, linalg.Basis], errors: dict[str, float]) -> list[str]:
-    """Before layers are factorized: exchange the bases of protected ones for factors with their blocks.
+    """Before layers are factorized: replace the bases of protected ones, in place, by factors with their blocks.
 
     Returns:
-        The names of those whose ranks are too low for that.
+        The names of the layers whose ranks are too low for their blocks.
     """
-    crowded = []
+    too_low = []
     for name, layer in ((name, run.layers[name]) for name in bases):
         if layer.dense_anchor is None:
             continue
-        found = factors_with(carried(layer.dense_anchor), bases[name].leading(layer.rank))
-        if found is None:
-            crowded.append(name)
+        factors = factors_with(carried(layer.dense_anchor), bases[name].leading(layer.rank))
+        if factors is None:
+            too_low.append(name)
             continue
         W = linalg.to_compute_dtype(layer.module.weight)
-        lost = linalg.energy(W - (found.U * found.S) @ found.V.mT) / linalg.energy(W)
-        bases[name], errors[name] = found, float(lost.sqrt().nan_to_num())
-    return crowded
+        lost = linalg.energy(W - (factors.U * factors.S) @ factors.V.mT) / linalg.energy(W)
+        bases[name], errors[name] = factors, float(lost.sqrt().nan_to_num())
+    return too_low

@@ -1,4 +1,4 @@
-"""Bases brought up to date, and the metrics of an interval: from these refreshes and the running sums."""
+"""Refreshing the layers' bases, and computing the metrics of an interval from the refreshes and the running sums."""
 
 from __future__ import annotations
 
@@ -19,52 +19,55 @@ from ..records import LayerMetrics, significant
 from .layer import TrackedLayer
 from .sketches import keep_images
 
-HISTORY = 64  # analyses kept per layer, or as many as patience needs
-DRIFT_STEPS = 20  # subspace_drift is given per this many steps
-SCALARS = 8  # of a layer's refresh: angle, drift, error, stable, effective and exact rank, skew, finite
-FAR = 0.05  # so much of it is measured by cosines alone
-HOLDS = 0.01  # a basis whose energy-weighted sine to what it should be is below this is not iterated again
-RANK_HYSTERESIS = 0.1  # an energy target moves the rank only by more than this share
+HISTORY = 64  # analyses kept per layer; more if patience needs them
+DRIFT_STEPS = 20  # subspace_drift is normalized to this many optimizer steps
+SCALARS = 8  # results of a refresh: angle, drift, error, stable, effective and exact rank, skew, finite
+FAR = 0.05  # drift from which on angles are computed from cosines alone
+HOLDS = 0.01  # drift below which a basis is updated within its span (Rayleigh-Ritz), without subspace iteration
+RANK_HYSTERESIS = 0.1  # relative change below which an energy target does not change the rank
 
 
-def _known(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
 def octaves(k: int) -> list[int]:
-    """The ranks 1, 2, 4, ... below ``k``, and ``k``: where a spectrum is looked at."""
+    """The ranks 1, 2, 4, ... below ``k``, and ``k``: where a spectrum is sampled."""
     return [*(2**i for i in range((k - 1).bit_length())), k]
 
 
 def _spectrum(S: Sequence[float], stable_rank: float | None) -> tuple[float, ...]:
-    """Singular values at the octaves over ||W||_F, with four digits; empty where they are unknown."""
+    """Singular values at the octaves over ||W||_F, with four significant digits; empty where they are unknown."""
     if stable_rank is None or not S[0] > 0:
         return ()
     return tuple(significant(S[k - 1] / S[0] / math.sqrt(stable_rank), 4) for k in octaves(len(S)))
 
 
-class _Look(NamedTuple):
-    """A dense weight against its cached basis; both transposed where the weight is tall."""
+class _BasisCheck(NamedTuple):
+    """The residual of a dense weight with respect to its cached basis; both are transposed if the weight is tall."""
 
-    tall: bool
+    transposed: bool
     W: Tensor  # (m, n), m <= n
-    old: Basis
-    image: Tensor  # (m, q) = W V: the first product of a refresh, too
-    angle: Tensor  # by which W V has left the span of U
-    drift: Tensor
+    basis: Basis  # (m, q), (q,), (n, q)
+    image: Tensor  # (m, q) = W V, which is also the first product of a refresh
+    angle: Tensor  # radians, between W V and span(U); ()
+    drift: Tensor  # energy-weighted sine; ()
 
 
-class _Judged(NamedTuple):
-    """What the host has to know of a weight and its basis to refresh it."""
+class _CheckFlags(NamedTuple):
+    """What the host needs to know about a weight and its basis to choose how to refresh it."""
 
-    finite: bool  # the weight
-    useful: bool  # the basis: not of a zero matrix, without NaN or Inf, not mapped to zero by the weight
-    holds: bool  # by HOLDS
-    far: bool  # by FAR
+    weight_finite: bool
+    basis_usable: bool  # not of a zero matrix, without NaN or Inf, not mapped to zero by the weight
+    basis_accurate: bool  # drift below HOLDS
+    far: bool  # drift above FAR
 
 
 def update_energy_rank(layer: TrackedLayer) -> None:
-    """Set the rank to the smallest that keeps the wanted energy; a real change drops the basis."""
+    """Set the rank to the smallest that keeps the target energy, if it differs by more than the hysteresis.
+
+    Computes all singular values of the weight; synchronizes host and device.
+    """
     assert layer.energy_target is not None
     W = to_compute_dtype(layer.module.weight)
     if not bool(torch.isfinite(W).all()):
@@ -82,45 +85,46 @@ def update_energy_rank(layer: TrackedLayer) -> None:
 
 @torch.no_grad()
 def refresh(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -> None:
-    """Bring the layers' bases up to date, and keep what that told of their weights for the next analysis.
+    """Refresh the layers' bases, and store the results in ``pending`` for the next analysis.
 
-    A layer whose weight holds NaN or Inf keeps its basis. One host read in all, and one more for each
-    basis that is iterated: whether its decomposition gave something finite.
+    A layer whose weight contains NaN or Inf keeps its basis. One host-device synchronization in total, and one more for
+    each decomposition, to check that its result is finite.
     """
     layers = [layer for layer in layers if layer.factorized or layer.cached is not None]
     if not layers:
         return
-    looked = [_look(layer) for layer in layers]
-    flags = torch.stack([flags for _, flags in looked]).tolist()
-    for layer, (look, _), judged in zip(layers, looked, flags, strict=True):
-        layer.pending = _refresh_one(layer, look, _Judged(*judged), step, config)
+    checks = [_check_basis(layer) for layer in layers]
+    flags = torch.stack([flags for _, flags in checks]).tolist()
+    for layer, (check, _), values in zip(layers, checks, flags, strict=True):
+        layer.pending = _refresh_one(layer, check, _CheckFlags(*values), step, config)
 
 
-def _look(layer: TrackedLayer) -> tuple[_Look | None, Tensor]:
-    """(how a dense weight lies to its basis, what it is :class:`_Judged` by (4,) bool)."""
+def _check_basis(layer: TrackedLayer) -> tuple[_BasisCheck | None, Tensor]:
+    """(check of a dense layer, ``None`` if factorized; values of :class:`_CheckFlags` on the device, (4,) bool)."""
     module = layer.module
     if isinstance(module, FactorizedLinear):
         finite = torch.stack([torch.isfinite(p).all() for p in (module.U, module.S, module.V)]).all()
         return None, torch.stack([finite, *(torch.ones_like(finite),) * 3])
     assert layer.cached is not None
-    W, old = to_compute_dtype(module.weight), layer.cached
-    tall = len(W) > W.shape[1]
-    if tall:  # the shorter side is the cheaper one to look at, and to orthonormalise
-        W, old = W.mT, old.transposed()
-    image = W @ old.V
-    angle, drift = linalg.left_residual(image, old.U, layer.rank)
-    useful = torch.isfinite(drift) & (old.S[0] > 0)
-    look = _Look(tall, W, old, image, angle, drift)
-    # A basis of the whole shorter side is always left by nothing, however the longer side turns.
-    holds = useful & (drift < HOLDS) if len(old.S) < min(W.shape) else torch.zeros_like(useful)
-    return look, torch.stack([linalg.finite(W), useful, holds, drift > FAR])
+    W, basis = to_compute_dtype(module.weight), layer.cached
+    transposed = len(W) > W.shape[1]
+    if transposed:  # the shorter side is cheaper to project and to orthonormalize
+        W, basis = W.mT, basis.transposed()
+    image = W @ basis.V
+    angle, drift = linalg.left_residual(image, basis.U, layer.rank)
+    usable = torch.isfinite(drift) & (basis.S[0] > 0)
+    check = _BasisCheck(transposed, W, basis, image, angle, drift)
+    # Nothing of the weight leaves a basis of the whole shorter side, however the longer side turns.
+    holds = usable & (drift < HOLDS) if len(basis.S) < min(W.shape) else torch.zeros_like(usable)
+    return check, torch.stack([linalg.finite(W), usable, holds, drift > FAR])
 
 
 @torch.no_grad()
 def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -> dict[str, LayerMetrics]:
-    """Close the interval: metrics by layer name, from the refreshes and the running sums. One host read.
+    """Close the interval: metrics by layer name, from the refreshes and the running sums.
 
-    Layers that were not refreshed since the last analysis are now.
+    Layers that were not refreshed since the last analysis are refreshed now. Besides that, one host-device
+    synchronization.
     """
     layers = list(layers)
     refresh([layer for layer in layers if layer.pending is None], step, config)
@@ -131,12 +135,12 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
     values = iter(torch.cat(rows).tolist())
     metrics = {}
     for layer, row in zip(layers, rows, strict=True):
-        S, (*rest, idle) = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
+        S, (*results, idle) = list(islice(values, layer.rank)), list(islice(values, len(row) - layer.rank))
         layer.count_idle(int(idle))
-        metrics[layer.name] = _metrics(layer, rest, step)
+        metrics[layer.name] = _metrics(layer, results, step)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
-        keep = max(HISTORY, config.patience)
-        layer.history = [*layer.history, metrics[layer.name]][-keep:]
+        length = max(HISTORY, config.patience)
+        layer.history = [*layer.history, metrics[layer.name]][-length:]
         layer.sums = layer.pending = None
     return metrics
 
@@ -148,64 +152,66 @@ def _row(layer: TrackedLayer) -> Tensor:
     if sums is None:
         sums = layer.pending.new_zeros(2 + 3 * layer.rank)
     if layer.factors is not None and layer.factors.nonfinite is not None:
-        bad = torch.maximum(sums[1], layer.factors.nonfinite.double())
-        sums = torch.cat([sums[:1], bad[None], sums[2:]])
+        nonfinite = torch.maximum(sums[1], layer.factors.nonfinite.double())
+        sums = torch.cat([sums[:1], nonfinite[None], sums[2:]])
         layer.factors.nonfinite = None
     outside = sums.new_zeros(1) if layer.outside is None else linalg.energy(layer.outside)[None] / SKETCH_SIZE
     idle = sums.new_zeros(1) if layer.idle is None else layer.idle.double()[None]
     return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle])
 
 
-def _refresh_one(layer: TrackedLayer, look: _Look | None, judged: _Judged, step: int, config: SubspaceConfig) -> Tensor:
+def _refresh_one(
+    layer: TrackedLayer, check: _BasisCheck | None, flags: _CheckFlags, step: int, config: SubspaceConfig
+) -> Tensor:
     """[angle, drift, error, stable, effective and exact rank, skew, finite] on the device, (SCALARS,)."""
     unknown = torch.full((SCALARS,), math.nan, dtype=torch.float64, device=layer.weight.device)
-    unknown[-1] = float(judged.finite)
-    if not judged.finite:
+    unknown[-1] = float(flags.weight_finite)
+    if not flags.weight_finite:
         return unknown
     k, since = layer.rank, layer.basis_step
-    if look is None:
+    if check is None:
         new, angle, drift, total, skew = _analyze_factors(layer)
         keep_images(layer, step, config)
     else:
-        refreshed = _refreshed(layer, look, judged)
+        refreshed = _refreshed(layer, check, flags)
         if refreshed is None:
             return unknown
         new, total = refreshed, linalg.energy(to_compute_dtype(layer.module.weight))
-        angle, drift = look.angle, look.drift
-        if not judged.holds:  # else the spans stay as they were at basis_step
-            angle, drift = _change(look.old.leading(k), new.leading(k), judged.far)
+        angle, drift = check.angle, check.drift
+        if not flags.basis_accurate:  # else the spans are still those of basis_step
+            angle, drift = _subspace_change(check.basis.leading(k), new.leading(k), flags.far)
             layer.basis_step = step
         skew = torch.zeros_like(angle)
-        layer.cached = new.transposed() if look.tall else new
+        layer.cached = new.transposed() if check.transposed else new
     drift = (drift * DRIFT_STEPS / max(1, step - since)).clamp(max=1.0)
     squares = new.S[:k].double().square()
     error = linalg.reconstruction_error(new.S[:k], total)
-    kept = squares.cumsum(0)
-    effective = (kept < 0.95 * total).sum() + 1
-    exact = (kept < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1
+    cumulative = squares.cumsum(0)
+    effective = (cumulative < 0.95 * total).sum() + 1
+    exact = (cumulative < (1.0 - layer.thresholds.reconstruction_safe**2) * total).sum() + 1
     scalars = (angle, drift, error, total / squares[0], effective, exact, skew, unknown[-1])
     return torch.stack([x.double() for x in scalars])
 
 
-def _refreshed(layer: TrackedLayer, look: _Look, judged: _Judged) -> Basis | None:
-    """The basis of ``look.W`` as of now; ``None``: it can't be had, and the old one stays."""
+def _refreshed(layer: TrackedLayer, check: _BasisCheck, flags: _CheckFlags) -> Basis | None:
+    """The basis of ``check.W``; ``None`` if the decomposition failed, and the old one stays."""
 
     def decompose(dtype: torch.dtype) -> Basis:
-        W, image = look.W.to(dtype), look.image.to(dtype)
-        old = Basis(*(factor.to(dtype) for factor in look.old))
-        if judged.holds:
+        W, image = check.W.to(dtype), check.image.to(dtype)
+        old = Basis(*(factor.to(dtype) for factor in check.basis))
+        if flags.basis_accurate:
             return linalg.ritz_basis(image, old)
-        if not judged.useful:
+        if not flags.basis_usable:
             return linalg.exact_basis(W, len(old.S))
         return linalg.refresh_basis(W, old, image)
 
-    new = with_float64_fallback(decompose, look.W.dtype)
+    new = with_float64_fallback(decompose, check.W.dtype)
     layer.count_decomposition(new is not None)
     return new
 
 
-def _change(old: Basis, new: Basis, far: bool) -> tuple[Tensor, Tensor]:
-    """(angle, drift), of the side that moved more; NaN where a basis was of no use."""
+def _subspace_change(old: Basis, new: Basis, far: bool) -> tuple[Tensor, Tensor]:
+    """(angle in radians, drift) of the side that moved more; NaN where a decomposition failed."""
     try:
         sides = ((old.U, new.U), (old.V, new.V))
         angles, drifts = zip(*(linalg.subspace_change(a, b, new.S, far) for a, b in sides), strict=True)
@@ -215,7 +221,7 @@ def _change(old: Basis, new: Basis, far: bool) -> tuple[Tensor, Tensor]:
 
 
 def _analyze_factors(layer: TrackedLayer) -> tuple[Basis, Tensor, Tensor, Tensor, Tensor]:
-    """(factors, NaN for the angle, drift, energy, ||U^T U - I|| or that of V) of a factorized layer."""
+    """(factors, angle (NaN), drift, ||W||^2, the larger of ||U^T U - I|| and ||V^T V - I||) of a factorized layer."""
     factors = layer.basis
     assert factors is not None
     U, S, V = factors
@@ -223,18 +229,19 @@ def _analyze_factors(layer: TrackedLayer) -> tuple[Basis, Tensor, Tensor, Tensor
     unknown = torch.full_like(total, math.nan)
     drift = unknown
     if layer.images is not None:
-        # ||(I - U U^T) W_old|| by Hutchinson's estimator: the energy that left the present span.
-        left = [
+        # ||(I - U U^T) W_old||^2 by Hutchinson's estimator: the energy outside the present span.
+        outside = [
             linalg.energy(linalg.project_off(X, Q)) / SKETCH_SIZE for X, Q in zip(layer.images, (U, V), strict=True)
         ]
-        drift = (torch.maximum(*left) / total).sqrt()
+        drift = (torch.maximum(*outside) / total).sqrt()
     eye = torch.eye(layer.rank, dtype=U.dtype, device=U.device)
     skew = torch.maximum(*(torch.linalg.matrix_norm(Q.mT @ Q - eye) for Q in (U, V)))
     return factors, unknown, drift, total, skew
 
 
-def _metrics(layer: TrackedLayer, row: list[float], step: int) -> LayerMetrics:
-    angle, drift, error, stable, effective, exact, skew, finite, outside, count, bad, *sums = row
+def _metrics(layer: TrackedLayer, results: list[float], step: int) -> LayerMetrics:
+    """The metrics from [*pending, outside, *sums] of :func:`_row`."""
+    angle, drift, error, stable, effective, exact, skew, finite, outside, count, nonfinite, *sums = results
     m, n = layer.shape
     k = layer.rank
     principal = right = capture = persistence = None
@@ -242,10 +249,12 @@ def _metrics(layer: TrackedLayer, row: list[float], step: int) -> LayerMetrics:
         *sides, curve = ([min(1.0, x / count) for x in accumulate(sums[i * k : (i + 1) * k])] for i in range(3))
         principal, right, capture = sides[0][-1], sides[1][-1], curve[-1]
         before = layer.capture if len(layer.capture) == k else curve
-        layer.capture = [(a + b) / 2 for a, b in zip(before, curve, strict=True)]  # steadies the plan
-        each = count * (1.0 - capture)  # sum of squares of what `outside` is the sum of
-        if layer.factorized and count > 1 and each > 0:
-            persistence = (outside / each - 1.0) / (count - 1.0)
+        layer.capture = [
+            (a + b) / 2 for a, b in zip(before, curve, strict=True)
+        ]  # smoothed, so that the plan changes less often
+        uncorrelated = count * (1.0 - capture)  # what `outside` would be if the gradients outside were uncorrelated
+        if layer.factorized and count > 1 and uncorrelated > 0:
+            persistence = (outside / uncorrelated - 1.0) / (count - 1.0)
     known = bool(finite) and not math.isnan(error)  # a zero matrix has no subspace
     values: dict[str, float | None] = {
         "principal_alignment": principal,
@@ -255,11 +264,11 @@ def _metrics(layer: TrackedLayer, row: list[float], step: int) -> LayerMetrics:
         "input_excess": linalg.chance_corrected(right, k / n),
         "capture_excess": linalg.chance_corrected(capture, 1 - (1 - k / m) * (1 - k / n)),
         "persistence": persistence,
-        "subspace_angle": _known(angle) if known else None,
-        "subspace_drift": _known(drift) if known else None,
+        "subspace_angle": _none_if_nan(angle) if known else None,
+        "subspace_drift": _none_if_nan(drift) if known else None,
         "reconstruction_error": error if known else None,
         "stable_rank": stable if known else None,
-        "skew": _known(skew),
+        "skew": _none_if_nan(skew),
     }
     return LayerMetrics(
         step=step,
@@ -267,6 +276,6 @@ def _metrics(layer: TrackedLayer, row: list[float], step: int) -> LayerMetrics:
         measured=int(count),
         effective_rank=int(effective) if known and effective <= k else None,
         exact_rank=int(exact) if known and exact <= k else None,
-        nonfinite=int(bad) + (finite == 0.0),
+        nonfinite=int(nonfinite) + (finite == 0.0),
         **{name: None if x is None else significant(x) for name, x in values.items()},
     )

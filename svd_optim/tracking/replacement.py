@@ -1,7 +1,7 @@
-"""A tracked layer's tensors from dense to factors and back: module, param group and optimizer state together.
+"""Converting a tracked layer between dense and factorized: module, param group and optimizer state together.
 
-Param groups are left to :func:`replace_parameters_`, which takes what the others return. They stay the same objects,
-and so do their lists: schedulers and everyone else who holds them see the new parameters in the place of the old one.
+Param groups are left to :func:`replace_parameters_`, which takes what the others return. They and their lists stay the
+same objects: schedulers and other code that refers to them get the new parameters in place of the old ones.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _refuse_hooks(layer: TrackedLayer) -> None:
 def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Basis) -> Replacement:
     """Factorize a dense layer at its rank from the leading triplets of its weight.
 
-    Moments and a pending gradient move into the factors.
+    Moments and the present gradient are transferred to the factors.
     """
     _refuse_hooks(layer)
     W = layer.module.weight
@@ -88,10 +88,10 @@ def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Ba
 
 
 def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -> Replacement:
-    """Give a factorized layer more or fewer columns, the common ones being the same, with its moments.
+    """Change the rank of a factorized layer, with its moments and its present gradient.
 
     Args:
-        new: the factors from now on; where there are more columns than before, these have S = 0.
+        new: the new factors, which share their leading columns with the old ones; additional columns have S = 0.
     """
     _refuse_hooks(layer)
     module = layer.module
@@ -107,20 +107,20 @@ def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -
     if states[0] is not None and states[1] is not None:
         optimizer.state[module.U], optimizer.state[module.V] = moments.resize(states[0], states[1], *bases)
     if gradients[0] is not None and gradients[1] is not None:
-        turned = moments.transport_first(
+        transported = moments.transport_first(
             to_compute_dtype(gradients[0]), to_compute_dtype(gradients[1]), *bases[0], *bases[1]
         )
-        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in turned)
+        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in transported)
     write_(layer.factors, new)
     layer.sums = None
     return Replacement(parameters, [module.U, module.V], ["U", "V"])
 
 
 def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state: bool = True) -> Replacement:
-    """Merge a factorized layer back, with the tangent part of a pending gradient.
+    """Make a factorized layer dense again, with the tangent component of its present gradient.
 
     Args:
-        keep_state: move the moments too; else the base optimizer starts anew with this weight.
+        keep_state: transfer the moments too; else the base optimizer starts without state for this weight.
     """
     _refuse_hooks(layer)
     module = layer.module

@@ -1,4 +1,4 @@
-"""TrackedRun: the state of one optimizer's run. What happens to it is in the files beside."""
+"""TrackedRun: the state of one optimizer's run. The other files of this package operate on it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NO_GROUP = "its weight is in none of the optimizer's param groups any more"
 
 
 class TrackedRun:
-    """The tracked layers of one optimizer, and what has happened to them.
+    """The tracked layers of one optimizer, with the journal, the guards and the counters of the run.
 
     Args:
-        base: the optimizer whose parameters the layers' weights are.
+        base: the optimizer that holds the layers' weights.
         config: see :class:`SubspaceConfig`.
     """
 
@@ -45,7 +45,7 @@ class TrackedRun:
         self.guard = LossGuard()
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
-        self.reevaluates = isinstance(base, torch.optim.LBFGS)  # its closure, within a step
+        self.reevaluates = isinstance(base, torch.optim.LBFGS)  # calls its closure repeatedly within a step
 
     @property
     def layers(self) -> dict[str, TrackedLayer]:
@@ -54,7 +54,7 @@ class TrackedRun:
 
     @property
     def interval(self) -> int:
-        """Steps between analyses as of now."""
+        """Optimizer steps between analyses at present."""
         return self.config.analyze_every * self.overhead.stretch
 
     @property
@@ -73,33 +73,33 @@ class TrackedRun:
         return self.guard.observe(loss, maximize=True in ways) if len(ways) == 1 else self.guard.is_loss(loss)
 
     def has_gradients(self) -> bool:
-        """Whether any tracked layer has one."""
+        """Whether any tracked layer has a gradient."""
         return any(layer.weight.grad is not None for layer in self.layers.values())
 
     def records(self, layers: Iterable[TrackedLayer] | None = None) -> list[object]:
-        """All objects that hold the state of the run and of ``layers`` (default: all), for a transaction."""
-        chosen = self.layers.values() if layers is None else layers
-        parts = [part for x in chosen for part in (x, x.status, x.factors) if part is not None]
+        """All objects with state of the run and of ``layers`` (default: all), for a transaction."""
+        selected = self.layers.values() if layers is None else layers
+        parts = [part for x in selected for part in (x, x.status, x.factors) if part is not None]
         return [self, self.lifecycle, self.journal, self.guard, self.alerts, self.overhead, *parts]
 
     def stop_tracking(self, layer: TrackedLayer, reason: str) -> None:
-        """A layer that can't be measured is left alone from now on."""
+        """Stop tracking a layer that can't be measured."""
         del self.layers[layer.name]
         self.attachment.let_go(layer)
         self.skipped.append(Skipped(name=f"{layer.name}.weight", shape=layer.shape, reason=reason))
         self.lifecycle.note(self.steps, layer.name, "unsupported", reason)
 
     def unsupported(self, layers: Iterable[TrackedLayer]) -> dict[str, str]:
-        """Why layers can't go into factors under this base optimizer, by name; those that can are not in it."""
-        everywhere = self._unsupported_run()
+        """Why layers can't be factorized under this base optimizer, by name; those that can are left out."""
+        run_reason = self._unsupported_run()
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
-        reasons = {x.name: everywhere or x.problem or self._unsupported_layer(x, groups.get(x.weight)) for x in layers}
+        reasons = {x.name: run_reason or x.problem or self._unsupported_layer(x, groups.get(x.weight)) for x in layers}
         return {name: reason for name, reason in reasons.items() if reason}
 
     def _unsupported_run(self) -> str:
         if self.reevaluates:
             return f"{type(self.base).__name__} re-evaluates its closure within a step"
-        if world_size() > 1:  # ranks would switch without each other
+        if world_size() > 1:  # ranks would not switch at the same step
             return "factorizing in a distributed run is not supported yet"
         return ""
 
@@ -114,11 +114,11 @@ class TrackedRun:
         return moments.unsupported_reason(state, layer.weight) or weight_decay.unsupported_reason(self.base, group)
 
     def plan(self) -> Plan:
-        """How the budget is spread as of now."""
+        """The current allocation of the parameter budget."""
         return budget.plan(self.layers, self.config, self.steps)
 
     def summary(self) -> Summary:
-        """The run as of now, as a plain record."""
+        """The current state of the run, as a plain record."""
         return Summary(
             step=self.steps,
             mode=self.config.mode,

@@ -1,6 +1,6 @@
-"""What is saved of a run and of each layer: one table each, by which it is saved, loaded and checked.
+"""The saved state of a run and of each layer: one table each, used to save, load and validate it.
 
-A field that stands here is saved; there is no other place to add it to.
+A field in a table is saved; nothing else has to be changed to add one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE_VERSION = 5
 
 
 class Sizes(NamedTuple):
-    """What the sizes of a layer's tensors follow from."""
+    """The sizes that determine the shapes of a layer's tensors."""
 
     m: int
     n: int
@@ -34,34 +34,34 @@ class Sizes(NamedTuple):
 
 
 class Field(NamedTuple):
-    """Something that is saved."""
+    """One field of the saved state."""
 
-    save: Callable[[Any], Any]  # of what it belongs to: a tensor, or plain values
-    load: Callable[[Any, Any], None]  # the inverse, once the structure fits
-    kind: Callable[[Sizes], Kind]  # what it may be
+    save: Callable[[Any], Any]  # from its owner: a tensor, or plain values
+    load: Callable[[Any, Any], None]  # the inverse, once the layers have the saved structure
+    kind: Callable[[Sizes], Kind]  # the valid values
 
 
-def _owner(of: Any, path: str) -> tuple[Any, str]:
-    """The object that has the last attribute of ``path``, or ``None``; that attribute."""
+def _resolve(root: Any, path: str) -> tuple[Any, str]:
+    """The object that has the last attribute of the dotted ``path``, or ``None``, and the name of that attribute."""
     *parents, name = path.split(".")
     for parent in parents:
-        of = getattr(of, parent) if of is not None else None
-    return of, name
+        root = getattr(root, parent) if root is not None else None
+    return root, name
 
 
-def _get(of: Any, path: str) -> Any:
-    owner, name = _owner(of, path)
+def _get(root: Any, path: str) -> Any:
+    owner, name = _resolve(root, path)
     return None if owner is None else getattr(owner, name)
 
 
-def _set(of: Any, path: str, value: Any) -> None:
-    owner, name = _owner(of, path)
+def _set(root: Any, path: str, value: Any) -> None:
+    owner, name = _resolve(root, path)
     if owner is not None:  # a dense layer has no factors
         setattr(owner, name, value)
 
 
 def _plain(path: str, kind: Kind) -> Field:
-    return Field(lambda of: _get(of, path), lambda of, value: _set(of, path, value), lambda _: kind)
+    return Field(lambda root: _get(root, path), lambda root, value: _set(root, path, value), lambda _: kind)
 
 
 def _tensor(path: str, kind: Callable[[Sizes], Kind]) -> Field:
@@ -83,10 +83,10 @@ def _tensors(path: str, make: Callable[..., Any], kind: Callable[[Sizes], Kind])
 
 
 def _component(path: str, kind: Kind) -> Field:
-    """An object with ``state_dict`` and ``load_state_dict`` of its own."""
+    """An object with its own ``state_dict`` and ``load_state_dict``."""
     return Field(
-        lambda of: _get(of, path).state_dict(),
-        lambda of, value: _get(of, path).load_state_dict(value),
+        lambda root: _get(root, path).state_dict(),
+        lambda root, value: _get(root, path).load_state_dict(value),
         lambda _: kind,
     )
 
@@ -151,8 +151,8 @@ LAYER_FIELDS: Mapping[str, Field] = {
 }
 
 
-def _load_events(controller: Any, value: list[dict[str, Any]]) -> None:
-    controller.journal.replace([Event.from_plain(values) for values in value])
+def _load_events(run: Any, value: list[dict[str, Any]]) -> None:
+    run.journal.replace([Event.from_plain(values) for values in value])
 
 
 def _is_losses(value: Any) -> bool:
@@ -163,7 +163,7 @@ _WINDOWS = kinds.list_of(kinds.list_of(kinds.number, length=3))
 _GUARD: Mapping[str, Kind] = {"pending": or_none(_is_losses), "windows": _WINDOWS, "since": or_none(_WINDOWS),
                               "lost": kinds.integer}  # fmt: skip
 
-RUN_FIELDS: Mapping[str, Field] = {  # of the controller
+RUN_FIELDS: Mapping[str, Field] = {
     "steps": _plain("steps", kinds.integer),
     "analyses": _plain("lifecycle.analyses", kinds.integer),
     "last_analysis": _plain("lifecycle.last_analysis", kinds.integer),
@@ -173,17 +173,17 @@ RUN_FIELDS: Mapping[str, Field] = {  # of the controller
                         and all(kind(x[key]) for key, kind in _GUARD.items())),
     "alerts": _component("alerts", lambda x: kinds.dict_of(kinds.list_of(kinds.list_of(
         lambda item: item is None or kinds.text(item) or kinds.number(item))))(x)),
-    "events": Field(lambda c: [event.as_plain() for event in c.journal.events], _load_events,
+    "events": Field(lambda run: [event.as_plain() for event in run.journal.events], _load_events,
                     lambda _: kinds.list_of(kinds.record(Event))),
 }  # fmt: skip
 
 
-def save(of: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+def save(owner: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
     """All fields of a layer or of a run."""
-    return {name: field.save(of) for name, field in fields.items()}
+    return {name: field.save(owner) for name, field in fields.items()}
 
 
-def load(of: Any, fields: Mapping[str, Field], saved: Mapping[str, Any]) -> None:
-    """The inverse of :func:`save`, once the structure fits."""
+def load(owner: Any, fields: Mapping[str, Field], saved: Mapping[str, Any]) -> None:
+    """The inverse of :func:`save`, once the layers have the saved structure."""
     for name, field in fields.items():
-        field.load(of, saved[name])
+        field.load(owner, saved[name])

@@ -1,4 +1,4 @@
-"""Which layers of a model a wrapper follows, and why not the others."""
+"""Which layers of a model are tracked, and why the others are not."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..records import LayerState, Skipped, largest_useful_rank
 from .layer import TrackedLayer
 
 
-class Found(NamedTuple):
-    """A layer to follow."""
+class SelectedLayer(NamedTuple):
+    """A layer to track."""
 
     name: str  # "blocks.0.attn.c_q"; "" becomes "weight" for a model that is itself a layer
     module: nn.Linear
 
 
 class Selection(NamedTuple):
-    """What walking a model gives."""
+    """The parameters of an optimizer, sorted into tracked layers and others."""
 
-    layers: list[Found]
+    layers: list[SelectedLayer]
     skipped: list[Skipped]
-    unknown: list[str]  # parameters of the optimizer that are not in the model, described
+    unknown: list[str]  # descriptions of the optimizer's parameters that are not in the model
     reasons: dict[int, str]  # by the identity of a module that is skipped: why
     present: set[int]  # identities of all modules of the model
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
-    """Where each parameter lives: (layer name, module, attribute). Tied ones live in several places."""
+    """The places of each parameter: (layer name, module, attribute). Tied ones have several."""
     owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -43,10 +43,10 @@ def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
     return owners
 
 
-def _why_not(
+def _skip_reason(
     name: str, module: nn.Module, parameter: Tensor, tied: list[str], group: int, config: SubspaceConfig
 ) -> str:
-    """Why this matrix is left alone; empty if it is to be tracked."""
+    """Why a matrix is not tracked; empty if it is."""
     factorized = type(module) is FactorizedLinear
     if not isinstance(module, nn.Linear):
         return f"belongs to {type(module).__name__}, not to nn.Linear"
@@ -78,7 +78,7 @@ def _why_not(
 
 
 def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], config: SubspaceConfig) -> Selection:
-    """Walk the optimizer's matrices in model order and say of each: tracked, or left alone and why."""
+    """Sort the optimizer's matrices, in model order, into tracked layers and skipped ones with the reason."""
     owners = _owners(model)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
     unknown = [
@@ -87,35 +87,35 @@ def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], c
         for j, p in enumerate(group["params"])
         if p not in owners
     ]
-    layers: list[Found] = []
+    layers: list[SelectedLayer] = []
     skipped: list[Skipped] = []
     reasons: dict[int, str] = {}
     for parameter, places in owners.items():
         name, module, attribute = places[0]
         full_name = ".".join(filter(None, (name, attribute)))
         if parameter.ndim < 2 or (attribute == "V" and isinstance(module, FactorizedLinear)):
-            continue  # vectors are no matrices; a factorized layer is judged once, by its U
+            continue  # vectors are no matrices; a factorized layer is selected once, by its U
         if parameter not in group_of:
             if not parameter.requires_grad and isinstance(module, nn.Linear):
                 reason = "frozen (requires_grad is False)"
                 skipped.append(Skipped(name=full_name, shape=tuple(parameter.shape), reason=reason))
-            continue  # another optimizer's
+            continue  # it belongs to another optimizer
         tied = [".".join(filter(None, (n, a))) for n, _, a in places[1:]]
         if attribute not in ("weight", "U"):
             reason = f"{attribute!r} of {type(module).__name__} is not the weight of an nn.Linear"
         else:
-            reason = _why_not(name or "weight", module, parameter, tied, group_of[parameter], config)
+            reason = _skip_reason(name or "weight", module, parameter, tied, group_of[parameter], config)
         if reason:
             skipped.append(Skipped(name=full_name, shape=tuple(parameter.shape), reason=reason))
             reasons |= {id(module): reason for _, module, _ in places}
         else:
             assert isinstance(module, nn.Linear)
-            layers.append(Found(name or "weight", module))
+            layers.append(SelectedLayer(name or "weight", module))
     return Selection(layers, skipped, unknown, reasons, {id(module) for module in model.modules()})
 
 
 def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, override: LayerOverride) -> int:
-    """The rank to bring a layer to: by number, by fraction of min(m, n), or by its share of its parameters.
+    """The target rank of a layer: explicit, as a fraction of min(m, n), or from its share of the parameters.
 
     Raises:
         ValueError: an explicit rank above min(m, n).
@@ -135,9 +135,9 @@ def target_rank(name: str, shape: tuple[int, int], config: SubspaceConfig, overr
     return uniform_rank(m, n, DEFAULT_BUDGET if budget is None else budget)
 
 
-def tracked_layer(found: Found, index: int, config: SubspaceConfig) -> TrackedLayer:
-    """A selected layer as it is when it begins to be tracked."""
-    name, module = found
+def tracked_layer(selected: SelectedLayer, index: int, config: SubspaceConfig) -> TrackedLayer:
+    """The initial state of a tracked layer."""
+    name, module = selected
     override = first_match(name, config.overrides)
     shape = (module.out_features, module.in_features)
     factorized = isinstance(module, FactorizedLinear)

@@ -1,7 +1,7 @@
-"""Random vectors that stand for what would be too large to keep: sketches of gradients, images of weights.
+"""Random projections in place of matrices that are too large to store: sketches of gradients, images of weights.
 
-Each is drawn from a generator made anew from (seed, layer, step): nothing to save, and the global random stream is
-never touched.
+Each is drawn from a new generator seeded by (seed, layer, step): there is no generator state to save, and the global
+generator is never used.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from .layer import TrackedLayer
 
 
 def private_generator(config: SubspaceConfig, layer: TrackedLayer, step: int) -> torch.Generator:
-    """A CPU generator of this layer and step alone."""
+    """A CPU generator for one layer and step."""
     return torch.Generator().manual_seed((config.seed * 1_000_003 + layer.index) * 1_000_003 + step)
 
 
 def draw_sketch(layer: TrackedLayer, step: int, config: SubspaceConfig) -> Tensor:
-    """Omega (n, s), standard normal, in the layer's type and place; another one each interval."""
+    """Omega (n, s), standard normal, with the layer's dtype and device; a new one in each interval."""
     generator = private_generator(config, layer, step - step % config.analyze_every)
     Omega = torch.randn(layer.shape[1], SKETCH_SIZE, generator=generator, dtype=torch.float32)
     return Omega.to(layer.weight)
 
 
 def keep_images(layer: TrackedLayer, step: int, config: SubspaceConfig) -> None:
-    """Remember a factorized weight W by its images W Omega (m, s) and W^T Psi (n, s) of random vectors.
+    """Store the images W Omega (m, s) and W^T Psi (n, s) of random vectors under a factorized weight W.
 
-    They are what its drift is estimated from at the next analysis, in place of a second copy of U and V.
+    From them its drift is estimated at the next analysis, without a second copy of U and V.
     """
     assert layer.basis is not None
     U, S, V = layer.basis
@@ -41,11 +41,13 @@ def keep_images(layer: TrackedLayer, step: int, config: SubspaceConfig) -> None:
 
 
 def grown(layer: TrackedLayer, rank: int, step: int, config: SubspaceConfig) -> Basis:
-    """The factors of a layer with new directions behind its own, where S = 0: W stays what it is.
+    """The factors of a layer with additional columns, for which S = 0, so that W does not change.
 
-    The new columns of U span the range that the gradient outside the factors had since the last
-    analysis, as far as its sketch knows it (its :data:`SKETCH_SIZE` columns bound the growth);
-    those of V the vectors of the sketch, outside V.
+    The new columns of U span the range of the gradient outside the factors since the last analysis, as estimated by its
+    sketch (whose :data:`SKETCH_SIZE` columns bound the growth); those of V span the sketch's vectors, projected off V.
+
+    Returns:
+        (m, k'), (k',), (n, k') with k' = min(rank, k + SKETCH_SIZE).
     """
     factors, module = layer.basis, layer.module
     assert factors is not None and isinstance(module, FactorizedLinear) and module.Omega is not None
@@ -55,7 +57,7 @@ def grown(layer: TrackedLayer, rank: int, step: int, config: SubspaceConfig) -> 
     noise = torch.randn(len(U), more, generator=generator, dtype=torch.float32).to(U)
     Y = noise if layer.outside is None else layer.outside[:, :more].to(U)
     norm = torch.linalg.matrix_norm(Y)
-    Y = torch.where(norm > 0, Y / norm, 0.0) + 1e-6 * noise  # where there is no gradient, anywhere
+    Y = torch.where(norm > 0, Y / norm, 0.0) + 1e-6 * noise  # without a gradient: random directions
     return Basis(
         torch.cat([U, complement(Y, U)], dim=1),
         torch.cat([S, S.new_zeros(more)]),

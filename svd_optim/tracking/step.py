@@ -31,25 +31,25 @@ from .transactions import uninterrupted
 
 
 class StepInProgress:
-    """Gradients are measured and factors entered before the base optimizer's update, left after it.
+    """Measures gradients and enters the factors before the base optimizer's update, and leaves the factors after it.
 
-    Whatever is raised before they are left is undone. A step without gradients, or with every learning rate 0, is the
-    base optimizer's alone.
+    If anything raises before the factors are left, all of that is undone. In a step without gradients, or with every
+    learning rate 0, only the base optimizer acts, and the step does not count.
     """
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
         self.batches: list[FactorBatch] | None = None  # None: this step does not count
-        self._left = False
-        self._shield = ExitStack()
+        self._factors_left = False
+        self._signals_deferred = ExitStack()
         layers = controller.layers.values()
-        self._measured = [(layer, layer.cached, layer.sums, layer.outside) for layer in layers]
+        self._before = [(layer, layer.cached, layer.sums, layer.outside) for layer in layers]
 
     def _counts(self) -> bool:
         return self.controller.has_gradients() and not all_lr_zero(self.controller.base.param_groups)
 
     def measure(self) -> None:
-        """As soon as there are gradients."""
+        """Measure the gradients, as soon as they are there."""
         self.controller.drop_changed()
         if self._counts():
             self.controller.journal.start_clock()
@@ -57,22 +57,22 @@ class StepInProgress:
                 self.controller.measure()
 
     def enter_factors(self) -> None:
-        """Just before the base optimizer's update. From here to the end of the step Ctrl-C has to wait."""
+        """Just before the base optimizer's update. From here to the end of the step signals are deferred."""
         if self._counts():
-            self._shield.enter_context(uninterrupted())
+            self._signals_deferred.enter_context(uninterrupted())
             with torch.no_grad(), full_precision():
                 self.controller.note_moves()
                 self.batches = self.controller.enter_factors()
 
     def leave_factors(self) -> None:
-        """Just after it."""
+        """Just after the base optimizer's update."""
         if self.batches is not None:
             with torch.no_grad(), full_precision():
                 self.controller.leave_factors(self.batches)
-        self._left = True
+        self._factors_left = True
 
     def advance(self) -> None:
-        """Once layers hold their new weights: descend, analyze, act."""
+        """Once the layers have their new weights: descend, analyze, act."""
         if self.batches is not None:
             with torch.no_grad(), full_precision():
                 self.controller.advance()
@@ -83,10 +83,10 @@ class StepInProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._shield:
-            if error is None or self._left:
+        with self._signals_deferred:
+            if error is None or self._factors_left:
                 return
-            for layer, cached, sums, outside in self._measured:
+            for layer, cached, sums, outside in self._before:
                 layer.cached, layer.sums, layer.outside = cached, sums, outside
             with torch.no_grad():
                 for batch in self.batches or ():
@@ -125,7 +125,7 @@ def _no_hooks(base: Optimizer) -> Iterator[None]:
 class BaseCall:
     """The base optimizer's own step, with its hooks around it and the user's closure inside.
 
-    Its hooks (the global ones already run around ours) see weights, and not what the base steps on.
+    Its hooks see weights, and not K and L; global hooks already run around the wrapper's ``step``.
     """
 
     def __init__(self, step: StepInProgress, closure: Callable[[], Any] | None) -> None:
@@ -140,15 +140,15 @@ class BaseCall:
         self._kwargs: dict[str, Any] = {}
 
     def run_pre_hooks(self) -> None:
-        """Those that come before the step, and may change its arguments."""
+        """Run the base optimizer's pre-hooks, which may change the arguments of its step."""
         for hook in self.base._optimizer_step_pre_hooks.values():
             changed = hook(self.base, self._args, self._kwargs)
             if changed is not None:
                 self._args, self._kwargs = changed
 
     def run(self) -> Any:
-        """The bare step. Returns the loss, where there is a closure, else what the base returns."""
-        self.base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on the base looks at
+        """The step without hooks. Returns the loss if there is a closure, else what the base optimizer returns."""
+        self.base._opt_called = True  # type: ignore[attr-defined]  # checked by schedulers built on the base
         loss = self.evaluate() if self._closure is not None and not self._takes_closure else None
         with self._step.controller.journal.clock("base"):
             result = self._step_base()
@@ -162,12 +162,16 @@ class BaseCall:
         return getattr(function, "__wrapped__", function)(*self._args, **self._kwargs)
 
     def run_post_hooks(self) -> None:
-        """Those that come after the step, at its end."""
+        """Run the base optimizer's post-hooks."""
         for hook in self.base._optimizer_step_post_hooks.values():
             hook(self.base, self._args, self._kwargs)
 
     def evaluate(self) -> Any:
-        """The user's closure. After its first evaluation there are gradients: it brings its own backward pass."""
+        """Call the user's closure, which runs the backward pass; after the first call, measure and enter the factors.
+
+        Raises:
+            RuntimeError: it is called more than once in a step, and a layer is factorized.
+        """
         assert self._closure is not None
         self._evaluations += 1
         if self._evaluations > 1:

@@ -1,4 +1,4 @@
-"""The one event in which layers change form: factors go in, layers are merged, ranks change. All of it, or nothing."""
+"""Switches: installing factors, merging layers and changing ranks, as one transaction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..decisions.machine import Trigger
 from ..linalg import Basis
 from ..linalg.protection import carried
-from .guards import keeps_failing, watch
+from .guards import guard_changes, keeps_failing
 from .layer import TrackedLayer
 from .replacement import Replacement, replace_parameters_, resize_, to_dense_, to_factors_
 from .run import TrackedRun
@@ -20,35 +20,37 @@ from .transactions import transaction
 
 @dataclass
 class Changes:
-    """What is to change, by layer."""
+    """The changes of one switch, by layer name."""
 
     reason: str = ""
-    """Of what no policy has decided."""
+    """The reason in the events of changes that no policy has decided."""
     install: Mapping[str, Basis] = field(default_factory=dict)
-    """Leading triplets of the weights that go into factors."""
+    """Layers to factorize: the leading triplets of their weights."""
     errors: Mapping[str, float] = field(default_factory=dict)
-    """Theirs: relative, of keeping only the rank."""
+    """Relative Frobenius errors of these truncations."""
     installed_by: Trigger = Trigger.FACTORIZE
+    """The trigger of all layers in ``install``."""
     merge: Mapping[str, Trigger] = field(default_factory=dict)
+    """Layers to make dense: their triggers."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """To change inside factors."""
+    """Factorized layers to resize: their new ranks."""
 
 
 def switch(run: TrackedRun, changes: Changes) -> None:
-    """Carry them out. On an error, model, optimizer and run are what they were, and nobody is told an event."""
+    """Carry out ``changes``. On an error model, optimizer and run are restored, and no event is emitted."""
     names = (*changes.install, *changes.merge, *changes.ranks)
     if not names:
         return
     run.journal.notify("before_switch", run.steps, names)
     layers = [run.layers[name] for name in names]
     modules = [layer.module for layer in layers]
-    whole = transaction(modules, [run.base], run.records(layers), [run.journal])
-    with run.journal.clock("switch"), torch.no_grad(), whole:
+    atomic = transaction(modules, [run.base], run.records(layers), [run.journal])
+    with run.journal.clock("switch"), torch.no_grad(), atomic:
         replacements = [_install(run, run.layers[name], basis, changes) for name, basis in changes.install.items()]
         replacements += [_merge(run, run.layers[n], trigger, changes.reason) for n, trigger in changes.merge.items()]
         replacements += [_resize(run, run.layers[name], rank) for name, rank in changes.ranks.items()]
         replace_parameters_(run.base, replacements)
-        watch(run.guard, [run.layers[name] for name in changes.install], run.steps, run.config)
+        guard_changes(run.guard, [run.layers[name] for name in changes.install], run.steps, run.config)
     run.journal.notify("after_switch", run.steps, names)
 
 
@@ -70,7 +72,7 @@ def _merge(run: TrackedRun, layer: TrackedLayer, trigger: Trigger, reason: str) 
     replacement = to_dense_(layer, run.base, keep_state=not keeps_failing(layer, run.config.patience))
     layer.dense_anchor, layer.basis_step = anchor, run.steps
     run.lifecycle.merge(layer, run.steps, trigger, reason)
-    layer.decision = None  # it was that of factors
+    layer.decision = None  # it was for the factorized layer
     return replacement
 
 

@@ -1,4 +1,4 @@
-"""What a fault must not leave half done: work that is undone on an error, and work that Ctrl-C waits for."""
+"""Protection against partial changes: work that is undone on an error, and work during which signals are deferred."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def uninterrupted() -> Iterator[None]:
     Such a handler may raise (Ctrl-C), or save the model (SIGUSR1 and SIGHUP of job schedulers), whose parameters
     are not its own inside.
 
-    In threads other than the main one nothing is done: Python runs no signal handlers there.
+    No effect in threads other than the main one, as Python runs signal handlers only there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -46,8 +46,8 @@ def uninterrupted() -> Iterator[None]:
 Undo = Callable[[], None]
 
 
-def _contents(container: Any) -> Undo:
-    """How to give a list, dict or deque its present contents back. It stays the same object."""
+def _undo_contents(container: Any) -> Undo:
+    """Restores the present contents of a list, dict or deque, which stays the same object."""
     if isinstance(container, dict):
         items = dict(container)
 
@@ -56,36 +56,36 @@ def _contents(container: Any) -> Undo:
             container.update(items)
 
     else:
-        kept = list(container)
+        elements = list(container)
 
         def undo() -> None:
             container.clear()
-            container.extend(kept)
+            container.extend(elements)
 
     return undo
 
 
-def _of_record(record: object) -> list[Undo]:
+def _undo_record(record: object) -> list[Undo]:
     values = vars(record)
-    return [_contents(values), *(_contents(v) for v in values.values() if isinstance(v, (list, dict, deque)))]
+    return [_undo_contents(values), *(_undo_contents(v) for v in values.values() if isinstance(v, (list, dict, deque)))]
 
 
-def _of_module(module: nn.Module) -> list[Undo]:
+def _undo_module(module: nn.Module) -> list[Undo]:
     kind = module.__class__
 
     def undo() -> None:
         module.__class__ = kind
 
-    return [undo, _contents(module.__dict__), _contents(module._parameters), _contents(module._buffers)]
+    return [undo, _undo_contents(module.__dict__), _undo_contents(module._parameters), _undo_contents(module._buffers)]
 
 
-def _of_optimizer(optimizer: Optimizer) -> list[Undo]:
-    groups = [*_of_record(optimizer), *(_contents(group) for group in optimizer.param_groups)]
-    lists = [_contents(v) for group in optimizer.param_groups for v in group.values() if isinstance(v, list)]
-    return [*groups, *lists, *(_contents(state) for state in optimizer.state.values())]
+def _undo_optimizer(optimizer: Optimizer) -> list[Undo]:
+    groups = [*_undo_record(optimizer), *(_undo_contents(group) for group in optimizer.param_groups)]
+    lists = [_undo_contents(v) for group in optimizer.param_groups for v in group.values() if isinstance(v, list)]
+    return [*groups, *lists, *(_undo_contents(state) for state in optimizer.state.values())]
 
 
-def _values(modules: Iterable[nn.Module]) -> Undo:
+def _undo_values(modules: Iterable[nn.Module]) -> Undo:
     tensors = {t for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
     copies = [(t, t.detach().clone()) for t in tensors if t is not None]
 
@@ -101,20 +101,20 @@ def _values(modules: Iterable[nn.Module]) -> Undo:
 def undone_on_error(
     modules: Iterable[nn.Module], optimizers: Iterable[Optimizer], records: Iterable[object], values: bool = False
 ) -> Iterator[None]:
-    """Whatever is raised inside: modules, optimizers and records are, object for object, what they were before.
+    """If the block raises, restore modules, optimizers and records to what they were, object for object.
 
     Args:
-        modules: their classes, parameters and attributes, not those of their children.
-        optimizers: their groups, and which state each parameter has.
-        records: plain objects; their attributes, and what lists and dicts among these hold.
-        values: also the numbers in the modules' parameters and buffers (a copy of them is kept).
+        modules: their classes, parameters and attributes are restored, not those of their children.
+        optimizers: their param groups are restored, and which state each parameter has.
+        records: plain objects, whose attributes are restored, and the contents of lists, dicts and deques among them.
+        values: whether to restore the values of the modules' parameters and buffers too (from copies).
     """
     modules = list(modules)
-    undos = [undo for module in modules for undo in _of_module(module)]
-    undos += [undo for optimizer in optimizers for undo in _of_optimizer(optimizer)]
-    undos += [undo for record in records for undo in _of_record(record)]
+    undos = [undo for module in modules for undo in _undo_module(module)]
+    undos += [undo for optimizer in optimizers for undo in _undo_optimizer(optimizer)]
+    undos += [undo for record in records for undo in _undo_record(record)]
     if values:
-        undos.append(_values(modules))
+        undos.append(_undo_values(modules))
     try:
         yield
     except BaseException:
@@ -131,9 +131,9 @@ def transaction(
     journals: Iterable[Journal],
     values: bool = False,
 ) -> Iterator[None]:
-    """:func:`undone_on_error`, and nobody is told of an event before all of it is done."""
+    """:func:`undone_on_error`, with events deferred until all of the block is done."""
     with ExitStack() as stack:
         for journal in journals:
-            stack.enter_context(journal.held())
+            stack.enter_context(journal.hold_events())
         stack.enter_context(undone_on_error(modules, optimizers, records, values))
         yield
