@@ -55,6 +55,7 @@ def _choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None
         raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+HEADS = "<heads>"  # among the patterns of SubspaceConfig.exclude: whatever layers are taken for heads
 DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep where no target is given
 
 
@@ -297,8 +298,14 @@ class SubspaceConfig:
     include: tuple[str, ...] = ("*",)
     """Globs over layer names: the layers to track."""
 
-    exclude: tuple[str, ...] = ("*head", "head.*", "*.head.*", "*classifier*", "*embed*")
-    """Globs over layer names: layers not to track although ``include`` matches them. Default: heads and embeddings."""
+    exclude: tuple[str, ...] = (HEADS, "*embed*")
+    """Globs over layer names: what not to track, of what ``include`` matches. By default heads and embeddings.
+
+    ``"<heads>"`` stands for the layers that are taken for heads (:mod:`svd_optim.tracking.heads`): by what they do (as
+    many outputs as an embedding has rows), or by their names (``head``, ``classifier``, ``output``, ``decoder``,
+    ``to_logits``, ...). ``optimizer.summary()`` says of each by what. To track one all the same, name it in ``include``
+    by a glob that does not end in ``*``, as in ``include=("output", "blocks.*")``, or leave ``"<heads>"`` out, as
+    ``exclude=()`` does."""
 
     param_groups: tuple[int, ...] | None = None
     """Indices of the base optimizer's param groups to track; ``None``: all."""

@@ -169,14 +169,11 @@ def test_absurd_sizes_take_no_memory(mutable: Path) -> None:
     refused(mutable, "more than")
 
 
-@pytest.mark.parametrize("how", ["link", "folder", "pipe"])
+@pytest.mark.parametrize("how", ["folder", "pipe"])
 def test_only_regular_files_are_read(mutable: Path, how: str, tmp_path: Path) -> None:
     file = mutable / "model.safetensors"
-    elsewhere = tmp_path / "elsewhere"
-    file.rename(elsewhere)
-    if how == "link":
-        file.symlink_to(elsewhere)
-    elif how == "folder":
+    file.rename(tmp_path / "elsewhere")
+    if how == "folder":
         file.mkdir()
     else:
         os.mkfifo(file)

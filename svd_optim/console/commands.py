@@ -206,8 +206,9 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     """Spectra of a model file."""
     from .spectra import inspect_file, inspection_table
 
+    terminal = Console(stderr=True)
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
             bar = progress.add_task("singular values", total=None)
             found = inspect_file(args.file, args.budget, lambda done, n: progress.update(bar, completed=done, total=n))
     except OSError as error:

@@ -94,8 +94,8 @@ def inspect_file(
     the Gram matrix and about 1.5 n^3 for its eigenvalues.
 
     Args:
-        path: a safetensors file, a PyTorch state dict, a folder, a checkpoint: see
-            :func:`~svd_optim.tensor_files.open_tensors`.
+        path: a safetensors file, a PyTorch state dict, an index of shards, a folder, a checkpoint: see
+            :func:`~svd_optim.storage.model_files.open_tensors`.
         budget: the share of each matrix's numbers that the ranks asked about may keep, in (0, 1].
         progress: called before each matrix and at the end with (matrices done, matrices in all).
 

@@ -44,6 +44,7 @@ from ..storage import files as storage
 from ..storage import validation as verification
 from ..tracking.replacement import Replacement, replace_parameters_
 from ..tracking.transactions import transaction
+from .file_system import sync
 from .files import MODEL, STATE, CheckpointError, Part, encode, on_cpu
 from .validation import base_of, group_names, joined, linear_layers, prefix_in
 
@@ -202,8 +203,7 @@ def export_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
         try:
             with open(beside, "wb") as file:
                 file.write(safetensors.torch.save(tensors, {"format": "pt"}))
-                file.flush()
-                os.fsync(file.fileno())
+            sync(beside, path.parent)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

@@ -5,11 +5,15 @@ with the name of one of them. Each is written beside, in a ``.tmp-`` folder that
 then synced and renamed, and ``latest`` moves last. In a checkpoint, ``manifest.json`` holds all structure
 and plain values, and the type, shape and SHA-256 of each tensor in the safetensors files beside it.
 
+Where a file system has no locks, writers still can't take each other's names (a rename never replaces a
+checkpoint) and ``latest`` still ends at the newest; only what a dead writer has left is known later.
+
 This file knows no model and no optimizer: trees of plain values and tensors in, the same out.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -18,9 +22,10 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +33,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from .file_system import locked, set_mode, sync, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +46,8 @@ MANIFEST_LIMIT = 256 * 2**20  # bytes; a thousand layers with their histories ta
 HEADER_LIMIT = 100 * 2**20  # bytes; safetensors' own
 _NAME = re.compile(r"checkpoint-(\d{6,15})")
 _LOCK, _TEMPORARY = ".lock", ".tmp-"
+STALE_SECONDS = 3600.0  # without locks: a temporary folder that nobody has written to for so long has no writer
+_NO_LOCKS = "save there from one process at a time; what a killed one leaves is deleted an hour later"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError,
                MemoryError, SafetensorError)  # fmt: skip
 
@@ -154,19 +163,18 @@ def write(folder: Path, parts: Mapping[str, Part], keep: int | None) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / _LOCK):
-            _sweep(folder)
-            temporary = folder / f"{_TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+        with locked(folder / _LOCK, _NO_LOCKS) as locks:
+            _sweep(folder, locks)
+            temporary = folder / _temporary_name()
             temporary.mkdir()
             held = os.open(temporary, os.O_RDONLY)
-            _try_lock(held)  # until it is renamed: others tell by this that its writer lives
+            try_lock(held, folder, _NO_LOCKS)  # until it is renamed: others tell by this that its writer lives
         try:
             _fill(temporary, parts)
-            with _locked(folder / _LOCK):
-                path = folder / f"checkpoint-{max(_numbers(folder), default=0) + 1:06d}"
-                os.rename(temporary, path)
-                _sync(folder)
-                _point(folder, path.name)
+            with locked(folder / _LOCK, _NO_LOCKS):
+                path = _install(temporary, folder)
+                sync(folder, folder)
+                _point(folder)
                 _prune(folder, keep)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -184,25 +192,45 @@ def _fill(path: Path, parts: Mapping[str, Part]) -> None:
         described = {}
         for file, part in parts.items():
             safetensors.torch.save_file(part.named, path / file)
-            os.chmod(path / file, mode)  # safetensors makes it 0600
-            _sync(path / file)
+            set_mode(path / file, mode, path.parent)  # safetensors makes it 0600
+            sync(path / file, path.parent)
             tensors = {name: _described(tensor) for name, tensor in part.named.items()}
             described[file] = {"bytes": (path / file).stat().st_size, "tensors": tensors, "tree": part.tree}
         canonical = _canonical({"format": FORMAT, "files": described})
         manifest.write(b'{"sha256":"%s","body":%s}\n' % (hashlib.sha256(canonical).hexdigest().encode(), canonical))
-        manifest.flush()
-        os.fsync(manifest.fileno())
-    _sync(path)
+    sync(path / MANIFEST, path.parent)
+    sync(path, path.parent)
 
 
-def _point(folder: Path, name: str) -> None:
-    beside = folder / f"{_TEMPORARY}latest"
-    with open(beside, "w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / LATEST)
-    _sync(folder)
+def _temporary_name() -> str:
+    return f"{_TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+
+
+def _install(temporary: Path, folder: Path) -> Path:
+    """Give a whole checkpoint the next number. A rename replaces no other one, also where nothing is locked."""
+    number = max(_numbers(folder), default=0) + 1
+    while True:
+        path = folder / f"checkpoint-{number:06d}"
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            number += 1
+        else:
+            return path
+
+
+def _point(folder: Path) -> None:
+    """``latest`` names the newest; looked at again, for where nothing is locked another writer may be at it too."""
+    name = ""
+    while name != (newest := f"checkpoint-{max(_numbers(folder)):06d}"):
+        name = newest
+        beside = folder / _temporary_name()
+        beside.write_text(name + "\n")
+        sync(beside, folder)
+        os.replace(beside, folder / LATEST)
+        sync(folder, folder)
 
 
 def _prune(folder: Path, keep: int | None) -> None:
@@ -211,58 +239,42 @@ def _prune(folder: Path, keep: int | None) -> None:
         try:
             os.rename(folder / f"checkpoint-{number:06d}", doomed)  # half of it must not look like a checkpoint
             shutil.rmtree(doomed)
+        except FileNotFoundError:
+            continue  # where nothing is locked another writer may be faster
         except OSError as error:  # the new one is safe, which is what counts
             logger.warning("could not delete the old checkpoint %d in %r: %s", number, str(folder), error)
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what writers that died have left; what a living one works on is locked."""
+def _sweep(folder: Path, locks: bool) -> None:
+    """Delete what writers that died have left."""
     for entry in folder.glob(f"{_TEMPORARY}*"):
-        if entry.is_symlink() or not entry.is_dir():
-            entry.unlink()
-            continue
-        held = os.open(entry, os.O_RDONLY)
+        with suppress(FileNotFoundError):  # where nothing is locked another one may be faster
+            if _abandoned(entry, folder, locks):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+
+def _abandoned(entry: Path, folder: Path, locks: bool) -> bool:
+    """Whether no living writer works on it: that one would hold its lock, or have written to it lately."""
+    is_folder = entry.is_dir() and not entry.is_symlink()
+    if locks and not is_folder:
+        return True  # written and renamed by whoever has locked the folder
+    if locks:
+        handle = os.open(entry, os.O_RDONLY)
         try:
-            if _try_lock(held):
-                shutil.rmtree(entry)
+            free = try_lock(handle, folder, _NO_LOCKS)
         finally:
-            os.close(held)
+            os.close(handle)
+        if free is not None:
+            return free
+    times = [part.lstat().st_mtime for part in (entry, *(entry.iterdir() if is_folder else ()))]
+    return time.time() - max(times) > STALE_SECONDS
 
 
 def _numbers(folder: Path) -> list[int]:
     return [int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _try_lock(handle: int) -> bool:
-    import fcntl  # POSIX only, and only saving needs it
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone in the folder, for the short moments in which its entries change. A dead holder's lock is gone."""
-    import fcntl
-
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may hold the handle too
-        os.close(handle)
 
 
 # ---- reading -----------------------------------------------------------------------------------------
@@ -271,8 +283,8 @@ def _locked(path: Path) -> Iterator[None]:
 def read(folder: Path, files: tuple[str, ...] = (MODEL, STATE)) -> dict[str, Part]:
     """Read a checkpoint, or the latest in a folder of them, and verify every byte of it.
 
-    Nothing outside the checkpoint is read, links are not tracked, and memory stays within a small
-    multiple of the files' sizes.
+    Links are followed, as model hubs and data versioning make them; what stands in files names nothing outside
+    the checkpoint. Memory stays within a small multiple of the files' sizes.
 
     Raises:
         CheckpointError: with the file, the tensor and the reason.
@@ -300,6 +312,8 @@ def resolve(folder: Path) -> Path:
             raise CheckpointError(f"{str(folder)!r} {what}: give a checkpoint, or a folder of checkpoints")
         if (folder / MANIFEST).exists():
             return folder
+        if (folder / LATEST / MANIFEST).exists():  # a link to a checkpoint
+            return folder / LATEST
         numbers = sorted(_numbers(folder))
         if not os.path.lexists(folder / LATEST):  # a writer died between its first checkpoint and the pointer
             if not numbers:
@@ -309,7 +323,7 @@ def resolve(folder: Path) -> Path:
             name = _read_bytes(folder / LATEST, 64).decode(errors="replace").rstrip("\n")
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"{folder / LATEST} names {name!r}, which is no name of a checkpoint")
-        if not stat.S_ISDIR(os.lstat(folder / name).st_mode):
+        if not stat.S_ISDIR(os.stat(folder / name).st_mode):
             raise CheckpointError(f"{folder / name} is no folder")
     except FileNotFoundError:
         raise CheckpointError(f"{folder / LATEST} names {name!r}, which is not there; give one by its path") from None
@@ -319,8 +333,8 @@ def resolve(folder: Path) -> Path:
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's bytes. Links are refused, and nothing larger than ``limit`` is read."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    """A regular file's bytes; nothing larger than ``limit`` is read, and no pipe or device."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(path, flags), "rb") as file:
             status = os.fstat(file.fileno())

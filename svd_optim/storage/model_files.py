@@ -1,7 +1,8 @@
 """The tensors in model files, by name, each read when it is called for: safetensors, PyTorch, folders of them.
 
-Opening reads names, types and shapes; values stay on the disk. Nothing is executed: what PyTorch files hold
-besides tensors and plain containers is refused (``weights_only``).
+Opening reads names, types and shapes; values stay on the disk (of PyTorch's old format, from before 1.6, they are
+read at once). Nothing is executed: what PyTorch files hold besides tensors and plain containers is refused
+(``weights_only``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +25,9 @@ from ..records import clean
 from .files import LATEST, MANIFEST, MODEL, STATE, CheckpointError, resolve
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+# What torch.load raises of damaged files; OSError, as that they can be opened is known, for a seek to nowhere.
+_DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+            ArithmeticError, MemoryError, struct.error)  # fmt: skip
 _NESTED = ("state_dict", "model", "model_state_dict")  # where training scripts keep the model in what they save
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # fmt: skip
@@ -43,8 +48,8 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
 
     Args:
         path: a ``.safetensors`` file; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` state dict (also one under
-            ``"model"`` or ``"state_dict"``); a folder of such files (with an index: those it names); one of this
-            library's checkpoints, or a folder of them (the latest).
+            ``"model"`` or ``"state_dict"``); the ``.index.json`` of shards; a folder of such files (with an index:
+            what it names); one of this library's checkpoints, or a folder of them (the latest).
 
     Raises:
         OSError: a file is missing or can't be read.
@@ -52,13 +57,18 @@ def open_tensors(path: str | Path) -> Iterator[list[StoredTensor]]:
     """
     with ExitStack() as stack:
         found: dict[str, StoredTensor] = {}
-        files = model_files(Path(path))
-        for file in files:
-            for tensor in _pickled(file) if file.suffix in PICKLED else _safetensors(file, stack):
-                if tensor.name in found:
-                    raise ValueError(f"{path}: {tensor.name!r} is in {file.name} and in another file: give one of them")
-                found[tensor.name] = tensor
-        yield list(found.values()) if files[0].suffix in PICKLED else sorted(found.values(), key=_in_order)
+        pickled = False
+        for file, names in model_files(Path(path)).items():
+            pickled = file.suffix in PICKLED
+            tensors = {tensor.name: tensor for tensor in (_pickled(file) if pickled else _safetensors(file, stack))}
+            if names is not None:
+                if missing := sorted(names - tensors.keys()):
+                    raise ValueError(f"{file} lacks {missing[0]!r}, which the index says it holds: fetch both again")
+                tensors = {name: tensor for name, tensor in tensors.items() if name in names}
+            if twice := sorted(found.keys() & tensors.keys()):
+                raise ValueError(f"{path}: {twice[0]!r} is in {file.name} and in another file: give one of them")
+            found |= tensors
+        yield list(found.values()) if pickled else sorted(found.values(), key=_in_order)
 
 
 def _in_order(tensor: StoredTensor) -> list[tuple[int, str]]:
@@ -70,8 +80,8 @@ def _in_order(tensor: StoredTensor) -> list[tuple[int, str]]:
 # ---- which files -------------------------------------------------------------------------------------
 
 
-def model_files(path: Path) -> list[Path]:
-    """The files that hold a model's tensors: the path itself, or what is in the folder.
+def model_files(path: Path) -> dict[Path, set[str] | None]:
+    """The files that hold a model's tensors, and which of each (``None``: all): the path itself, or what is in it.
 
     Raises:
         OSError: the path is missing.
@@ -81,20 +91,25 @@ def model_files(path: Path) -> list[Path]:
         raise FileNotFoundError(2, "there is no such file or folder", str(path))
     if path.is_dir():
         return _in_folder(path)
+    if path.name.endswith(".index.json"):
+        return _indexed(path)
     if path.suffix != ".safetensors" and path.suffix not in PICKLED:
-        raise ValueError(f"{path} is no model file: give a .safetensors, {', '.join(PICKLED)} file, or a folder")
-    return [path]
+        kinds = f".safetensors, {', '.join(PICKLED)}, .index.json file"
+        raise ValueError(f"{path} is no model file: give a {kinds}, or a folder")
+    return {path: None}
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path) -> dict[Path, set[str] | None]:
     if (folder / MANIFEST).exists() and (folder / STATE).exists():
-        return [folder / MODEL]  # the optimizer's state lies beside it
+        return {folder / MODEL: None}  # the optimizer's state lies beside it
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
+    if len(indices) > 1:
+        raise ValueError(f"{folder} holds several models: give one of {', '.join(index.name for index in indices)}")
     if indices:
         return _indexed(indices[0])
     shards = sorted(folder.glob("*.safetensors"))
     if shards:
-        return shards
+        return dict.fromkeys(shards)
     if (folder / LATEST).exists() or any(folder.glob("checkpoint-*")):
         try:
             return _in_folder(resolve(folder))
@@ -105,30 +120,54 @@ def _in_folder(folder: Path) -> list[Path]:
     if not weights or (len(weights) > 1 and weights is pickled):
         names = ", ".join(file.name for file in pickled)
         raise ValueError(f"{folder} holds no model: " + (f"give one of {names}" if names else "no .safetensors in it"))
-    return weights
+    return dict.fromkeys(weights)
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The shards that a Hugging Face index names; other files in the folder may hold the same once more."""
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
+    """The shards that a Hugging Face index names, with their tensors; there and beside may be the same once more."""
+    shards: dict[str, set[str]] = {}
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            shards.setdefault(file, set()).add(tensor)
+        outside = [file for file in shards if Path(file).name != file]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} is no index of shards: delete it, or give a file of the folder") from None
-    if outside or not names:
+    if outside or not shards:
         raise ValueError(f"{index} names {outside[0]!r}, outside its folder" if outside else f"{index} names no file")
-    for name in names:
-        if not (index.parent / name).exists():
-            raise FileNotFoundError(2, f"{index.name} names this shard, which is missing", str(index.parent / name))
-    return [index.parent / name for name in names]
+    for file in sorted(shards):
+        if not (index.parent / file).exists():
+            raise FileNotFoundError(2, f"{index.name} names this shard, which is missing", str(index.parent / file))
+    return {index.parent / file: shards[file] for file in sorted(shards)}
 
 
 # ---- one file ----------------------------------------------------------------------------------------
 
 
-def _safetensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file that may hold a model.
+
+    Raises:
+        ValueError: it does not: a folder, an empty file, or text, as a failed download leaves it.
+    """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a safetensors file")
+        raise ValueError(f"{path} is a folder, not a model file")
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        raise ValueError(f"{path} is empty: a download or a save has gone wrong; fetch or save it again")
+    if all(byte >= 32 or byte in b"\t\n\f\r" for byte in start):  # model files begin with small numbers
+        text = start.decode(errors="ignore").strip()
+        what, so = f"text ({clean(text)[:40]!r})", "the download has gone wrong; fetch the file itself"
+        if re.match(r"(?i)<(!doctype|html|head|body|\?xml|!--)", text):
+            what, so = "a web page", "the download has gone wrong, perhaps for want of a login; fetch the file itself"
+        elif text.startswith("version https://git-lfs"):
+            what, so = "a Git LFS pointer", "fetch what it points to with git lfs pull"
+        raise ValueError(f"{path} is {what}, not a model: {so}")
+    return start
+
+
+def _safetensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
+    _beginning(path)
     try:
         file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         headers = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 it is no dict
@@ -140,11 +179,12 @@ def _safetensors(path: Path, stack: ExitStack) -> Iterator[StoredTensor]:
 
 
 def _pickled(path: Path) -> Iterator[StoredTensor]:
+    zipped = _beginning(path).startswith(b"PK")  # not so from before PyTorch 1.6; then nothing can be mapped
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors, or is damaged: save model.state_dict() alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except _DAMAGED as error:
         reason = clean(str(error).split("\n")[0])[:200]
         raise ValueError(f"{path} can't be read: {reason}: save model.state_dict() again, with torch.save") from None
     for name, tensor in _state_dict(loaded, path).items():

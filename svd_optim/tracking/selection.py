@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..config import DEFAULT_BUDGET, LayerOverride, SubspaceConfig, first_match
+from ..config import DEFAULT_BUDGET, HEADS, LayerOverride, SubspaceConfig, first_match
 from ..decisions.machine import LayerStatus
 from ..decisions.planner import uniform_rank
 from ..factors.linear import FactorizedLinear
 from ..records import LayerState, Skipped, largest_useful_rank
+from .heads import find_heads
 from .layer import TrackedLayer
 
 
@@ -43,10 +44,25 @@ def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module, str]]]:
     return owners
 
 
+def _excluded(name: str, head: str, config: SubspaceConfig) -> str:
+    """By which of its patterns the configuration leaves a layer out; a head that it includes by name stays in."""
+    named = any(fnmatchcase(name, glob) for glob in config.include if not glob.endswith("*"))
+    for glob in config.exclude:
+        if glob == HEADS and head and not named:
+            return f"taken for a head: {head}"
+        if fnmatchcase(name, glob):
+            return f"excluded by {glob!r}"
+    return ""
+
+
 def _skip_reason(
-    name: str, module: nn.Module, parameter: Tensor, tied: list[str], group: int, config: SubspaceConfig
+    name: str, module: nn.Module, parameter: Tensor, tied: list[str], group: int, head: str, config: SubspaceConfig
 ) -> str:
-    """Why a matrix is not tracked; empty if it is."""
+    """Why a matrix is not tracked; empty if it is.
+
+    Args:
+        head: by what it is taken for a head, if it is.
+    """
     factorized = type(module) is FactorizedLinear
     if not isinstance(module, nn.Linear):
         return f"belongs to {type(module).__name__}, not to nn.Linear"
@@ -66,9 +82,8 @@ def _skip_reason(
         return f"param group {group} is not selected"
     if not any(fnmatchcase(name, glob) for glob in config.include):
         return "not matched by include"
-    excluded = next((glob for glob in config.exclude if fnmatchcase(name, glob)), None)
-    if excluded is not None:
-        return f"excluded by {excluded!r}"
+    if excluded := _excluded(name, head, config):
+        return excluded
     shape = (module.out_features, module.in_features)
     if min(shape) < config.min_size:
         return f"too small: min{shape} < min_size={config.min_size}"
@@ -80,6 +95,7 @@ def _skip_reason(
 def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], config: SubspaceConfig) -> Selection:
     """Sort the optimizer's matrices, in model order, into tracked layers and skipped ones with the reason."""
     owners = _owners(model)
+    heads = find_heads(model)
     group_of = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
     unknown = [
         f"group {i}, parameter {j} of shape {tuple(p.shape)}"
@@ -104,7 +120,8 @@ def select_layers(model: nn.Module, param_groups: Sequence[Mapping[str, Any]], c
         if attribute not in ("weight", "U"):
             reason = f"{attribute!r} of {type(module).__name__} is not the weight of an nn.Linear"
         else:
-            reason = _skip_reason(name or "weight", module, parameter, tied, group_of[parameter], config)
+            head = heads.get(module, "")
+            reason = _skip_reason(name or "weight", module, parameter, tied, group_of[parameter], head, config)
         if reason:
             skipped.append(Skipped(name=full_name, shape=tuple(parameter.shape), reason=reason))
             reasons |= {id(module): reason for _, module, _ in places}
