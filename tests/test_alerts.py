@@ -13,7 +13,7 @@ from helpers_records import report, summary
 
 from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.decisions.alerts import REST, SURE, WINDOW, Alert, AlertWatch, Level, trend
-from svd_optim.records import Action, LayerReport, LayerState, Summary
+from svd_optim.records import Action, Condition, LayerReport, LayerState, Summary
 
 
 def at(step: int, *layers: LayerReport) -> Summary:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from ..config import SubspaceConfig
 from ..decisions.descent_schedule import too_late
-from ..decisions.lifecycle import GUARD, LOADED, MANUAL, Lifecycle
+from ..decisions.lifecycle import GUARD, LOADED, MANUAL, PROTECTED, Lifecycle
 from ..decisions.machine import LayerLife, Trigger
 from ..records import Action, Event, LayerInfo, LayerMetrics, LayerReport, LayerState
 from .log_reader import Run
@@ -108,7 +108,10 @@ class _Replayer:
             if reports:
                 by_step = dict(zip(run.steps[name], reports, strict=True))
                 shape, thresholds = reports[0].shape, config.thresholds_of(name)
-                self.layers[name] = _Layer(name=name, shape=shape, thresholds=thresholds, reports=by_step)
+                layer = self.layers[name] = _Layer(name=name, shape=shape, thresholds=thresholds, reports=by_step)
+                switched = any(e.layer == name and e.kind == "factorize" for e in run.events)
+                if reports[0].state == LayerState.FACTORIZED and not switched:  # it was before it was wrapped
+                    layer.fire(Trigger.LOAD_FACTORIZED)
         self.analyses = {record["step"]: record["analyses"] for record in run.analyses}
         self.recorded: dict[int, list[Event]] = {}
         for event in run.events:
@@ -125,6 +128,9 @@ class _Replayer:
             if now == step:
                 continue
             step = now
+            for event in self.recorded.get(step, []):
+                if event.kind == "descent_stopped" and event.reason not in INTERVENTIONS | {GUARD, PROTECTED}:
+                    self.repeat(event)  # its layer could not go into factors any more
             self.conclude_descents(step)
             if step in self.analyses:
                 self.analyze(step)
@@ -153,14 +159,15 @@ class _Replayer:
         if layer is None:
             self.lifecycle.emit(event)
             return
+        before = len(self.events)
         self._repeat_for(layer, event)
-        if event.reason in INTERVENTIONS | {GUARD}:
+        if event.reason in INTERVENTIONS | {GUARD} and len(self.events) > before:
             layer.decision = None
 
     def _repeat_for(self, layer: _Layer, event: Event) -> None:
         """Repeat it where the state of the layer allows it."""
         step, reason, numbers = event.step, event.reason, event.numbers
-        trigger = Trigger.MERGE_MANUALLY if reason == MANUAL else Trigger.LOSS_ROSE
+        trigger = {MANUAL: Trigger.MERGE_MANUALLY, GUARD: Trigger.LOSS_ROSE}.get(reason, Trigger.UNSUPPORTED)
         match event.kind:
             case "factorize":
                 if not layer.factorized:

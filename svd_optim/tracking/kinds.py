@@ -36,6 +36,14 @@ def list_of(kind: Kind, most: int | None = None, length: int | None = None) -> K
     )
 
 
+def row(*columns: Kind) -> Kind:
+    """A list with a value of each kind."""
+    return lambda value: (
+        isinstance(value, list) and len(value) == len(columns)
+        and all(kind(x) for kind, x in zip(columns, value, strict=True))
+    )  # fmt: skip
+
+
 def dict_of(kind: Kind) -> Kind:
     """A dict from strings to values of this kind."""
     return lambda value: isinstance(value, dict) and all(type(k) is str and kind(v) for k, v in value.items())

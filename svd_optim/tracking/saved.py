@@ -163,6 +163,13 @@ _WINDOWS = kinds.list_of(kinds.list_of(kinds.number, length=3))
 _GUARD: Mapping[str, Kind] = {"pending": or_none(_is_losses), "windows": _WINDOWS, "since": or_none(_WINDOWS),
                               "lost": kinds.integer}  # fmt: skip
 
+_NAME = kinds.text
+_ALERTS: Mapping[str, Kind] = {
+    "said": kinds.list_of(kinds.row(_NAME, _NAME, kinds.integer)),
+    "values": kinds.list_of(kinds.row(_NAME, _NAME, kinds.integer, or_none(kinds.number))),
+    "lives": kinds.list_of(kinds.row(_NAME, kinds.one_of(LayerState), kinds.integer)),
+}
+
 RUN_FIELDS: Mapping[str, Field] = {
     "steps": _plain("steps", kinds.integer),
     "analyses": _plain("lifecycle.analyses", kinds.integer),
@@ -171,8 +178,8 @@ RUN_FIELDS: Mapping[str, Field] = {
     "stretch": _plain("overhead.stretch", lambda value: type(value) is int and value >= 1),
     "guard": _component("guard", lambda x: isinstance(x, dict) and x.keys() == _GUARD.keys()
                         and all(kind(x[key]) for key, kind in _GUARD.items())),
-    "alerts": _component("alerts", lambda x: kinds.dict_of(kinds.list_of(kinds.list_of(
-        lambda item: item is None or kinds.text(item) or kinds.number(item))))(x)),
+    "alerts": _component("alerts", lambda x: isinstance(x, dict) and x.keys() == _ALERTS.keys()
+                         and all(kind(x[key]) for key, kind in _ALERTS.items())),
     "events": Field(lambda run: [event.as_plain() for event in run.journal.events], _load_events,
                     lambda _: kinds.list_of(kinds.record(Event))),
 }  # fmt: skip
