@@ -218,7 +218,7 @@ def read_log(path: str | Path) -> Run:
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         feed(run, file)
     if not run.head:
-        raise ValueError(f"{path} is not a log of svd_optim: no line of it says what run it is of")
+        raise ValueError(f"{path} is not a log of svd_optim: it has no header")
     return run
 
 

@@ -49,7 +49,7 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
     """
     policy = run.head.get("config", {}).get("policy")
     if policy is not None:
-        raise ValueError(f"the run had a policy of its own, {policy}, which a log can't ask again")
+        raise ValueError(f"the run had a user's policy, {policy}, which can't be queried from its log")
     replayer = _Replayer(run, config or run.config)
     replayer.run_through()
 

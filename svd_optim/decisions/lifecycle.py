@@ -133,7 +133,7 @@ class Lifecycle(Generic[L]):
             return False
         layer.status.in_danger = danger
         excess = {} if metrics.principal_excess is None else {"principal_excess": metrics.principal_excess}
-        reason = f"the gradient {'attacks' if danger else 'leaves alone'} what the layer has learned"
+        reason = f"the gradient {'attacks' if danger else 'no longer attacks'} what the layer has learned"
         numbers = {**excess, "principal_danger": layer.thresholds.principal_danger}
         self.note(step, layer.name, "danger" if danger else "danger_over", reason, numbers)
         return True

@@ -38,7 +38,7 @@ def factorize_(module: nn.Linear, rank: int, basis: Basis | None = None) -> Fact
         raise ValueError(f"factorize_: rank must be in [1, {min(W.shape)}] for shape {tuple(W.shape)}, got {rank}")
     if basis is None:
         if not torch.isfinite(W).all():
-            raise ValueError(f"factorize_: the weight of shape {tuple(W.shape)} holds NaN or Inf; mend it first")
+            raise ValueError(f"factorize_: the weight of shape {tuple(W.shape)} holds NaN or Inf; repair it first")
         basis = exact_basis(to_compute_dtype(W), rank)
     return install_factors_(module, basis.leading(rank))
 

@@ -144,8 +144,8 @@ def reconstruction_error(S: Tensor, total: Tensor) -> Tensor:
 
     Eckart-Young; both must belong to the same W. NaN where W is zero.
     """
-    kept = S.double().square().sum(-1)
-    return (1.0 - kept / total).clamp(min=0.0).sqrt()
+    retained = S.double().square().sum(-1)
+    return (1.0 - retained / total).clamp(min=0.0).sqrt()
 
 
 def fade_minor_(W: Tensor, U: Tensor, V: Tensor, share: float | Tensor) -> None:

@@ -1,6 +1,6 @@
 """Plain records that the other floors exchange: metrics, decisions, events, plans, summaries.
 
-Nothing here imports torch or rich. Every record is frozen, holds only plain Python values and
+Nothing here imports torch or rich. Every record is frozen, contains only plain Python values and
 round-trips through :func:`dataclasses.asdict`, so it can be logged, saved and compared.
 """
 

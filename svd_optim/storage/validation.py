@@ -25,8 +25,8 @@ SKEW, SKEW_LOW = 1e-3, 2e-2  # limits on the entries of U^T U - I: 1e-5 in float
 _FACTORS = ("U", "S", "V")
 
 
-def _require(holds: bool, where: str, what: str) -> None:
-    if not holds:
+def _require(condition: bool, where: str, what: str) -> None:
+    if not condition:
         raise CheckpointError(f"{where}: {what}")
 
 

@@ -276,7 +276,7 @@ class Controller(TrackedRun):
         if share is not None:
             assert self.config.max_overhead is not None
             numbers = {"share": share, "max_overhead": self.config.max_overhead, "interval": float(self.interval)}
-            reason = f"monitoring took {share:.1%} of the time: next intervals are longer or shorter"
+            reason = f"monitoring took {share:.1%} of the time: analyses are {self.interval} steps apart from now on"
             self.lifecycle.note(self.steps, "*", "interval", reason, numbers)
 
     def _notify(self) -> None:

@@ -84,6 +84,6 @@ def _trip(layer: TrackedLayer, risen: Condition | None, config: SubspaceConfig) 
     if last.skew is not None and last.skew > MAX_SKEW:
         return Trip(Trigger.SKEWED, "skewed", "its factors are no longer orthonormal", {"skew": last.skew})
     if keeps_failing(layer, config.patience):
-        reason = "its steps are NaN or Inf again and again: optimizer state dropped"
+        reason = "its steps were repeatedly NaN or Inf: optimizer state dropped"
         return Trip(Trigger.NONFINITE, "nonfinite", reason, {})
     return None

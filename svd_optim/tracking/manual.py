@@ -59,7 +59,7 @@ def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) ->
     failed = [name for name, error in errors.items() if error == float("inf")]
     problem = ""
     if failed:
-        problem = f"the weight of layer {failed[0]!r} holds NaN or Inf, or can't be decomposed; mend it first"
+        problem = f"the weight of layer {failed[0]!r} holds NaN or Inf, or can't be decomposed; repair it first"
     elif too_low:
         problem = (
             f"rank {run.layers[too_low[0]].rank} can't hold the protected block of layer {too_low[0]!r}; "
@@ -106,7 +106,7 @@ def protect(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> l
     for layer in chosen:
         _check_protected_rank(layer, rank)
         if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
-            raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; mend it first")
+            raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; repair it first")
     for layer in chosen:
         protect_manually(run, layer, rank)
     return [layer.name for layer in chosen]
