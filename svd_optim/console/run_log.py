@@ -36,6 +36,7 @@ from .._version import __version__
 from ..distributed import is_main_process
 from ..records import Event, LayerInfo, LayerMetrics, LayerReport, Summary
 from ..tracking.listeners import Listener, Monitored
+from .log_file import LogFile
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ class RunLog(Listener):
 
     Read it with :func:`svd_optim.console.read_log` or ``python -m svd_optim``. One line at a time is handed to
     the operating system, whole; a run that is killed loses at most the line it was writing, and one that is
-    resumed with the same path goes on in the same file. A layer takes about 300 bytes an analysis. In a
-    distributed run only rank 0 writes. A full disk ends the log, with a warning, and not the training.
+    resumed with the same path goes on in the same file. Where another process is writing to it already, this one
+    warns and goes on in a file of its own (``log-2.jsonl``; see ``path``). A layer takes about 300 bytes an analysis.
+    In a distributed run only rank 0 writes. A full disk ends the log, with a warning, and not the training.
 
     Args:
         path: of the file; its folders are made.
@@ -75,28 +77,22 @@ class RunLog(Listener):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._head: dict[str, Any] | None = None  # until it is written
-        self._started = False
+        self._head: dict[str, Any] = {}
         self._keep_decisions = False
+        self._begin()
+        self._file = LogFile(self.path) if is_main_process() else None
+        self.path = self.path if self._file is None else self._file.path
+
+    def _begin(self) -> None:
+        """In a file that says nothing of this run yet."""
+        self._said_head = False
         self._layers: dict[str, int] = {}
         self._bytes: dict[str, list[int]] = {}
-        self._file = None
-        if is_main_process():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-            if self._file.tell() and not self._ends_with_newline():
-                self._file.write(b"\n")  # the line that a killed run left unfinished stays a line of its own
-
-    def _ends_with_newline(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, 2)
-            return file.read(1) == b"\n"
 
     def on_start(self, optimizer: Monitored) -> None:
         """Remember what stands at the head."""
-        if self._started:
+        if self._head:
             raise ValueError(f"RunLog({str(self.path)!r}) belongs to another optimizer already; give each its own file")
-        self._started = True
         config = optimizer.config
         self._keep_decisions = config.policy is not None
         self._head = {
@@ -121,10 +117,12 @@ class RunLog(Listener):
 
     def on_event(self, event: Event) -> None:
         """Write the event."""
+        self._move_on(event.step)
         self._write([{"record": "event", **event.as_plain()}], event.step)
 
     def on_analysis(self, summary: Summary) -> None:
         """Write the layers, and that the analysis is complete."""
+        self._move_on(summary.step)
         records = [record for layer in summary.layers for record in self._records(layer, summary.step)]
         seconds = {phase: round(value, 4) for phase, value in summary.seconds.items()}
         whole = {"analyses": summary.analyses, "seconds": seconds, "seconds_total": round(summary.seconds_total, 3)}
@@ -161,15 +159,29 @@ class RunLog(Listener):
                 record["decision"] = asdict(layer.decision)
         yield record
 
+    def _move_on(self, step: int) -> None:
+        """If the file has become somebody else's: to one of its own."""
+        try:
+            if self._file is not None and self._file.moved():
+                self.path = self._file.path
+                self._begin()
+        except OSError as error:
+            self._end(step, error)
+
     def _write(self, records: list[dict[str, Any]], step: int) -> None:
         if self._file is None:
             return
-        if self._head is not None:
-            records, self._head = [self._head | {"step": step}, *records], None
+        if not self._said_head:
+            records, self._said_head = [self._head | {"step": step}, *records], True
         lines = (json.dumps(plain(r), separators=(",", ":"), allow_nan=False) + "\n" for r in records)
         try:
             self._file.write("".join(lines).encode())
-            self._file.flush()
         except OSError as error:
-            logger.warning("the log %s ends at step %d: %s", self.path, step, error)
-            self._file = None
+            self._end(step, error)
+
+    def _end(self, step: int, error: OSError) -> None:
+        """The training goes on without."""
+        assert self._file is not None
+        logger.warning("the log %s ends at step %d: %s", self.path, step, error)
+        self._file.close()
+        self._file = None
