@@ -296,6 +296,10 @@ class SubspaceAwareOptimizer(Optimizer):
 
     # ---- changing layers directly --------------------------------------------------------------------
 
+    def _when_told(self, names: list[str]) -> list[str]:
+        self._controller.journal.raise_deferred()  # of listeners
+        return names
+
     def factorize_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
         """Factorize layers now, whatever the policy decides: by truncation, without a descent.
 
@@ -313,9 +317,7 @@ class SubspaceAwareOptimizer(Optimizer):
             ValueError: no layer matches, a rank is out of range, not below break-even or too low for a protected
                 block, or a weight contains NaN or Inf. Nothing was changed.
         """
-        names = manual.factorize(self._controller, layers, rank)
-        self._controller.journal.raise_deferred()
-        return names
+        return self._when_told(manual.factorize(self._controller, layers, rank))
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """Make factorized layers dense again now, with their moments; a descent in progress is canceled.
@@ -330,9 +332,7 @@ class SubspaceAwareOptimizer(Optimizer):
             RuntimeError: in observe mode.
             ValueError: no layer matches.
         """
-        names = manual.merge(self._controller, layers)
-        self._controller.journal.raise_deferred()
-        return names
+        return self._when_told(manual.merge(self._controller, layers))
 
     def protect_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
         """Hold the principal blocks of layers fixed, from now until :meth:`release_`.
@@ -356,9 +356,7 @@ class SubspaceAwareOptimizer(Optimizer):
             TypeError: ``rank`` is not an integer.
             ValueError: no layer matches, a rank is out of range, or a weight contains NaN or Inf. Nothing was changed.
         """
-        names = manual.protect(self._controller, layers, rank)
-        self._controller.journal.raise_deferred()
-        return names
+        return self._when_told(manual.protect(self._controller, layers, rank))
 
     def release_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """End the protection of layers, manual or automatic.
@@ -375,9 +373,7 @@ class SubspaceAwareOptimizer(Optimizer):
             RuntimeError: in observe mode.
             ValueError: no layer matches.
         """
-        names = manual.release_layers(self._controller, layers)
-        self._controller.journal.raise_deferred()
-        return names
+        return self._when_told(manual.release_layers(self._controller, layers))
 
     # ---- reporting -----------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from ..config import DEFAULT_BUDGET, SubspaceConfig, Thresholds
 from ..decisions.alerts import AlertWatch
-from ..records import Event, LayerReport, Summary
+from ..records import Event, LayerReport, Summary, clean
 from .live import LiveView
-from .log_reader import Run, feed, read_log
+from .log_reader import Run, read_log
 from .replay import Replay, differences, replay
 from .report import event_line, summary_renderable, why_table
 from .run_log import plain
@@ -59,8 +59,23 @@ def open_log(path: Path) -> Run:
     except ValueError as error:
         raise Problem(str(error)) from error
     if not len(run):
-        raise Problem(f"{path} holds no complete analysis yet: the first comes after {run.config.analyze_every} steps")
+        about = f"; {damage(run)}" if run.damaged_lines else ""
+        when = f"the first comes after {run.config.analyze_every} steps"
+        raise Problem(f"{path} holds no complete analysis yet: {when}{about}")
+    if run.damaged_lines:
+        complain(f"{path}: {damage(run)}")
     return run
+
+
+def damage(run: Run) -> str:
+    """What of a log could not be read."""
+    lines = "a line" if run.damaged_lines == 1 else f"{run.damaged_lines} lines"
+    return f"skipped {lines} that can't be read ({run.damage})"
+
+
+def complain(text: str) -> None:
+    """One line, beside the output."""
+    Console(stderr=True).print(Text(clean(text)), soft_wrap=True)
 
 
 def matching(summary: Summary, pattern: str | None) -> list[LayerReport]:
@@ -94,12 +109,10 @@ def report(args: argparse.Namespace, console: Console) -> None:
         as_json(console, {**asdict(summary), "layers": [as_dict(layer) for layer in summary.layers],
                           "parameters": summary.parameters(), "damaged_lines": run.damaged_lines})  # fmt: skip
         return
-    head = run.head
-    console.print(Text(f"{head['optimizer']}, svd_optim {head['svd_optim']}, torch {head['torch']}, {head['time']}"))
+    optimizer, ours, torch, when = (run.head.get(key, "?") for key in ("optimizer", "svd_optim", "torch", "time"))
+    console.print(Text(clean(f"{optimizer}, svd_optim {ours}, torch {torch}, {when}")))
     console.print(layer_table(summary, console.width))
     console.print(summary_renderable(summary, console.width))
-    if run.damaged_lines:
-        console.print(Text(f"{run.damaged_lines} lines of the log could not be read and were skipped"))
 
 
 def events(args: argparse.Namespace, console: Console) -> None:
@@ -145,7 +158,8 @@ def watch(args: argparse.Namespace, console: Console) -> None:
     with LiveView(console) as view:
         for lines in appended(args.log):
             try:
-                feed(run, lines)
+                for line in lines:
+                    run.feed(line)
             except ValueError as error:
                 raise Problem(str(error)) from error
             if run.head is not head:  # a resumed run voids what came after its checkpoint
@@ -362,13 +376,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.do(args, console)
     except Problem as problem:
-        Console(stderr=True).print(Text(f"svd_optim {args.command}: {problem}"), soft_wrap=True)
+        complain(f"svd_optim {args.command}: {problem}")
         return 2
     except BrokenPipeError:  # as of `... | head`
         sys.stderr.close()
         return 0
     except OSError as error:
-        Console(stderr=True).print(Text(f"svd_optim {args.command}: {error}"), soft_wrap=True)
+        complain(f"svd_optim {args.command}: {error}")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from ..records import (
     Skipped,
     Summary,
 )
-from .run_log import BYTES, COLUMNS, INFO_DEFAULTS, SCHEMA
+from ..tracking.kinds import record as record_of
+from .log_records import NewerSchema, finite, parsed
+from .run_log import BYTES, COLUMNS, INFO_DEFAULTS
 
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
+_METRICS = record_of(LayerMetrics)
+_UNMEASURED = {field.name: field.default for field in fields(LayerMetrics)}
 
 
 class Run:
@@ -38,10 +38,12 @@ class Run:
         self.head: dict[str, Any] = {}
         self.config = SubspaceConfig()
         self.events: list[Event] = []
-        self.analyses: list[dict[str, Any]] = []  # records of the complete analyses
-        self.reports: dict[str, list[LayerReport]] = {}  # by layer, one per analysis, without decisions
-        self.steps: dict[str, list[int]] = {}  # steps of these reports
-        self.damaged_lines = 0  # lines that are incomplete, or of an unknown kind
+        self.analyses: list[dict[str, Any]] = []  # records of the complete ones
+        self.reports: dict[str, list[LayerReport]] = {}  # by layer, one an analysis, without their decisions
+        self.steps: dict[str, list[int]] = {}  # theirs
+        self.damaged_lines = 0  # lines that are not whole, contradict others, or are of an unknown kind
+        self.damage = ""  # what is wrong with the first of them
+        self._lines = 0
         self._names: dict[int, tuple[str, tuple[int, int]]] = {}
         self._decisions: dict[str, dict[int, Decision | None]] = {}  # those that the log contains
 
@@ -51,25 +53,26 @@ class Run:
         Raises:
             ValueError: the log is of a newer version.
         """
-        try:
-            record = json.loads(line)
-            handlers = {"run": self._run, "layer": self._layer, "metrics": self._metrics, "event": self._event,
-                        "analysis": self.analyses.append}  # fmt: skip
-            handler = handlers[record["record"]]
-        except (ValueError, KeyError, TypeError):
-            self.damaged_lines += 1
+        self._lines += 1
+        if not line.strip():
             return
-        if record["record"] == "run" and record.get("schema", 0) > SCHEMA:
-            raise ValueError(f"the log has schema {record['schema']}, written by svd_optim {record.get('svd_optim')}; "
-                             f"this version reads up to {SCHEMA}: upgrade svd_optim")  # fmt: skip
+        take = {"run": self._run, "layer": self._layer, "metrics": self._metrics, "analysis": self._analysis,
+                "event": self._event}  # fmt: skip
         try:
-            handler(record)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            record = parsed(line)
+            take[record["record"]](record)
+        except NewerSchema:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.damaged_lines += 1
+            self.damage = self.damage or f"line {self._lines}: {error}"
 
     def _run(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        self.config = _config(record["config"])
+        try:
+            self.config = _config(record["config"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"run: its config can't be read: {error}") from error
         self.head = record
         self.events = [event for event in self.events if event.step < step]
         self.analyses = [analysis for analysis in self.analyses if analysis["step"] < step]
@@ -77,26 +80,36 @@ class Run:
             count = bisect_right(steps, step - 1)
             del steps[count:], self.reports[name][count:]
 
+    def _analysis(self, record: dict[str, Any]) -> None:
+        _require(bool(self.head), "analysis: nothing says of what run")
+        last = self.analyses[-1]["step"] if self.analyses else -1
+        _require(record["step"] > last, f"analysis: of step {record['step']}, after that of step {last}")
+        seconds = {phase: finite(value) for phase, value in record["seconds"].items()}
+        self.analyses.append(record | {"seconds": seconds, "seconds_total": finite(record["seconds_total"])})
+
     def _layer(self, record: dict[str, Any]) -> None:
-        name = record["name"]
-        self._names[record["layer"]] = name, (record["shape"][0], record["shape"][1])
-        for table in (self.reports, self.steps):
-            table.setdefault(name, [])
-        self._decisions.setdefault(name, {})
+        name, shape = record["name"], (record["shape"][0], record["shape"][1])
+        self._names[record["layer"]] = name, shape
+        if name not in self.reports or any(report.shape != shape for report in self.reports[name][-1:]):
+            self.reports[name], self.steps[name], self._decisions[name] = [], [], {}
 
     def _event(self, record: dict[str, Any]) -> None:
-        numbers = {key: _number(value) for key, value in record["numbers"].items()}
+        numbers = {key: finite(value) for key, value in record["numbers"].items()}
         known = {field.name: record[field.name] for field in fields(Event)}
         self.events.append(Event.from_plain(known | {"numbers": numbers}))
 
     def _metrics(self, record: dict[str, Any]) -> None:
+        _require(bool(self.head), "metrics: nothing says of what run")
+        _require(record["layer"] in self._names, f"metrics: layer {record['layer']} has not been spoken of")
         name, shape = self._names[record["layer"]]
         before = self.reports[name][-1] if self.reports[name] else None
-        sizes = record.get("bytes") or [getattr(before, key) for key in BYTES]
+        last = self.steps[name][-1] if self.steps[name] else -1
+        _require(record["step"] > last, f"metrics: of step {record['step']}, after those of step {last}")
+        _require(record["rank"] <= min(shape), f"metrics: no matrix of shape {shape} has rank {record['rank']}")
+        sizes = record.get("bytes", [getattr(before, key, 0) for key in BYTES])  # 0: the line that says it is damaged
         metrics = None if before is None else before.metrics
         if "values" in record:
-            values = dict(zip(self.head["columns"], map(_number, record["values"]), strict=True))
-            metrics = LayerMetrics(step=record["step"], **{key: values[key] for key in COLUMNS if key in values})
+            metrics = self._measured(record, shape)
         saved, policy_input = record.get("policy_input"), None
         if saved is not None:
             flags = {key: saved.get(key, default) for key, default in INFO_DEFAULTS.items()}
@@ -111,13 +124,22 @@ class Run:
             metrics=metrics,
             decision=None,
             policy_input=policy_input,
-            spectrum=tuple(map(_number, record.get("spectrum", before.spectrum if before else ()))),
+            spectrum=tuple(map(finite, record.get("spectrum", before.spectrum if before else ()))),
             **dict(zip(BYTES, sizes, strict=True)),
         )
         self.reports[name].append(report)
         self.steps[name].append(record["step"])
         if "decision" in record:
             self._decisions[name][record["step"]] = _decision(record["decision"])
+
+    def _measured(self, record: dict[str, Any], shape: tuple[int, int]) -> LayerMetrics:
+        columns = self.head["columns"]
+        _require(len(record["values"]) == len(columns), f"metrics: {len(columns)} values are expected")
+        values = dict(zip(columns, map(finite, record["values"]), strict=True))
+        known = {key: values[key] for key in COLUMNS if key in values}  # a log of an older version has fewer
+        values = {**_UNMEASURED, **known, "step": record["step"]}
+        _require(_METRICS(values) and 1 <= values["rank"] <= min(shape), "metrics: its values don't fit their columns")
+        return LayerMetrics(**values)
 
     # ---- queries -------------------------------------------------------------------------------------
 
@@ -182,6 +204,11 @@ class Run:
         return (self.summary(index) for index in range(len(self)))
 
 
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
 def _config(plain: Mapping[str, Any]) -> SubspaceConfig:
     """The configuration in the header of a log, without a user's policy."""
     known = {field.name for field in fields(SubspaceConfig)}
@@ -204,7 +231,7 @@ def _decision(plain: Mapping[str, Any] | None) -> Decision | None:
 
 def _condition(plain: Mapping[str, Any]) -> Condition:
     numbers = ("value", "threshold", "margin")
-    return Condition(**{key: _number(value) if key in numbers else value for key, value in plain.items()})
+    return Condition(**{key: finite(value) if key in numbers else value for key, value in plain.items()})
 
 
 def read_log(path: str | Path) -> Run:
@@ -216,14 +243,9 @@ def read_log(path: str | Path) -> Run:
     """
     run = Run()
     with Path(path).open(encoding="utf-8", errors="replace") as file:
-        feed(run, file)
-    if not run.head:
-        raise ValueError(f"{path} is not a log of svd_optim: it has no header")
-    return run
-
-
-def feed(run: Run, lines: Iterable[str]) -> None:
-    """Process lines, except blank ones."""
-    for line in lines:
-        if line.strip():
+        for line in file:
             run.feed(line)
+    if not run.head:
+        why = f" ({run.damage})" if run.damage else ""
+        raise ValueError(f"{path} is not a log of svd_optim: no line of it says what run it is of{why}")
+    return run

@@ -45,13 +45,17 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
             budget and the steps of the analyses are those of the record.
 
     Raises:
-        ValueError: the run had a user's policy, which a log does not contain.
+        ValueError: the run had a policy of its own, which a log can't ask; or the log contradicts itself.
     """
     policy = run.head.get("config", {}).get("policy")
     if policy is not None:
         raise ValueError(f"the run had a user's policy, {policy}, which can't be queried from its log")
     replayer = _Replayer(run, config or run.config)
-    replayer.run_through()
+    try:
+        replayer.run_through()
+    except Exception as error:  # a record that is possible alone, and not beside the others
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the log contradicts itself at step {replayer.step} ({reason}): was it edited?") from error
 
     def place(event: Event) -> tuple[int, int]:
         same_step = replayer.recorded.get(event.step, [])
@@ -119,15 +123,15 @@ class _Replayer:
         self.agenda = [*self.analyses, *self.recorded]  # a heap of the steps to process
         heapq.heapify(self.agenda)
         self.last = max(self.agenda, default=0)
+        self.step = 0
 
     def run_through(self) -> None:
         """Process all steps, from the first to the last recorded one."""
-        step = 0
         while self.agenda:
-            now = heapq.heappop(self.agenda)
-            if now == step:
+            step = heapq.heappop(self.agenda)
+            if step == self.step:
                 continue
-            step = now
+            self.step = step
             for event in self.recorded.get(step, []):
                 if event.kind == "descent_stopped" and event.reason not in INTERVENTIONS | {GUARD, PROTECTED}:
                     self.repeat(event)  # its layer could not go into factors any more
@@ -150,6 +154,14 @@ class _Replayer:
         until = layer.status.descent_end
         if until is not None and until <= self.last:
             heapq.heappush(self.agenda, until)
+
+    def after_next_analysis(self, step: int) -> int:
+        """When a descent is looked at again that waits for finite gradients: before an analysis nobody knows of any."""
+        coming = min((known for known in self.analyses if known > step), default=None)
+        if coming is None:
+            return self.last + 1
+        every = self.config.analyze_every
+        return step + every * -(-(coming - step) // every)
 
     # ---- what does not depend on the configuration ---------------------------------------------------
 
@@ -202,7 +214,7 @@ class _Replayer:
             if self.waits(layer, step):
                 continue
             if layer.only_nonfinite:
-                status.descent_end = step + self.config.analyze_every
+                status.descent_end = self.after_next_analysis(step)
                 self.schedule_end(layer)
                 continue
             event = self.recorded_event(layer, step, "factorize", "descent_extended", "descent_failed")

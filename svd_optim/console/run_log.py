@@ -35,6 +35,7 @@ from .._version import __version__
 from ..distributed import is_main_process
 from ..records import Event, LayerInfo, LayerMetrics, LayerReport, Summary
 from ..tracking.listeners import Listener, Monitored
+from .log_file import LogFile
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,10 @@ class RunLog(Listener):
         optimizer.add_listener(RunLog("runs/log.jsonl"))
 
     Read it with :func:`svd_optim.console.read_log` or ``python -m svd_optim``. Only complete lines are written; a run
-    that is killed loses at most the last one, and one that is resumed with the same path appends to the file. It takes
-    300 to 350 bytes per layer and analysis. In a distributed run only rank 0 writes. If the disk is full, logging stops
-    with a warning and training continues.
+    that is killed loses at most the last one, and one that is resumed with the same path appends to the file. Where
+    another process is writing to it already, this one warns and uses a file of its own (``log-2.jsonl``; see ``path``).
+    It takes 300 to 350 bytes per layer and analysis. In a distributed run only rank 0 writes. If the disk is full,
+    logging stops with a warning and training continues.
 
     Args:
         path: of the file; missing folders are created.
@@ -76,28 +78,22 @@ class RunLog(Listener):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._head: dict[str, Any] | None = None  # the header, until it is written
-        self._started = False
+        self._head: dict[str, Any] = {}
         self._write_decisions = False
+        self._begin()
+        self._file = LogFile(self.path) if is_main_process() else None
+        self.path = self.path if self._file is None else self._file.path
+
+    def _begin(self) -> None:
+        """In a file that says nothing of this run yet."""
+        self._said_head = False
         self._layers: dict[str, int] = {}
         self._bytes: dict[str, list[int]] = {}
-        self._file = None
-        if is_main_process():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-            if self._file.tell() and not self._ends_with_newline():
-                self._file.write(b"\n")  # terminates the line that a killed run left incomplete
-
-    def _ends_with_newline(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, 2)
-            return file.read(1) == b"\n"
 
     def on_start(self, optimizer: Monitored) -> None:
-        """Collect the header."""
-        if self._started:
+        """Remember what stands at the head."""
+        if self._head:
             raise ValueError(f"RunLog({str(self.path)!r}) belongs to another optimizer already; give each its own file")
-        self._started = True
         config = optimizer.config
         self._write_decisions = config.policy is not None
         self._head = {
@@ -122,10 +118,12 @@ class RunLog(Listener):
 
     def on_event(self, event: Event) -> None:
         """Write the event."""
+        self._move_on(event.step)
         self._write([{"record": "event", **event.as_plain()}], event.step)
 
     def on_analysis(self, summary: Summary) -> None:
-        """Write the layers' records, then that of the analysis."""
+        """Write the layers, and that the analysis is complete."""
+        self._move_on(summary.step)
         records = [record for layer in summary.layers for record in self._records(layer, summary.step)]
         seconds = {phase: round(value, 4) for phase, value in summary.seconds.items()}
         totals = {"analyses": summary.analyses, "seconds": seconds, "seconds_total": round(summary.seconds_total, 3)}
@@ -162,15 +160,29 @@ class RunLog(Listener):
                 record["decision"] = asdict(layer.decision)
         yield record
 
+    def _move_on(self, step: int) -> None:
+        """If the file has become somebody else's: to one of its own."""
+        try:
+            if self._file is not None and self._file.moved():
+                self.path = self._file.path
+                self._begin()
+        except OSError as error:
+            self._end(step, error)
+
     def _write(self, records: list[dict[str, Any]], step: int) -> None:
         if self._file is None:
             return
-        if self._head is not None:
-            records, self._head = [self._head | {"step": step}, *records], None
+        if not self._said_head:
+            records, self._said_head = [self._head | {"step": step}, *records], True
         lines = (json.dumps(plain(r), separators=(",", ":"), allow_nan=False) + "\n" for r in records)
         try:
             self._file.write("".join(lines).encode())
-            self._file.flush()
         except OSError as error:
-            logger.warning("the log %s ends at step %d: %s", self.path, step, error)
-            self._file = None
+            self._end(step, error)
+
+    def _end(self, step: int, error: OSError) -> None:
+        """The training goes on without."""
+        assert self._file is not None
+        logger.warning("the log %s ends at step %d: %s", self.path, step, error)
+        self._file.close()
+        self._file = None
