@@ -26,19 +26,20 @@ def _detach(modules: list[nn.Module], owner: object) -> None:
 class Attachment:
     """The modules that deliver the gradients of K and L to one optimizer, in one process."""
 
-    def __init__(self, config: SubspaceConfig) -> None:
+    def __init__(self, config: SubspaceConfig, base: Optimizer) -> None:
         self.config = config
+        self.base = base
         self._forget()
 
     def _forget(self) -> None:
-        self._owner = Owner()  # by which a module knows whose gradients it delivers
+        self._owner = Owner(self.base)  # by which a module knows whose gradients it delivers
         self._modules: list[nn.Module] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}  # a copy's modules are other ones
+        return {"config": self.config, "base": self.base}  # a copy's modules are other ones
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config = state["config"]
+        self.config, self.base = state["config"], state["base"]
         self._forget()
 
     def claim(self, layer: TrackedLayer) -> None:
@@ -56,10 +57,10 @@ class Attachment:
         if not any(layer.module is module for module in self._modules):
             self._modules.append(layer.module)
 
-    def adopt(self, layer: TrackedLayer, module: FactorizedLinear, base: Optimizer, step: int) -> None:
+    def adopt(self, layer: TrackedLayer, module: FactorizedLinear, step: int) -> None:
         """Attach a layer that was factorized before its optimizer came; S is no longer a parameter of this one."""
-        base.state.pop(module.S, None)
-        replace_parameters_(base, [module.U, module.S, module.V], [module.U, module.V], ["U", "V"])
+        self.base.state.pop(module.S, None)
+        replace_parameters_(self.base, [module.U, module.S, module.V], [module.U, module.V], ["U", "V"])
         layer.factors = FactorState(layer.name, module)
         self.attach(layer, step)
 

@@ -39,7 +39,7 @@ class TrackedRun:
         self.skipped: list[Skipped] = []
         self.journal = Journal()
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)
-        self.attachment = Attachment(config)
+        self.attachment = Attachment(config, base)
         self.guard = LossGuard()
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
