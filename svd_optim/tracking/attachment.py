@@ -27,19 +27,20 @@ def _detach(modules: Mapping[int, nn.Module], owner: object) -> None:
 class Attachment:
     """The modules that compute the gradients of K and L for one optimizer, in one process."""
 
-    def __init__(self, config: SubspaceConfig) -> None:
+    def __init__(self, config: SubspaceConfig, base: Optimizer) -> None:
         self.config = config
+        self.base = base
         self._reset()
 
     def _reset(self) -> None:
-        self._owner = Owner()  # by which a module knows whose gradients it delivers
+        self._owner = Owner(self.base)  # by which a module knows whose gradients it delivers
         self._modules: dict[int, nn.Module] = {}  # by identity
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}  # a copy has other modules
+        return {"config": self.config, "base": self.base}  # a copy has other modules
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config = state["config"]
+        self.config, self.base = state["config"], state["base"]
         self._reset()
 
     def claim(self, layer: TrackedLayer) -> None:
@@ -57,11 +58,11 @@ class Attachment:
         layer.factors.module.track_tangent(draw_sketch(layer, step, self.config), self._owner)
         self._modules[id(layer.module)] = layer.module
 
-    def adopt(self, layer: TrackedLayer, module: FactorizedLinear, base: Optimizer, step: int) -> None:
+    def adopt(self, layer: TrackedLayer, module: FactorizedLinear, step: int) -> None:
         """Attach a layer that was factorized before its optimizer was wrapped, and remove S from the optimizer."""
-        base.state.pop(module.S, None)
+        self.base.state.pop(module.S, None)
         factors = [module.U, module.S, module.V]
-        replace_parameters_(base, [Replacement(factors, [module.U, module.V], ["U", "V"])])
+        replace_parameters_(self.base, [Replacement(factors, [module.U, module.V], ["U", "V"])])
         layer.factors = FactorState(layer.name, module)
         self.attach(layer, step)
 

@@ -47,7 +47,7 @@ class Controller(TrackedRun):
             layer = self.layers[found.name] = tracked_layer(found, index, self.config)
             self.attachment.claim(layer)
             if isinstance(found.module, FactorizedLinear):
-                self.attachment.adopt(layer, found.module, self.base, self.steps)
+                self.attachment.adopt(layer, found.module, self.steps)
         budget.follow_plan_(self.layers, self.config, self.steps)
         self.skipped = [*selection.skipped, *self.given_up.values()]
 

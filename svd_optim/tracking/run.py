@@ -42,7 +42,7 @@ class TrackedRun:
         self.given_up: dict[str, Skipped] = {}  # of these, the layers that were tracked before, by name
         self.journal = Journal()
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)
-        self.attachment = Attachment(config)
+        self.attachment = Attachment(config, base)
         self.guard = LossGuard()
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
