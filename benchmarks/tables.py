@@ -381,7 +381,7 @@ SECTIONS = (
         "layers of the observed run have started to descend under other thresholds and rules?",
         jobs),
     Section("Forgetting", "forgetting.json", "forgetting.py --json FILE",
-        "Does protection forget less? A model learns Python sources, then the prose of `help()`. Renderable is by how "
+        "Does protection forget less? A model learns Python sources, then the prose of `help()`. Shown is by how "
         "many percent the loss on the sources has risen where the loss on the prose has come so far (the column) on "
         "the way that the best plain run goes; each row at its best setting, with the factor to the learning rate of "
         "the first training. Negative: the first training was still going on.",
@@ -419,7 +419,7 @@ SECTIONS = (
 
 
 def section(of: Section, folder: Path) -> str:
-    """Heading, policy_input, commands, circumstances, tables."""
+    """Heading, question, commands, circumstances, tables."""
     file = folder / of.file
     results = read_results(file) if file.exists() else None
     body = of.body(results) if results is not None and results.records else None

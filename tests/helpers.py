@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from muon import SingleDeviceMuonWithAuxAdam
 from torch import Tensor, nn
@@ -266,6 +267,15 @@ def low_rank_(layer: nn.Linear, rank: int, noise: float = 0.0, seed: int = 0) ->
     W = (U * torch.linspace(2.0, 0.5, rank)) @ V.mT + noise * torch.randn(m, n, generator=generator)
     with torch.no_grad():
         layer.weight.copy_(W)
+
+
+# ---- what is tried when time is short --------------------------------------------------------------
+
+
+def slow_except(*fast: Any, of: Iterable[Any]) -> list[Any]:
+    """The values of a parameter, all of which but these are marked slow."""
+    slow = pytest.mark.slow
+    return [x if x in fast else pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=slow) for x in of]
 
 
 # ---- examples and benchmarks -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from helpers import (
     net,
     quick,
     same_bits,
+    slow_except,
     train,
     weights,
 )
@@ -73,7 +74,7 @@ def test_some_parameters_from_elsewhere_are_a_warning_that_names_them(caplog: py
 
 
 @pytest.mark.parametrize("case", ["only small layers", "only vectors", "all excluded"])
-def test_nothing_to_follow_is_a_warning_and_training_is_the_bare_one(
+def test_a_model_with_nothing_to_track_is_a_warning_and_trains_as_without_the_wrapper(
     case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = {"only small layers": quick(min_size=65), "all excluded": quick(exclude=("*",))}.get(case, quick())
@@ -123,7 +124,7 @@ class Zoo(nn.Module):
         self.attention = nn.MultiheadAttention(48, 2)
 
 
-def test_everything_that_is_left_alone_is_listed_with_its_reason() -> None:
+def test_parameters_that_are_skipped_are_listed_with_their_reasons() -> None:
     model = Zoo()
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, quick())
     assert list(optimizer.layers) == ["good"]
@@ -148,7 +149,7 @@ def test_everything_that_is_left_alone_is_listed_with_its_reason() -> None:
     assert factorized(model) == ["good"] and model.unembed.weight is model.tok.weight
 
 
-def test_a_tied_head_with_the_tie_on_the_linear_first() -> None:
+def test_a_tied_head_is_skipped_where_the_linear_layer_comes_first() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -176,7 +177,7 @@ def test_a_layer_frozen_after_wrapping_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("base", ["sgd_nesterov", "adamw", "muon"])
+@pytest.mark.parametrize("base", slow_except("adamw", of=["sgd_nesterov", "adamw", "muon"]))
 def test_nonfinite_gradient_goes_on_as_the_base_would(base: str, bad: float) -> None:
     ends = []
     for wrap in (False, True):
@@ -255,8 +256,8 @@ def test_weight_that_is_nonfinite_from_the_start_is_reported() -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "manual"])
-@pytest.mark.parametrize("base", ["sgd", "sgd_nesterov", "adamw", "muon", "keller"])
-def test_nonfinite_gradient_of_a_factorized_layer(base: str, mode: str) -> None:
+@pytest.mark.parametrize("base", slow_except("adamw", of=["sgd", "sgd_nesterov", "adamw", "muon", "keller"]))
+def test_nonfinite_gradient_of_a_factorized_layer_costs_one_step(base: str, mode: str) -> None:
     model, optimizer = make(base, quick(measure_every=1, mode=mode))
     train(model, optimizer, 1)
     optimizer.factorize_("mid")
@@ -305,8 +306,8 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("base", ["sgd_nesterov", "adamw", "muon"])
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("base", slow_except("adamw", of=["sgd_nesterov", "adamw", "muon"]))
+@pytest.mark.parametrize("kind", slow_except("zero", "rank 1", "huge", of=WEIGHTS))
 def test_matrices_at_the_edge_train_measure_and_factorize(kind: str, base: str) -> None:
     torch.manual_seed(0)
     model = One(36, 40)
@@ -417,7 +418,7 @@ def test_factorize_checks_everything_before_it_changes_anything() -> None:
         same_bits(before, everything(model, optimizer), str(arguments))
     with pytest.raises(ValueError, match="'nope'"):
         optimizer.merge_(["up", "nope"])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="int"):
         optimizer.factorize_(5)  # type: ignore[arg-type]
     same_bits(before, everything(model, optimizer))
     assert optimizer.factorize_("m?d") == ["mid"]
@@ -530,7 +531,7 @@ def test_lbfgs_cannot_step_inside_factors_and_says_what_to_do() -> None:
     same_bits(before, weights(model.mid))
 
 
-def test_sparse_gradient_stops_following_and_says_so() -> None:
+def test_sparse_gradient_ends_the_tracking_of_its_layer_and_says_so() -> None:
     model, optimizer = make("sgd", quick())
     train(model, optimizer, 2)
     model.zero_grad()

@@ -38,26 +38,26 @@ thresholds = script("benchmarks/thresholds.py")
 # ---- the corpus ------------------------------------------------------------------------------------
 
 
-def test_excluded_folders_are_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excluded_folders_of_the_corpus_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.py", "a/z.py", "a.py", "a/site-packages/x.py", "test/y.py", "a/notes.txt", "_sysconfigdata_1.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "gone.py").symlink_to("nowhere")  # as a file that vanishes between listing and reading
-    looked: list[str] = []
+    read: list[str] = []
     scandir = os.scandir
 
-    def watched(folder: str) -> object:
-        looked.append(Path(folder).name)
+    def noting(folder: str) -> object:
+        read.append(Path(folder).name)
         return scandir(folder)
 
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    monkeypatch.setattr(os, "scandir", watched)
+    monkeypatch.setattr(os, "scandir", noting)
     monkeypatch.setattr(corpus, "help_topics", lambda: [b"topic"])
     assert corpus.standard_library() == [b"a.py", b"a/z.py", b"b.py", b"topic"]
-    assert looked == [tmp_path.name, "a"]
+    assert read == [tmp_path.name, "a"]
 
 
-def test_own_text(tmp_path: Path) -> None:
+def test_a_corpus_of_ones_own_is_all_text_but_hidden_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.txt", ".hidden.txt", ".git/config", "binary"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("\0" if name == "binary" else name)
@@ -76,7 +76,7 @@ def test_the_folder_of_an_output_is_made_at_the_start(tmp_path: Path) -> None:
         results_file.output_file(str(made / "y.json"))
 
 
-def test_every_output_is_such_an_argument() -> None:
+def test_every_output_argument_makes_its_folder_at_the_start() -> None:
     lines = [line for file in BENCHMARKS.glob("*.py") for line in file.read_text().splitlines()]
     outputs = [line for line in lines if '"--json"' in line or '"--plot"' in line]
     assert len(outputs) > 5
@@ -229,7 +229,7 @@ def test_the_table_says_which_rates_were_tried() -> None:
 
 
 @pytest.mark.parametrize(("failing", "done", "total"), [((), 9, 9), (((0.004, 1),), 8, 9), (((0.001, 0),), 2, 3)])
-def test_all_runs(
+def test_the_bar_counts_all_runs_and_failures_are_reported(
     failing: tuple[tuple[float, int], ...], done: int, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bar counts the runs of later seeds too, and failures are reported."""
@@ -264,7 +264,7 @@ def test_failed_runs_make_the_exit_status(failed: int, tmp_path: Path, monkeypat
     assert quality.main() == (1 if failed else 0)
 
 
-def test_when_layers_went_into_factors() -> None:
+def test_the_step_of_the_switches_is_their_mean_over_parameters() -> None:
     def event(step: int, layer: str, kind: str, numbers: float = 0) -> Event:
         return Event(step=step, layer=layer, kind=kind, reason="", numbers={"parameters_before": numbers})
 
@@ -277,7 +277,7 @@ def test_when_layers_went_into_factors() -> None:
 
 # ---- the campaign of faults ------------------------------------------------------------------------
 
-# In a process of its own, as its children look for its module where they are started.
+# In a process of its own, as its children search for its module where they are started.
 COUNTED = """
 import sys
 import faults

@@ -18,6 +18,7 @@ from helpers import (
     net,
     quick,
     same_bits,
+    slow_except,
     train,
     weights,
 )
@@ -31,7 +32,7 @@ STARTED = (LayerState.DESCENDING, LayerState.FACTORIZED)
 
 
 class Deep(nn.Module):
-    """Five layers to follow, four of them residual blocks."""
+    """Five layers to track, four of them residual blocks."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ def numbers_in(model: nn.Module, optimizer: SubspaceAwareOptimizer) -> int:
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
-def test_plan_before_anything_is_measured(budget: float) -> None:
+def test_plan_is_nearly_even_before_anything_is_measured(budget: float) -> None:
     model, optimizer = deep("adamw", budget=budget)
     plan = optimizer.plan()
     assert (plan.step, plan.budget) == (0, budget)
@@ -86,6 +87,7 @@ def test_plan_before_anything_is_measured(budget: float) -> None:
     same_bits(vars(plan), vars(optimizer.plan()))
 
 
+@pytest.mark.slow
 def test_plan_changes_nothing() -> None:
     model, optimizer = deep("adamw")
     for steps in (range(35), range(35, 70), range(70, 100)):
@@ -99,7 +101,7 @@ def test_plan_changes_nothing() -> None:
     assert factorized(model)
 
 
-def test_what_is_decided_elsewhere_counts_as_fixed() -> None:
+def test_ranks_decided_elsewhere_count_as_fixed_in_the_plan() -> None:
     config = quick(
         budget=0.5,
         overrides={
@@ -131,7 +133,9 @@ def test_what_is_decided_elsewhere_counts_as_fixed() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"rank": 7}, {"rank": 0.25}, {"overrides": {"*": LayerOverride(budget=0.4)}}, {"energy": 0.8}],
+    slow_except(
+        {"rank": 7}, of=[{"rank": 7}, {"rank": 0.25}, {"overrides": {"*": LayerOverride(budget=0.4)}}, {"energy": 0.8}]
+    ),
 )
 def test_explicit_ranks_are_not_touched(config: dict[str, Any]) -> None:
     model = net()
@@ -158,14 +162,17 @@ def test_explicit_ranks_are_not_touched(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("base", "budget", "seed"),
-    [
-        ("adamw", 0.5, 1),
-        ("adamw", 0.7, 2),
-        ("muon", 0.5, 0),
-        ("sgd_nesterov", 0.3, 2),
+    slow_except(
         ("sgd_nesterov", 0.5, 0),
-        ("sgd_nesterov", 0.7, 1),
-    ],
+        of=[
+            ("adamw", 0.5, 1),
+            ("adamw", 0.7, 2),
+            ("muon", 0.5, 0),
+            ("sgd_nesterov", 0.3, 2),
+            ("sgd_nesterov", 0.5, 0),
+            ("sgd_nesterov", 0.7, 1),
+        ],
+    ),
 )
 def test_the_budget_is_kept_once_all_layers_have_switched(base: str, budget: float, seed: int) -> None:
     """At each moment the plan is within the budget, and what a layer starts with is not above the plan."""
@@ -179,7 +186,7 @@ def test_the_budget_is_kept_once_all_layers_have_switched(base: str, budget: flo
                 break
     rows = {layer.name: layer for layer in optimizer.plan().layers}
     in_factors = factorized(model)
-    assert len(in_factors) >= 3 and all(rows[name].rank is None for name in set(rows) - set(in_factors))
+    assert len(in_factors) >= 3 and set(in_factors) == {name for name, row in rows.items() if row.rank is not None}
     now = numbers_in(model, optimizer)
     assert now <= budget * optimizer.plan().parameters_dense
     assert now == optimizer.plan().parameters == optimizer.summary().parameters()[1]
@@ -191,8 +198,8 @@ def isotropic(seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(56, 48, generator=generator))[0].mT * 1.5
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("base", PARALLEL)
+@pytest.mark.parametrize("seed", slow_except(0, of=range(2)))
+@pytest.mark.parametrize("base", slow_except("sgd", of=PARALLEL))
 def test_a_layer_whose_gradient_has_full_rank_stays_dense_while_others_shrink(base: str, seed: int) -> None:
     model = Parallel(seed, noise=0.02, full=48, one=1, two=2)
     model.teachers["full"] = isotropic(seed)
@@ -202,7 +209,8 @@ def test_a_layer_whose_gradient_has_full_rank_stays_dense_while_others_shrink(ba
         thresholds=Thresholds(drift_stable=0.5, capture_safe=0.1, reconstruction_safe=0.05),
     )
     optimizer = SubspaceAwareOptimizer(PARALLEL[base](model), model, config)
-    assert ranks(optimizer.plan())["full"] is not None or ranks(optimizer.plan())["one"] is not None
+    start = ranks(optimizer.plan())
+    assert start["full"] == start["one"] == 18  # nothing tells them apart yet
     model.train_on(optimizer, range(110))
     plan = optimizer.plan()
     assert ranks(plan)["full"] is None and {layer.name: layer.fixed for layer in plan.layers}["full"] == ""
@@ -236,11 +244,12 @@ def test_the_plan_follows_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     assert before["a"] < before["b"] and after["a"] > after["b"]  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["adamw", "muon"])
 def test_ranks_are_revised_until_a_layer_starts_its_descent_and_not_after(base: str) -> None:
     model = Parallel(1, noise=0.02, low=2, more=8, full=48)
     model.teachers["full"] = isotropic(1)
-    # Looking at ranks alone: capture_held = 0 holds no layer back, so none grows.
+    # Of ranks alone: capture_held = 0 holds no layer back, so none grows.
     thresholds = Thresholds(
         drift_stable=0.5, capture_safe=0.001, capture_held=0.0, capture_lost=0.0, reconstruction_safe=0.05
     )
@@ -272,6 +281,7 @@ def test_the_default_budget_is_that_of_the_whole_model() -> None:
 # ---- saving, observing -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [17, 55])
 def test_state_dict_preserves_the_plan_bitwise(at: int) -> None:
     model, optimizer = deep("adamw")
@@ -289,7 +299,7 @@ def test_state_dict_preserves_the_plan_bitwise(at: int) -> None:
     assert factorized(model)
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgd_nesterov"])
+@pytest.mark.parametrize("base", slow_except("sgd_nesterov", of=["adamw", "sgd_nesterov"]))
 def test_observe_is_bitwise_the_bare_optimizer_whatever_the_plan(base: str) -> None:
     ends = []
     for observed in (False, True):

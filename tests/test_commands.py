@@ -58,12 +58,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_report_shows_every_layer_and_how_it_ended(log: Path, run: Run):
     out = run("report", log)
     summary = read_log(log).summary()
+    assert [layer.name for layer in summary.layers] == ["low", "middle", "high"]
     assert all(re.search(rf"^{layer.name} .*{layer.state}", out, re.MULTILINE) for layer in summary.layers)
     assert f"{summary.parameters()[1]:,}" in out and "Muon" in out
     assert run("report", log) == out
 
 
-def test_report_for_a_program(log: Path, run: Run):
+def test_report_as_json_has_the_numbers_of_the_log(log: Path, run: Run):
     found = json.loads(run("report", log, "--json"), parse_constant=pytest.fail)
     summary = read_log(log).summary()
     assert found["parameters"] == list(summary.parameters())
@@ -74,9 +75,8 @@ def test_report_for_a_program(log: Path, run: Run):
         assert mine["blocked_by"]["condition"] == theirs.condition
 
 
-def test_events_all_and_some(log: Path, run: Run):
+def test_events_are_listed_whole_and_by_kind_and_layer(log: Path, run: Run):
     events = read_log(log).events
-    assert len(run("events", log, "--json").strip()) > 10
     assert json.loads(run("events", log, "--json")) == [event.as_plain() for event in events]
     switches = [event for event in events if event.kind == "factorize"]
     assert switches and run("events", log, "--kind", "factorize").count("descent done") == len(switches)
@@ -87,6 +87,7 @@ def test_events_all_and_some(log: Path, run: Run):
 def test_why_gives_each_condition_with_its_numbers_and_the_story(log: Path, run: Run):
     recorded = read_log(log)
     dense = [layer for layer in recorded.summary().layers if layer.state == LayerState.DENSE]
+    assert dense and dense[0].decision is not None and len(dense[0].decision.conditions) > 3
     out = run("why", log)
     for layer in recorded.summary().layers:
         assert layer.name in out
@@ -109,7 +110,7 @@ def test_the_replay_of_a_run_is_the_run(log: Path, run: Run):
     assert not found["not_in_replay"] and not found["only_in_replay"] and not found["diverged"]
 
 
-def test_the_replay_with_other_thresholds(log: Path, run: Run):
+def test_the_replay_with_other_thresholds_decides_otherwise(log: Path, run: Run):
     found = json.loads(run("replay", log, "--thresholds", "drift_stable=0", "--json"))
     assert not [event for event in found["events"] if event["kind"] == "descend"]
     assert found["config"]["thresholds"]["drift_stable"] == 0
@@ -124,6 +125,7 @@ def test_the_replay_with_other_thresholds(log: Path, run: Run):
         assert words[1].partition("=")[0] in error, error
 
 
+@pytest.mark.slow
 def test_an_observed_run_can_be_asked_what_would_have_acted(tmp_path: Path, run: Run):
     record(tmp_path / "log", mode="observe")
     assert "--set mode=auto" in run("replay", tmp_path / "log")
@@ -152,7 +154,7 @@ def test_inspect_knows_any_model(tmp_path: Path, run: Run):
     assert "budget" in run("inspect", tmp_path / "model.safetensors", "--budget", "7", status=2)
 
 
-def test_what_is_no_log_is_said_in_a_line(tmp_path: Path, run: Run):
+def test_a_file_that_is_no_log_is_an_error_of_one_line(tmp_path: Path, run: Run):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_bytes(b"hello\n\xff\xfe\n")
     (tmp_path / "head").write_text('{"record":"run","schema":99,"svd_optim":"9"}\n')
@@ -180,12 +182,14 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "svd_optim", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(log: Path):
     shell = f"{' '.join(command('events', log, '--json'))} | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True)
     assert done.stderr == "" and done.stdout == "[\n"
 
 
+@pytest.mark.slow
 def test_watch_follows_a_run_and_ends_with_control_c(tmp_path: Path):
     path = tmp_path / "log"
     watching = subprocess.Popen(

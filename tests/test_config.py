@@ -1,4 +1,4 @@
-"""config.py: every field refuses the wrong kind and the wrong range, and says which, what and why."""
+"""The configuration: every field refuses the wrong kind and the wrong range, and says which, what and why."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_thresholds_take_the_unit_interval(name):
         assert getattr(Thresholds(**{name: value} | others), name) == value
 
 
-def test_what_is_lost_lies_below_what_holds_back():
+def test_capture_lost_lies_below_capture_held():
     """Else a layer would go back where it could grow."""
     assert Thresholds(capture_held=0.06, capture_lost=0.05).capture_lost == 0.05
     for lost, safe in ((0.25, 0.25), (0.3, 0.25), (0.05, 0.04)):
@@ -51,7 +51,7 @@ def test_what_is_lost_lies_below_what_holds_back():
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, 40, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_thresholds_out_of_range(name, value):
+def test_thresholds_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError) as error:
         Thresholds(**{name: value})
     assert f"Thresholds.{name} must be in [0, 1], got {value!r}" == str(error.value)
@@ -59,7 +59,7 @@ def test_thresholds_out_of_range(name, value):
 
 @pytest.mark.parametrize("value", WRONG_KIND_OF_NUMBER)
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_thresholds_of_the_wrong_kind(name, value):
+def test_thresholds_of_the_wrong_kind_are_refused(name, value):
     with pytest.raises(TypeError) as error:
         Thresholds(**{name: value})
     message = str(error.value)
@@ -69,11 +69,11 @@ def test_thresholds_of_the_wrong_kind(name, value):
 
 def test_minor_safe_is_the_complement_of_danger_and_can_not_be_set():
     assert Thresholds(principal_danger=0.3).minor_safe == pytest.approx(0.7)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="minor_safe"):
         Thresholds(minor_safe=0.5)
 
 
-def test_the_two_sets_of_thresholds_are_those_of_the_design():
+def test_the_thresholds_of_phase_1_are_those_it_used_and_those_it_proposed():
     strict, lenient = Thresholds.phase1(), Thresholds.phase1_proposed()
     values = [
         (t.principal_danger, t.capture_safe, t.drift_stable, t.reconstruction_safe, t.warn_margin)
@@ -92,7 +92,7 @@ def test_the_defaults_are_valid_and_frozen():
         config.analyze_every = 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         Thresholds().capture_safe = 0.1
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="positional argument"):
         SubspaceConfig("auto")  # keyword-only
 
 
@@ -117,7 +117,7 @@ def test_the_length_of_the_training_may_be_unknown():
 
 @pytest.mark.parametrize("value", WRONG_KIND_OF_INTEGER)
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integers_of_the_wrong_kind(name, value):
+def test_integers_of_the_wrong_kind_are_refused(name, value):
     with pytest.raises(TypeError) as error:
         SubspaceConfig(**{name: value})
     assert f"SubspaceConfig.{name} must be an integer, got {value!r}" in str(error.value)
@@ -177,7 +177,7 @@ def test_a_rank_is_a_number_of_directions_or_a_fraction(owner):
             owner(rank=value)
 
 
-def test_one_target_only():
+def test_a_config_takes_one_target_only():
     for owner in (SubspaceConfig, LayerOverride):
         for pair in ({"rank": 4, "energy": 0.9}, {"rank": 4, "budget": 0.5}, {"budget": 0.5, "energy": 0.9}):
             with pytest.raises(ValueError, match=f"{owner.__name__} takes one target") as error:
@@ -186,14 +186,14 @@ def test_one_target_only():
 
 
 @pytest.mark.parametrize("name", ["include", "exclude"])
-def test_patterns(name):
+def test_include_and_exclude_take_lists_of_patterns(name):
     assert getattr(SubspaceConfig(**{name: ["a.*", "b"]}), name) == ("a.*", "b")
     for value in ("*.attn", ("ok", 3), 5, None):
         with pytest.raises(TypeError, match=rf"SubspaceConfig\.{name}"):
             SubspaceConfig(**{name: value})
 
 
-def test_param_groups():
+def test_param_groups_are_indices_or_none():
     assert SubspaceConfig(param_groups=[0, 2]).param_groups == (0, 2)
     assert SubspaceConfig(param_groups=None).param_groups is None
     with pytest.raises(ValueError, match=r"SubspaceConfig\.param_groups must be at least 0, got -1"):

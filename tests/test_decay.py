@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import frozen_copy, keller, manual, net, same_bits, train
+from helpers import frozen_copy, keller, manual, net, same_bits, slow_except, train
 from torch import nn
 
 from svd_optim import SubspaceAwareOptimizer
@@ -104,14 +104,14 @@ def test_groups_may_say_how_they_decay_and_torchs_are_known() -> None:
     assert [decay_of(base, group) for base in [keller(net())] for group in base.param_groups] == ["decoupled"] * 2
 
 
-def test_each_kind_of_group_is_measured() -> None:
+def test_the_decay_of_each_param_group_is_measured_by_itself() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(3, 4))], "way": way} for way in ("coupled", "decoupled")]
     base = Own(groups, weight_decay=0.1)
     assert [decay_of(base, group) for group in base.param_groups] == ["coupled", "decoupled"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["coupled", "decoupled"])
+@pytest.mark.parametrize("dtype", slow_except(torch.float32, of=[torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("way", slow_except("coupled", of=["coupled", "decoupled"]))
 def test_inside_factors_an_own_optimizer_decays_as_torchs_does(way: str, dtype: torch.dtype) -> None:
     """A strong decay and almost no gradient: taken for the other kind, weights grew, or hardly shrank."""
 
@@ -134,7 +134,7 @@ def test_inside_factors_an_own_optimizer_decays_as_torchs_does(way: str, dtype: 
 
 
 @pytest.mark.parametrize(("way", "reason"), [("lamb", "by more than"), ("raises", "decoupled_weight_decay=True")])
-def test_what_can_not_be_measured_is_not_factorized_and_says_so(way: str, reason: str) -> None:
+def test_layers_whose_decay_is_unknown_are_not_factorized_and_say_so(way: str, reason: str) -> None:
     model = net()
     base = Own(model.parameters(), weight_decay=0.1, way=way)
     optimizer = SubspaceAwareOptimizer(base, model, manual())

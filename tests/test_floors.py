@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ FLOORS = ("_version", "records", "config", "distributed", "decisions", "linalg",
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 TORCH_FREE = ("records", "config", "decisions")
 MOST_LINES = 440
+SCRIPTS = {path.stem for folder in ("examples", "benchmarks") for path in (ROOT.parent / folder).glob("*.py")}
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
 
@@ -24,6 +26,7 @@ def floor_of(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports_of(module: Path) -> set[str]:
     """Absolute dotted names of all that a module imports, wherever in it."""
     package = ("svd_optim", *module.parts[:-1])
@@ -101,8 +104,7 @@ def test_the_public_names_are_a_dozen_and_each_floor_says_what_it_exports():
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
 def test_what_tests_share_is_in_helpers(file: Path):
     """A test needs no other test; examples and benchmarks are loaded by their files, with ``helpers.script``."""
-    scripts = {path.stem for folder in ("examples", "benchmarks") for path in (ROOT.parent / folder).glob("*.py")}
-    assert {"corpus", "faults"} <= scripts
+    assert {"corpus", "faults"} <= SCRIPTS
     roots = {name.split(".")[0] for name in imports_of(file)}
-    assert not roots & (scripts | {path.stem for path in TESTS if path.name.startswith("test_")})
+    assert not roots & (SCRIPTS | {path.stem for path in TESTS if path.name.startswith("test_")})
     assert "sys.path" + "." not in file.read_text()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import loss_of, make, net, quick, same_bits, train, weights
+from helpers import loss_of, make, net, quick, same_bits, slow_except, train, weights
 from torch import Tensor, nn
 
 from svd_optim import RunLog, SubspaceAwareOptimizer, load_checkpoint, save_checkpoint
@@ -69,8 +69,8 @@ def descending(seed: int = 0) -> tuple[Any, SubspaceAwareOptimizer, int]:
     raise AssertionError("nothing descends")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", slow_except(0, of=[0, 1]))
+@pytest.mark.parametrize("way", slow_except("no gradient", of=WAYS))
 def test_the_weight_of_an_idle_layer_stays_what_it_is(way: str, seed: int) -> None:
     model, optimizer, start = descending(seed)
     layer = optimizer.layers["up"]
@@ -85,6 +85,7 @@ def test_the_weight_of_an_idle_layer_stays_what_it_is(way: str, seed: int) -> No
     assert layer.status.descent_end == end + 150 - (optimizer.steps % 10 if way == "zero gradient" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["no gradient", "zero gradient"])
 def test_a_descent_goes_on_where_it_stopped(way: str) -> None:
     """The steps in between are as if they had not been: the layer goes into factors later by as many."""
@@ -100,6 +101,7 @@ def test_a_descent_goes_on_where_it_stopped(way: str) -> None:
     assert kinds["factorize"].numbers["reconstruction_error"] < optimizer.config.thresholds.reconstruction_safe
 
 
+@pytest.mark.slow
 def test_an_expert_with_tokens_now_and_then_lands_exactly() -> None:
     model, optimizer, start = descending()
     for number in range(start, start + 400):
@@ -113,6 +115,7 @@ def test_an_expert_with_tokens_now_and_then_lands_exactly() -> None:
     assert event.numbers["reconstruction_error"] < optimizer.config.thresholds.reconstruction_safe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["no gradient", "zero gradient"])
 def test_waiting_resumes_bitwise(tmp_path: Path, way: str) -> None:
     model, optimizer, start = descending()
@@ -128,6 +131,7 @@ def test_waiting_resumes_bitwise(tmp_path: Path, way: str) -> None:
     assert optimizer.events == resumed.events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idle_for", [15, 47, 1000])
 @pytest.mark.parametrize("way", ["no gradient", "zero gradient"])
 def test_the_replay_of_a_run_that_waited_is_the_run(tmp_path: Path, way: str, idle_for: int) -> None:

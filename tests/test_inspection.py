@@ -69,7 +69,7 @@ def check(report: MatrixReport, W: Tensor, rel: float, budget: float = 0.5) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n"), [(96, 40), (40, 96), (2, 7), (33, 33)])
-def test_numbers_are_those_of_a_full_svd(tmp_path: Path, m: int, n: int, dtype: torch.dtype):
+def test_reported_numbers_are_those_of_a_full_svd(tmp_path: Path, m: int, n: int, dtype: torch.dtype):
     W = with_spectrum(m, n, falling(min(m, n))).to(dtype)
     for budget in (0.1, 0.5, 1.0):
         report = inspected(tmp_path, budget, W=W)["W"]
@@ -77,7 +77,7 @@ def test_numbers_are_those_of_a_full_svd(tmp_path: Path, m: int, n: int, dtype: 
         check(report, W, 1e-6, budget)
 
 
-def test_numbers_of_a_known_spectrum(tmp_path: Path):
+def test_a_known_spectrum_gives_its_numbers(tmp_path: Path):
     S = torch.tensor([2.0] * 4 + [1.0] * 4, dtype=torch.float64)  # energies 16 and 4
     report = inspected(tmp_path, 0.3, W=with_spectrum(24, 20, S))["W"]
     assert report.stable_rank == pytest.approx(5.0)
@@ -96,7 +96,7 @@ def test_the_numerical_rank_counts_from_the_larger_sides_rounding_in_float32_on(
 
 
 @pytest.mark.parametrize("r", [20, 40, 60, 100, 200])
-def test_rounding_does_not_add_a_component(tmp_path: Path, r: int):
+def test_rounding_does_not_raise_the_effective_rank(tmp_path: Path, r: int):
     found = inspected(tmp_path, **{str(i): with_spectrum(r, r, torch.ones(r).double(), seed=i) for i in range(10)})
     assert {report.effective_rank for report in found.values()} == {r * 19 // 20}
 
@@ -112,7 +112,7 @@ def test_the_gram_route_is_as_exact_as_its_docstring_says(m: int, n: int, monkey
     assert (found[~known] < 1e-7).all()
 
 
-def test_a_large_matrix_of_low_rank(tmp_path: Path):
+def test_a_large_matrix_of_low_rank_is_reported_as_such(tmp_path: Path):
     W = with_spectrum(900, 640, falling(20)).float()
     report = inspected(tmp_path, 0.02, W=W)["W"]
     check(report, W, 1e-6, 0.02)
@@ -120,7 +120,7 @@ def test_a_large_matrix_of_low_rank(tmp_path: Path):
 
 
 @pytest.mark.parametrize("side", [60, 600])
-def test_transposing_changes_nothing(tmp_path: Path, side: int):
+def test_transposing_a_matrix_changes_no_number(tmp_path: Path, side: int):
     W = with_spectrum(side, side + 40, falling(30))
     found = inspected(tmp_path, A=W, B=W.mT)
     a, b = (asdict(found[name]) for name in "AB")
@@ -133,7 +133,7 @@ def test_transposing_changes_nothing(tmp_path: Path, side: int):
 
 
 @pytest.mark.parametrize("side", [60, 600])
-def test_scaling_changes_nothing_even_where_squares_leave_the_range_of_numbers(tmp_path: Path, side: int):
+def test_scaling_a_matrix_changes_nothing_even_where_squares_leave_the_range_of_numbers(tmp_path: Path, side: int):
     W = with_spectrum(side, side, falling(30))
     found = inspected(tmp_path, A=W, big=W * 2.0**900, small=W * 2.0**-900)
     a = asdict(found["A"])
@@ -157,7 +157,7 @@ def test_nan_infinity_and_zero_are_rows_that_say_so(tmp_path: Path):
     assert found["huge"].stable_rank == 1.0
 
 
-def test_what_is_no_matrix_is_counted_with_the_reason(tmp_path: Path):
+def test_tensors_that_are_no_matrices_are_counted_with_the_reason(tmp_path: Path):
     tensors = {
         "W": torch.randn(4, 6), "bias": torch.zeros(3), "scalar": torch.tensor(1.0), "row": torch.zeros(1, 5),
         "conv": torch.zeros(4, 3, 2, 2), "ids": torch.zeros(4, 4, dtype=torch.int64), "norm": torch.zeros(7),
@@ -227,7 +227,7 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, content: str):
         inspect_file(tmp_path / "model")
 
 
-def test_checkpoints_of_ours_are_read_with_their_factors(tmp_path: Path):
+def test_checkpoints_are_read_with_their_factors(tmp_path: Path):
     model, optimizer = make("adamw")
     train(model, optimizer, 3)
     save_checkpoint(tmp_path, model, optimizer)
@@ -287,7 +287,7 @@ def test_a_damaged_file_is_named_wherever_it_is_cut(tmp_path: Path):
                 inspect_file(path)
 
 
-def test_what_is_no_model_file_is_said(tmp_path: Path):
+def test_files_that_are_no_models_are_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         inspect_file(tmp_path / "nothing.safetensors")
     (tmp_path / "notes.txt").write_text("hello")
@@ -343,7 +343,7 @@ def shown(found: Inspection, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def test_the_table_says_it_all(tmp_path: Path):
+def test_the_table_holds_every_number(tmp_path: Path):
     S = torch.tensor([2.0] * 4 + [1.0] * 4, dtype=torch.float64)
     factors = {
         f"f.{key}": X.contiguous()

@@ -135,7 +135,7 @@ def test_the_norm_a_user_clips_is_that_of_the_tangent_gradient(case):
         torch.testing.assert_close(norm, torch.linalg.vector_norm(G))
 
 
-def test_micro_batches_add_up():
+def test_gradients_of_micro_batches_add_up():
     whole, parts = tracked(), tracked()
     x, dy = random(5, 6, 5), random(6, 6, 7)
     whole(x).backward(dy)
@@ -145,7 +145,7 @@ def test_micro_batches_add_up():
         torch.testing.assert_close(getattr(parts, name).grad, getattr(whole, name).grad)
 
 
-def test_what_the_layer_hands_out_measures_its_gradient():
+def test_the_gradients_and_the_sketch_of_a_layer_measure_its_gradient():
     """The gradients and the sketch of one backward fit together, also after clipping."""
     module = tracked(9, 8, 3)
     x, dy = random(5, 6, 8), random(6, 6, 9)
@@ -216,7 +216,7 @@ def test_the_constructor_makes_a_working_layer(dtype):
     assert FactorizedLinear(6, 4, rank=4, bias=False).bias is None
 
 
-def test_at_full_rank_it_starts_like_a_linear_layer():
+def test_at_full_rank_a_layer_starts_like_a_linear_one():
     torch.manual_seed(3)
     dense = nn.Linear(6, 4)
     torch.manual_seed(3)
@@ -226,7 +226,7 @@ def test_at_full_rank_it_starts_like_a_linear_layer():
 
 
 @pytest.mark.parametrize("rank", [0, -1, 5])
-def test_ranks_out_of_range(rank):
+def test_ranks_out_of_range_are_refused(rank):
     message = rf"rank must be in \[1, 4\] for .*\(4, 6\), got {rank}"
     with pytest.raises(ValueError, match=message):
         FactorizedLinear(6, 4, rank=rank)
@@ -251,7 +251,7 @@ def test_copies_belong_to_no_optimizer(copied):
     assert module.U.grad is None  # and nothing shared
 
 
-def test_state_dict_round_trip():
+def test_a_state_dict_gives_back_the_layer():
     source, target = layer(seed=0), layer(seed=50)
     assert list(source.state_dict()) == ["U", "S", "V", "bias"]
     file = io.BytesIO()
@@ -281,7 +281,7 @@ def test_changing_the_type_takes_the_sketch_along(change, dtype, start):
     assert all(t.grad.dtype == dtype for t in (module.U, module.V, module.bias, module.sketch))
 
 
-def test_letting_go_gives_true_gradients_again():
+def test_a_layer_that_is_no_longer_tracked_gives_true_gradients_again():
     module = tracked()
     module.track_tangent(None)
     assert not module.tangent and module.sketch is None and module.Omega is None
@@ -290,7 +290,7 @@ def test_letting_go_gives_true_gradients_again():
 
 
 @pytest.mark.parametrize("make", [layer, tracked])
-def test_autocast(make):
+def test_autocast_gives_low_precision_outputs_and_full_precision_gradients(make):
     """bfloat16 activations, float32 parameters and gradients: as a dense layer does it."""
     module = make(32, 24, 12, dtype=torch.float32)
     exact = make(32, 24, 12, dtype=torch.float32)
@@ -308,8 +308,9 @@ def test_autocast(make):
         assert torch.linalg.vector_norm(a - b) < 0.02 * torch.linalg.vector_norm(b), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [layer, tracked])
-def test_compiled_gives_the_same(make):
+def test_a_compiled_layer_gives_the_same_as_an_eager_one(make):
     torch._dynamo.reset()
     eager, module = make(dtype=torch.float32), make(dtype=torch.float32)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -358,7 +359,7 @@ def test_the_module_stays_the_same_object_with_its_hooks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
-def test_types_and_frozenness_survive(dtype):
+def test_types_and_frozenness_survive_factorizing_and_merging(dtype):
     dense = nn.Linear(5, 7, dtype=dtype)
     dense.weight.requires_grad_(False)
     module = factorize_(dense, 3)
@@ -384,14 +385,14 @@ def test_a_known_basis_and_a_given_weight_are_taken():
     assert torch.equal(merge_(module, weight).weight, weight)
 
 
-def test_merging_lets_go_of_the_tangent():
+def test_merging_ends_the_tracking_of_the_tangent():
     merged = merge_(tracked())
     assert not any(name in merged.__dict__ for name in ("tangent", "sketch", "Omega", "owner"))
     merged(random(5, 6, 5)).sum().backward()
     assert merged.weight.grad is not None
 
 
-def test_refusals():
+def test_modules_that_can_not_be_converted_are_refused():
     class Own(nn.Linear):
         pass
 
@@ -409,7 +410,7 @@ def test_refusals():
         assert type(dense) is nn.Linear and dense.weight.shape == (7, 5)
 
 
-def test_restore_structure():
+def test_restore_structure_takes_the_structure_of_the_file():
     def model() -> nn.Sequential:
         return nn.Sequential(nn.Linear(5, 7), nn.Sequential(nn.Linear(7, 6), nn.ReLU()), nn.Linear(6, 4, bias=False))
 
@@ -440,7 +441,7 @@ def test_restore_structure():
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_plain_optimizer_trains_it(kind):
+def test_a_plain_optimizer_trains_a_factorized_layer(kind):
     module = layer(6, 6, 2, dtype=torch.float32)
     target = layer(6, 6, 2, seed=40, dtype=torch.float32)
     x = random(1, 128, 6, dtype=torch.float32)

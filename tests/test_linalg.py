@@ -1,4 +1,4 @@
-"""linalg.py against slow float64 twins (full SVDs, projections that are formed) and by its invariances."""
+"""The linear algebra against slow float64 twins (full SVDs, projections that are formed) and by its invariances."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_energy_is_the_same_however_the_matrix_lies(shape, seed, scale):
 
 
 def alignments_twin(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """Projections formed as matrices of the size of G, in float64, after orthonormalising again."""
+    """Projections formed as matrices of the size of G, in float64, after orthonormalizing again."""
     G, U, V = G.double(), torch.linalg.qr(U.double())[0], torch.linalg.qr(V.double())[0]
     P, R = U @ U.mT, V @ V.mT
     tangent = P @ G + G @ R - P @ G @ R
@@ -216,7 +216,7 @@ def test_a_gradient_along_one_pair_of_directions_counts_there_only():
     assert torch.allclose(alignments(e), expected, atol=1e-6)
 
 
-def test_a_zero_gradient_is_undefined():
+def test_the_alignment_of_a_zero_gradient_is_undefined():
     U, V = orthonormal(0, 6, 2), orthonormal(1, 5, 2)
     assert alignments(gradient_energies(torch.zeros(6, 5), U, V)).isnan().all()
 
@@ -235,7 +235,7 @@ def test_a_random_gradient_scores_chance_and_no_excess(m, n, k):
         assert excess is not None and excess < 0.02 + 0.002 / (1 - chance)
 
 
-def test_the_ancestors_norm_takes_noise_for_danger():
+def test_the_norm_of_phase_1_takes_noise_for_danger():
     """It compared sqrt(p) with 0.4, which a random gradient reaches by itself at k = 41 of 256."""
     m, n = 256, 4096
     values = {}
@@ -282,6 +282,7 @@ def test_factored_energies_are_exact_inside_the_tangent_space(shape, seed, scale
         assert close(e.total, exact.total, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n", "k"), [(16, 12, 3), (8, 30, 4)])
 def test_the_estimate_of_the_rest_is_unbiased(m, n, k):
     G, U, V = random(0, m, n), orthonormal(1, m, k), orthonormal(2, n, k)
@@ -352,7 +353,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_matrices(name):
+def test_degenerate_matrices_have_valid_bases(name):
     W = DEGENERATE[name]
     for k in range(1, min(W.shape) + 1):
         for basis in (
@@ -533,7 +534,7 @@ def test_turning_inside_the_subspace_is_no_change(shape, seed):
 
 
 @given(st.integers(3, 24), SEEDS, st.sampled_from([0.05, 0.3, 1.2]), st.integers(1, 12))
-def test_what_has_moved_far_is_seen_by_cosines_alone(m, seed, angle, turned):
+def test_a_subspace_that_has_moved_far_is_seen_by_cosines_alone(m, seed, angle, turned):
     """To a thousandth, where the drift is what the tracker asks for at least."""
     Q = orthonormal(seed, m, m, torch.float64)
     k = m // 2
@@ -549,7 +550,7 @@ def test_what_has_moved_far_is_seen_by_cosines_alone(m, seed, angle, turned):
 
 
 def test_a_basis_that_is_not_quite_orthonormal_has_not_moved():
-    """Float32 bases drift off orthonormality by some 1e-5; that must not look like an angle."""
+    """Float32 bases drift off orthonormality by some 1e-5; that must not pass for an angle."""
     U = orthonormal(0, 20, 6)
     angle, drift = subspace_change(U * (1 + 2e-5), U, torch.ones(6))
     assert float(angle) < 1e-6 and float(drift) < 1e-6
@@ -617,7 +618,7 @@ def test_fading_scales_the_minor_block_and_touches_nothing_else(shape, seed, sha
         assert close(after[name] / scale, expected / scale, floor=3e-6 * size / scale), name
 
 
-def test_one_over_steps_left_fades_evenly_and_ends_at_zero():
+def test_fading_by_one_over_the_steps_left_is_even_and_ends_at_zero():
     W, U, V = random(0, 14, 11), orthonormal(1, 14, 4), orthonormal(2, 11, 4)
     start = float(torch.linalg.vector_norm(blocks(W, U, V)["minor"]))
     steps = 20
@@ -686,7 +687,7 @@ def test_retraction_agrees_with_the_best_truncation_to_second_order(m, n, k):
 
 
 @pytest.mark.parametrize("lost", [1, 2, 4])
-def test_retraction_of_a_rank_deficient_k(lost):
+def test_retraction_of_a_rank_deficient_k_is_exact(lost):
     U, _, V = point(0, 12, 10, 4, torch.float32)
     S = torch.tensor([2.0, 1.5, 1.0, 0.5]) * (torch.arange(4) < 4 - lost)
     new = retract(U * S, torch.zeros(10, 4), U, V)
@@ -736,7 +737,7 @@ def test_the_quick_retraction_is_the_same_where_it_says_so(shape, seed, scale, s
         assert close(turn, old.mT @ turned.double(), 3e-6 * float(amplified), floor=3e-6 * float(amplified))
 
 
-def test_small_steps_are_quick():
+def test_small_steps_are_retracted_quickly():
     """Else the last test tests little."""
     for seed in range(20):
         assert float(quick_retract(*quick_case((40, 30, 8), seed, 1.0, 0.1)).amplification) < 3.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PARALLEL, Parallel, batch, matrices, net, train
+from helpers import PARALLEL, Parallel, batch, matrices, net, slow_except, train
 
 from svd_optim import Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.console import Run, read_log
@@ -77,12 +77,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("name", slow_except("defaults", of=CONFIGS))
+@pytest.mark.parametrize("kind", slow_except("adamw", of=["muon", "adamw"]))
 def test_a_log_gives_back_every_summary_and_its_replay_every_event(tmp_path: Path, kind: str, name: str):
-    seed = 0 if kind == "adamw" else random.randrange(1000)
+    seed = 0 if kind == "adamw" else 1 + list(CONFIGS).index(name)
     keep, optimizer = recorded(tmp_path / "log.jsonl", kind, seed=seed, **CONFIGS[name])
-    assert seed or kind == "muon" or ACTS[name] <= {event.kind for event in optimizer.events}
+    assert keep.summaries and optimizer.events
+    if kind == "adamw":
+        assert ACTS[name] <= {event.kind for event in optimizer.events}
     run = read_log(tmp_path / "log.jsonl")
     assert list(map(timeless, run.summaries())) == list(map(timeless, keep.summaries))
     assert run.events == optimizer.events
@@ -93,7 +95,8 @@ def test_a_log_gives_back_every_summary_and_its_replay_every_event(tmp_path: Pat
     assert again.events == tuple(run.events)
 
 
-def test_what_is_done_by_hand_is_repeated(tmp_path: Path):
+@pytest.mark.slow
+def test_what_is_done_manually_is_repeated_by_the_replay(tmp_path: Path):
     model = net()
     optimizer = SubspaceAwareOptimizer(
         torch.optim.Muon(matrices(model), lr=0.02), model, SubspaceConfig(**FAST), listeners=[RunLog(tmp_path / "log")]
@@ -127,6 +130,7 @@ def test_a_log_from_before_a_metric_was_added_is_read_without_it(tmp_path: Path)
         assert replace(one, metrics=replace(one.metrics, stable_rank=None)) == other
 
 
+@pytest.mark.slow
 def test_other_thresholds_switch_later_or_never_and_the_rest_is_as_it_was(tmp_path: Path):
     recorded(tmp_path / "log")
     run = read_log(tmp_path / "log")
@@ -140,6 +144,7 @@ def test_other_thresholds_switch_later_or_never_and_the_rest_is_as_it_was(tmp_pa
     assert starts and all(step > first for step in starts.values())
 
 
+@pytest.mark.slow
 def test_an_observed_run_tells_what_would_have_acted(tmp_path: Path):
     recorded(tmp_path / "observed", mode="observe")
     recorded(tmp_path / "acting")
@@ -157,15 +162,18 @@ class Mine:
         return Decision(action=Action.HOLD, reason="\x1b[31mnever", conditions=(first,), danger=len(history) > 3)
 
 
+@pytest.mark.slow
 def test_decisions_of_a_policy_of_ones_own_are_in_the_log(tmp_path: Path):
     keep, _ = recorded(tmp_path / "log", policy=Mine())
     run = read_log(tmp_path / "log")
+    assert len(keep.summaries) == 40
     for ours, theirs in zip(run.summaries(), keep.summaries, strict=True):
         assert str(timeless(ours)) == str(timeless(theirs))  # NaN is not equal to itself
     with pytest.raises(ValueError, match="Mine"):
         replay(run)
 
 
+@pytest.mark.slow
 def test_a_line_is_json_and_a_layer_takes_few_bytes(tmp_path: Path):
     recorded(tmp_path / "log", steps=400)
     lines = (tmp_path / "log").read_bytes().splitlines()
@@ -176,7 +184,7 @@ def test_a_line_is_json_and_a_layer_takes_few_bytes(tmp_path: Path):
     assert records[0]["config"]["analyze_every"] == 5
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", slow_except(0, of=range(20)))
 def test_a_killed_run_loses_one_line_at_most_and_a_resumed_one_goes_on(tmp_path: Path, seed: int):
     path = tmp_path / "log"
     recorded(path, steps=100)
@@ -197,6 +205,7 @@ def test_a_killed_run_loses_one_line_at_most_and_a_resumed_one_goes_on(tmp_path:
     assert after.damaged_lines == before.damaged_lines
 
 
+@pytest.mark.slow
 def test_a_run_started_again_replaces_what_the_first_one_said(tmp_path: Path):
     recorded(tmp_path / "log", steps=100)
     keep, _ = recorded(tmp_path / "log", kind="adamw", steps=60)
@@ -217,7 +226,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path: Path):
     assert len(run) == 12
 
 
-def test_a_log_of_a_newer_version_and_a_file_that_is_none(tmp_path: Path):
+def test_logs_of_newer_versions_and_files_that_are_none_are_refused(tmp_path: Path):
     (tmp_path / "new").write_text('{"record":"run","schema":3,"svd_optim":"9.0"}\n')
     with pytest.raises(ValueError, match=r"schema 3, written by svd_optim 9\.0"):
         read_log(tmp_path / "new")
@@ -226,7 +235,7 @@ def test_a_log_of_a_newer_version_and_a_file_that_is_none(tmp_path: Path):
         read_log(tmp_path / "none")
 
 
-def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_rank_0_writes_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     recorded(tmp_path / "log", steps=20)
     assert not (tmp_path / "log").exists()
@@ -253,7 +262,7 @@ def test_a_full_disk_ends_the_log_and_not_the_training(caplog: pytest.LogCapture
     assert [r.getMessage() for r in caplog.records if "No space left" in r.getMessage()]
 
 
-def test_an_undefined_number_survives(tmp_path: Path):
+def test_an_undefined_number_survives_in_a_log(tmp_path: Path):
     """A layer whose gradient and weight are zero has hardly any number that is defined."""
     model = net()
     with torch.no_grad():
@@ -275,9 +284,10 @@ def test_an_undefined_number_survives(tmp_path: Path):
     assert [str(timeless(s)) for s in run.summaries()] == [str(timeless(s)) for s in keep.summaries]
 
 
-def test_significant():
+def test_significant_keeps_its_number_of_digits():
+    rng = random.Random(0)
     for _ in range(1000):
-        x = random.uniform(-1, 1) * 10 ** random.uniform(-30, 30)
+        x = rng.uniform(-1, 1) * 10 ** rng.uniform(-30, 30)
         assert abs(significant(x) - x) <= 5e-7 * abs(x) * 1.0001
         assert float(f"{x:.3e}") == significant(x, 4)
 

@@ -1,4 +1,4 @@
-"""moments.py against explicit products in float64, and against what torch's optimizers really keep."""
+"""Optimizer moments against explicit products in float64, and against what torch's optimizers really keep."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_join_undoes_split_on_the_tangent_space(shape, seed):
 
 
 @given(shapes(), SEEDS)
-def test_turning_is_splitting_the_joined(shape, seed):
+def test_transporting_first_moments_is_splitting_the_joined_ones(shape, seed):
     m, n, k = shape
     (U, V), (U1, V1) = bases(seed, m, n, k), bases(seed + 10, m, n, k)
     M_K, M_L = moments.split_first(random(seed + 20, m, n), U, V)
@@ -173,7 +173,7 @@ def test_the_guard_leaves_a_young_adam_alone():
         assert (state["exp_avg_sq"] <= 1.001 * v + 1e-12).all()
 
 
-def test_without_that_guard_it_would_be_longer():
+def test_without_the_guard_the_first_step_after_a_move_would_be_longer():
     m, n, k = 8, 6, 3
     U, V = bases(1, m, n, k)
     dense = adam_state(0, m, n, torch.float64)
@@ -229,7 +229,7 @@ def test_moments_keep_their_types_and_layout():
         assert all(v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
 
 
-def test_turning_a_batch_is_turning_each_in_place():
+def test_transporting_a_batch_is_transporting_each_in_place():
     m, n, k = 7, 6, 3
     old = [tuple(b.float() for b in bases(10 * i, m, n, k)) for i in range(3)]
     new = [tuple(b.float() for b in bases(100 + 10 * i, m, n, k)) for i in range(3)]
@@ -300,7 +300,7 @@ def settled(state: dict) -> dict:
 
 
 @given(growths(), SEEDS, st.sampled_from([torch.float32, torch.float64]))
-def test_growing_and_cutting_again_changes_nothing(shape, seed, dtype):
+def test_growing_and_cutting_moments_again_changes_nothing(shape, seed, dtype):
     m, n, k0, k1 = shape
     small, large = nested(seed + 1, m, n, k0, k1, dtype)
     before = moments.split(settled(adam_state(seed, m, n, dtype)), *small)
@@ -336,7 +336,7 @@ def test_an_input_that_was_always_zero_takes_no_giant_step_after_a_growth():
     """There v_L = 0, and the part of M_L that moves into the new columns is not: M / sqrt(v) would be 1e8."""
     m, n, k0, k1 = 12, 10, 3, 5
     V = random(1, n, k1)
-    V[0, :k0] = 0.0  # the old directions don't look at that input
+    V[0, :k0] = 0.0  # the old directions don't see that input
     U, V = orthonormal(0, m, k1).float(), torch.linalg.qr(V)[0].float()
     small, large = (U[:, :k0], V[:, :k0]), (U, V)
     dense = adam_state(2, m, n)
@@ -422,7 +422,7 @@ def stepped(kind: type, options: dict) -> tuple[torch.optim.Optimizer, nn.Parame
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_states_that_move(name):
+def test_states_that_move_let_the_optimizer_go_on(name):
     """And the optimizer can go on from what they were moved into."""
     kind, options = SUPPORTED[name]
     optimizer, p = stepped(kind, options)
@@ -449,7 +449,7 @@ def test_states_that_move(name):
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_states_that_change_rank(name):
+def test_states_that_change_rank_let_the_optimizer_go_on(name):
     """Growing keeps the first moment, cutting the same columns the state, and the optimizer can go on from both."""
     kind, options = SUPPORTED[name]
     m, n, k0, k1 = 6, 5, 2, 4
@@ -474,7 +474,7 @@ def test_states_that_change_rank(name):
             elif key not in moments.FIRST:
                 assert torch.equal(state[key], value) if isinstance(value, Tensor) else state[key] == value
             elif value is not None and not (kind is torch.optim.RMSprop and key == "momentum_buffer"):
-                # RMSprop's is of normalised gradients, which may lie in span(V): only the dense one is kept.
+                # RMSprop's is of normalized gradients, which may lie in span(V): only the dense one is kept.
                 torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
     for key in before[0].keys() & moments.FIRST:
         if before[0][key] is not None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import BASES, MEASURED_ONLY, everything, factorized, frozen_copy, make, net, quick, same_bits, train
+from helpers import (
+    BASES,
+    MEASURED_ONLY,
+    everything,
+    factorized,
+    frozen_copy,
+    make,
+    net,
+    quick,
+    same_bits,
+    slow_except,
+    train,
+)
 from torch import nn
 
 from svd_optim import SubspaceAwareOptimizer
@@ -13,7 +25,7 @@ from svd_optim.records import Action, Decision, LayerState
 STEPS = 200
 
 
-@pytest.mark.parametrize("base", BASES | MEASURED_ONLY)
+@pytest.mark.parametrize("base", slow_except("adamw", of=BASES | MEASURED_ONLY))
 def test_two_hundred_steps_are_bitwise_those_of_the_bare_optimizer(base: str) -> None:
     ends = []
     for observed in (False, True):

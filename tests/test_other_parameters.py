@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import everything, manual, same_bits
+from helpers import everything, manual, same_bits, slow_except
 from torch import Tensor, nn
 
 from svd_optim import SubspaceAwareOptimizer, export_dense, load_checkpoint, load_model, save_checkpoint
@@ -61,8 +61,8 @@ def steps(model: Any, optimizers: list[torch.optim.Optimizer], numbers: range) -
 
 
 @pytest.mark.parametrize("names", [("U", "S", "V"), ("V", "S", "U"), ("weight", "S", "L")], ids="".join)
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("wrapped_all", [False, True])
+@pytest.mark.parametrize("own", slow_except(True, of=[False, True]))
+@pytest.mark.parametrize("wrapped_all", slow_except(False, of=[False, True]))
 def test_parameters_called_u_s_and_v_are_saved_and_resumed(
     tmp_path: Path, names: tuple[str, ...], own: bool, wrapped_all: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""planner.py against every combination there is, and by what any plan must keep to."""
+"""The planner against every combination there is, and by what any plan must keep to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import pytest
+from helpers import slow_except
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -172,7 +173,7 @@ def test_a_plan_does_not_depend_on_the_order_of_layers(layers, budget, rng):
     assert allocate([*reversed(layers)], numbers, budget) == ranks
 
 
-def test_no_layers_and_tiny_layers():
+def test_plans_for_no_layers_and_for_tiny_layers():
     assert allocate([], 100.0, 0.5) == {}
     tiny = [Candidate(name=f"{m}x{n}", shape=(m, n)) for m, n in ((1, 1), (1, 9), (9, 1), (2, 2), (3, 2))]
     assert set(allocate(tiny, 0.0, 0.5).values()) == {None}  # factors would be larger
@@ -191,7 +192,7 @@ def test_a_budget_that_is_too_small_gives_the_least(numbers):
         assert ranks[c.name] == int(planner.FLOOR * 0.5 * break_even_rank(*c.shape)) // step * step
 
 
-def test_where_there_is_room_for_all_all_stay_dense():
+def test_layers_stay_dense_where_there_is_room_for_all():
     layers = model(1)
     assert set(allocate(layers, whole(layers), 0.5).values()) == {None}
     assert set(allocate(layers, math.inf, 0.5).values()) == {None}
@@ -272,7 +273,7 @@ def test_an_even_share_spends_all_there_is(shapes, part):
     assert share == pytest.approx(min(1.0, max(0.0, part)) if shapes else 1.0)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", slow_except(0, of=range(10)))
 def test_more_to_spend_never_does_more_damage_to_a_network(seed):
     layers = model(seed)
     damages = [damage(layers, allocate(layers, i / 60 * whole(layers), 0.5), 0.5) for i in range(10, 61)]
@@ -340,7 +341,7 @@ def test_large_layers_pay_for_small_ones_by_what_they_lose_not_by_their_size():
 
 
 @given(candidates(layers=(1, 1)))
-def test_what_is_missed_falls_with_the_rank(layers):
+def test_the_missed_share_falls_with_the_rank(layers):
     (c,) = layers
     m, n = c.shape
     values = [missed(c, k) for k in range(1, min(m, n) + 1)]
@@ -357,7 +358,7 @@ def test_what_is_missed_falls_with_the_rank(layers):
     assert values[-1] == pytest.approx(0.0 if len(c.capture) < min(m, n) else 1 - c.capture[-1])
 
 
-def test_rounding_does_not_make_it_negative():
+def test_rounding_does_not_make_the_missed_share_negative():
     assert missed(Candidate(name="a", shape=(4, 4), capture=[1.0 + 1e-9]), 1) == 0.0
     assert missed(Candidate(name="a", shape=(4, 4), capture=[-1e-9]), 1) == 1.0
 
@@ -376,6 +377,6 @@ def test_the_hull_is_convex_and_lies_below_all_choices(layers, budget):
                 assert x.damage >= line - 1e-9 * max(1.0, a.damage)
 
 
-def test_the_cost_of_a_plan():
+def test_the_cost_of_a_plan_is_its_number_of_parameters():
     assert planned_cost({"a": (10, 20), "b": (4, 5), "c": (7, 3)}, {"a": 3, "b": None, "c": 1}) == 3 * 31 + 20 + 11
     assert planned_cost({}, {}) == 0

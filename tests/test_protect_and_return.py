@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import batch, everything, make, manual, matrices, net, quick, same_bits, train
+from helpers import batch, everything, make, manual, matrices, net, quick, same_bits, slow_except, train
 from torch import Tensor, nn
 
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
@@ -17,6 +17,7 @@ DECAYING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["dense", "factors"])
 @pytest.mark.parametrize("base", DECAYING)
 def test_a_protected_block_does_not_move_and_everything_else_trains(base, where):
@@ -43,7 +44,7 @@ def test_a_protected_block_does_not_move_and_everything_else_trains(base, where)
         assert (U.mT @ layers[name].module.weight.detach().double() @ V - block).norm() > 1e-4 * block.norm()
 
 
-def test_protection_by_hand_refuses_what_it_cannot_do_and_changes_nothing():
+def test_manual_protection_refuses_what_it_cannot_do_and_changes_nothing():
     model, optimizer = make("adamw", manual())
     train(model, optimizer, 5)
     optimizer.factorize_("mid")
@@ -102,8 +103,9 @@ def regress(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, ta
         return float(nn.functional.mse_loss(model(x), x @ target.mT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])
-def test_when_low_rank_no_longer_serves_the_layer_goes_back_and_keeps_pace_with_dense(kind):
+def test_a_layer_that_low_rank_no_longer_serves_goes_back_and_keeps_pace_with_dense(kind):
     bases = {
         "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=3e-3),
         "muon": lambda m: torch.optim.Muon(m.parameters(), lr=0.02, weight_decay=0.0),
@@ -130,7 +132,7 @@ def test_when_low_rank_no_longer_serves_the_layer_goes_back_and_keeps_pace_with_
     assert errors[True] < 1.2 * errors[False] + 1e-3
 
 
-@pytest.mark.parametrize("told", ["closure", "observe_loss"])
+@pytest.mark.parametrize("told", slow_except("closure", of=["closure", "observe_loss"]))
 def test_a_loss_that_rises_after_a_switch_sends_the_switched_layers_back(told):
     model, optimizer = make("adamw", manual(mode="auto", cohort_steps=10_000, warmup_steps=10_000))
     jump = 0.0

@@ -1,4 +1,4 @@
-"""protection.py: the anchored block is put back exactly, and nothing else is touched."""
+"""The mathematics of protection: the anchored block is put back exactly, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_thousand_steps_leave_the_block_where_it_was():
     assert norm(W - start) > 0.3 * norm(start)
 
 
-def test_the_nearest_matrix_with_that_block():
+def test_restoring_gives_the_nearest_matrix_with_the_anchored_block():
     """Whatever else has the anchored block lies farther from the stepped weight."""
     W = random(0, 12, 9, dtype=torch.float64)
     U, V = leading(W, 4)
@@ -233,6 +233,7 @@ def test_shrinking_of_the_core_is_undone():
     assert norm(product(restored_factors(decayed, anchor, start)) - product(start)) < 2e-6 * norm(start.S)
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_in_factors_leave_the_block_where_it_was():
     factors = exact_basis(random(0, 24, 18), 5)
     anchor = anchor_factors(factors)
@@ -257,7 +258,7 @@ def test_a_weight_that_somebody_has_edited_comes_back_to_the_block():
 
 
 @pytest.mark.parametrize(("p", "found"), [(2, True), (5, True), (6, False)])
-def test_factors_near_others_with_a_block_that_those_do_not_have(p, found):
+def test_factors_with_an_anchored_block_are_near_the_best_ones_without(p, found):
     W = random(0, 20, 15)
     anchor = anchor_dense(W, *leading(random(0, 20, 15) + 0.5 * random(1, 20, 15), p))
     near = factors_with(anchor, exact_basis(W, 5))

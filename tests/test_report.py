@@ -41,7 +41,7 @@ HOSTILE = {  # name -> as printed
 
 
 def show(what: RenderableType, width: int) -> list[str]:
-    """The lines as printed without colour, trailing blanks stripped; none may exceed the width."""
+    """The lines as printed without color, trailing blanks stripped; none may exceed the width."""
     file = io.StringIO()
     Console(file=file, width=width, color_system=None).print(what)
     lines = file.getvalue().split("\n")
@@ -90,11 +90,11 @@ def test_hostile_names_are_text(name, width):
         Console(file=file, width=width, force_terminal=True, color_system="truecolor").print(what)
         printed = file.getvalue()
         assert HOSTILE[name] in printed
-        assert "\x1b[31m" not in printed and "\x1b]8" not in printed  # neither its colour nor a link
+        assert "\x1b[31m" not in printed and "\x1b]8" not in printed  # neither its color nor a link
         assert "\r" not in printed and "\u202e" not in printed
 
 
-def test_undefined_values():
+def test_undefined_values_are_dashes():
     lines = show(layer_table(summary(layer("a", **dict.fromkeys(METRICS))), 140), 140)
     assert row(lines, "a ")[4:] == ["–"] * 8 + ["drift", "–"]
     never = replace(layer("b"), metrics=None, decision=None)
@@ -114,7 +114,7 @@ def test_absurd_values_are_printed(width):
     assert "0 dense" in show(summary_renderable(summary(), width), width)[0]
 
 
-def test_near_values_are_marked_without_colour():
+def test_near_values_are_marked_without_color():
     lines = show(layer_table(summary(layer("near", capture_excess=0.37), layer("far")), 140), 140)
     assert row(lines, "near")[11:] == ["~0.370", "~capture", ".37<.40"]
     assert "~" not in " ".join(row(lines, "far"))
@@ -138,7 +138,7 @@ def test_decision_column_names_the_blocker(name, value, threshold, above, text):
     assert next(line for line in lines if line.startswith("a ")).endswith(" " + text)
 
 
-def test_decision_column_of_other_states():
+def test_decision_column_names_the_state_of_other_layers():
     danger = Decision(action=Action.HOLD, reason="", danger=True)
     factorized = layer("f", LayerState.FACTORIZED)
     layers = [layer("d", capture_excess=0.9), layer("e", LayerState.DESCENDING), factorized]
@@ -148,7 +148,7 @@ def test_decision_column_of_other_states():
 
 
 @pytest.mark.parametrize(("width", "name"), [(140, "dense"), (80, "dense"), (140, "factorized"), (80, "factorized")])
-def test_protected_layers_are_marked_without_colour(width, name):
+def test_protected_layers_are_marked_without_color(width, name):
     state = LayerState(name)
     layers = [layer("free", state), replace(layer("masters", state), protected=True)]
     lines = show(layer_table(summary(*layers), width), width)
@@ -167,7 +167,7 @@ def test_protected_layers_are_marked_without_colour(width, name):
         (Action.HOLD, None, "factorized"),
     ],
 )
-def test_decision_column_inside_factors(action, rank, text):
+def test_decision_column_names_the_move_inside_factors(action, rank, text):
     decision = Decision(action=action, reason="r", rank=rank)
     one = replace(layer("a", LayerState.FACTORIZED), decision=decision)
     for width in (80, 140):
@@ -241,7 +241,7 @@ def test_the_last_line_of_the_plan_sums_up(width):
     assert "! above the budget by 1:" in " ".join(show(plan_table(just, width), width))
 
 
-def test_a_plan_for_nothing():
+def test_a_plan_for_no_layers_keeps_no_parameters():
     lines = show(plan_table(plan(), 80), 80)
     assert lines[-2] == "0 of 0 parameters kept: 0.0% (budget 50.0%)"
 
@@ -313,13 +313,13 @@ def test_every_kind_of_event_has_its_line(kind):
     assert show(line, 140)[0] == line.plain
 
 
-def test_what_the_log_says_loudly_the_terminal_says_in_red():
+def test_events_that_the_log_warns_of_are_red_in_the_terminal():
     for kind in WARNINGS:
         line = event_line(Event(step=7, layer="a", kind=kind, reason="r"))
         assert any("red" in str(span.style) for span in line.spans), kind
 
 
-def test_event_lines():
+def test_an_event_line_has_states_reason_and_numbers():
     event = Event(
         step=20,
         layer="blocks.0",
@@ -351,7 +351,7 @@ def test_summary_counts_sizes_and_time():
     assert "not a matrix (9): norm0, norm1, norm2, norm3 and 5 more" in text
 
 
-def test_summary_says_why_not():
+def test_summary_says_why_layers_did_not_switch():
     unknown = Condition(name="base_supported", value=0.0, threshold=1, above=True, or_equal=True)
     odd = Decision(action=Action.HOLD, reason="base_supported: LBFGS has no moments", conditions=(unknown,))
     layers = [
@@ -436,6 +436,7 @@ def test_tables_without_a_width_use_the_terminals(monkeypatch):
 # ---- as numbers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metrics_are_one_flat_dict_of_the_last_analysis():
     model, optimizer = make("adamw", quick())
     assert set(optimizer.metrics()) == {"svd/parameters", "svd/factorized", "svd/overhead"}

@@ -52,6 +52,7 @@ def test_tensorboard_holds_every_number_at_its_step(tmp_path: Path):
     assert texts == [str(event) for event in optimizer.events] and texts
 
 
+@pytest.mark.slow
 def test_weights_and_biases_offline_takes_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb

@@ -21,6 +21,7 @@ from helpers import (
     net,
     quick,
     same_bits,
+    slow_except,
     train,
 )
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ def happened(optimizer: SubspaceAwareOptimizer, *kinds: str) -> list[tuple[str, 
 # ---- factors that can't follow ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("muon", 1), ("sgd", 2)])
 def test_layers_go_back_when_the_data_changes_and_then_lose_nothing(base: str, seed: int) -> None:
     """Teachers of rank 4, and after the switch of full rank: as good in the end as a run that stayed dense."""
@@ -82,7 +84,7 @@ def test_layers_go_back_when_the_data_changes_and_then_lose_nothing(base: str, s
     assert ends["wrapped"] < 1.05 * ends["bare"] < 0.6 * ends.get("kept in factors", math.inf), ends
 
 
-@pytest.mark.parametrize("base", PARALLEL)
+@pytest.mark.parametrize("base", slow_except("sgd", of=PARALLEL))
 def test_only_the_layer_whose_data_changed_goes_back(base: str) -> None:
     model = Parallel(3, noise=0.02, changes=4, stays=4)
     thresholds = Thresholds(drift_stable=0.9, capture_safe=0.05, capture_held=0.05, capture_lost=0.02)
@@ -136,6 +138,7 @@ def persistence_of(gradients: list[Tensor], seed: int) -> tuple[float, float]:
     return found.persistence, twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4, 7])
 def test_persistence_is_one_for_a_constant_gradient_and_nothing_for_noise(count: int) -> None:
     shape, noise = (14, 11), []
@@ -170,7 +173,7 @@ def by_closure(optimizer: SubspaceAwareOptimizer, model: Parallel, step: int, ex
     optimizer.step(closure)
 
 
-def by_hand(optimizer: SubspaceAwareOptimizer, model: Parallel, step: int, extra: float) -> None:
+def from_the_loop(optimizer: SubspaceAwareOptimizer, model: Parallel, step: int, extra: float) -> None:
     optimizer.zero_grad()
     loss = model.loss(step)
     loss.backward()
@@ -190,7 +193,7 @@ def not_at_all(optimizer: SubspaceAwareOptimizer, model: Parallel, step: int, ex
     model.train_on(optimizer, [step])
 
 
-FEEDS: dict[str, Feed] = {"closure": by_closure, "tensor": by_hand, "number": as_a_number}
+FEEDS: dict[str, Feed] = {"closure": by_closure, "tensor": from_the_loop, "number": as_a_number}
 
 
 def guarded(base: str = "sgd", **config: Any) -> tuple[Parallel, SubspaceAwareOptimizer]:
@@ -207,7 +210,10 @@ def run(
 
 @pytest.mark.parametrize(
     ("base", "feed"),
-    [("sgd", "closure"), ("sgd", "tensor"), ("sgd", "number"), ("adamw", "closure"), ("muon", "tensor")],
+    slow_except(
+        ("sgd", "closure"),
+        of=[("sgd", "closure"), ("sgd", "tensor"), ("sgd", "number"), ("adamw", "closure"), ("muon", "tensor")],
+    ),
 )
 def test_a_rise_right_after_a_switch_sends_back_the_layers_of_that_switch(base: str, feed: str) -> None:
     model, optimizer = guarded(base)
@@ -229,8 +235,9 @@ def test_a_rise_right_after_a_switch_sends_back_the_layers_of_that_switch(base: 
     assert optimizer.state[model.b.weight] and all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "seed"), [("adamw", 0), ("muon", 1), ("sgd", 2)])
-def test_without_a_rise_nobody_comes_back(base: str, seed: int) -> None:
+def test_without_a_rise_no_layer_comes_back(base: str, seed: int) -> None:
     model = Parallel(seed, a=2, b=2)
     thresholds = Thresholds(drift_stable=0.5, capture_safe=0.1, capture_lost=0.0)
     optimizer = wrapped(base, model, guard_steps=200, thresholds=thresholds)
@@ -238,8 +245,9 @@ def test_without_a_rise_nobody_comes_back(base: str, seed: int) -> None:
     assert factorized(model) and not happened(optimizer, "loss_rose", "merge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
-def test_a_descent_that_raises_the_loss_is_called_off_and_rests_twice_as_long_each_time(base: str) -> None:
+def test_a_descent_that_raises_the_loss_is_called_off_and_its_cooldown_doubles_each_time(base: str) -> None:
     class Eager:
         def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
             ready = state == LayerState.DENSE and not layer.cooldown and history[-1].step >= 60
@@ -260,7 +268,7 @@ def test_a_descent_that_raises_the_loss_is_called_off_and_rests_twice_as_long_ea
             ) and layer.status.cooldown_until > at
             if name == "a":
                 rests.append(layer.status.cooldown_until - at)
-    assert len(rests) == 2 and rests == [200 * 2**i for i in range(len(rests))]
+    assert rests == [200, 400]
     assert factorized(model) == [] and not happened(optimizer, "factorize", "merge")
     rises = [e for e in optimizer.events if e.kind == "loss_rose"]
     assert {"the training loss rose after its descent began"} == {e.reason for e in rises}
@@ -282,7 +290,7 @@ def test_only_the_descents_that_began_last_are_called_off() -> None:
     assert optimizer.layers["a"].state == LayerState.DESCENDING
 
 
-def test_what_a_descent_does_to_the_loss_is_not_forgotten_when_it_lands() -> None:
+def test_the_rise_of_a_descent_is_not_forgotten_when_it_lands() -> None:
     """The level that counts is that before the descent, though the switch itself changes nothing."""
     model = Parallel(1, a=2)
     optimizer = wrapped("sgd", model, guard_steps=100)
@@ -296,8 +304,8 @@ def test_what_a_descent_does_to_the_loss_is_not_forgotten_when_it_lands() -> Non
     assert factorized(model) == [] and happened(optimizer, "loss_rose")
 
 
-@pytest.mark.parametrize("case", ["off", "over", "untold", "manual mode", "a fall"])
-def test_when_the_guard_keeps_quiet(case: str) -> None:
+@pytest.mark.parametrize("case", slow_except("off", of=["off", "over", "untold", "manual mode", "a fall"]))
+def test_the_guard_keeps_quiet_where_it_has_no_say(case: str) -> None:
     feed = not_at_all if case == "untold" else by_closure
     config = {"off": {"guard_steps": 0}, "manual mode": {"mode": "manual"}}.get(case, {})
     model, optimizer = guarded(**config)
@@ -309,6 +317,7 @@ def test_when_the_guard_keeps_quiet(case: str) -> None:
     assert factorized(model) == ["a", "b", "c"] and not happened(optimizer, "loss_rose", "merge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_a_rise(bad: float) -> None:
     model, optimizer = guarded()
@@ -322,8 +331,8 @@ def test_losses_that_are_not_finite_are_a_rise(bad: float) -> None:
     assert factorized(model) == ["b"]
 
 
-@pytest.mark.parametrize("junk", [None, "0.3", True, torch.zeros(3), [1.0], 1j])
-def test_what_is_no_loss_is_not_looked_at(junk: Any) -> None:
+@pytest.mark.parametrize("junk", slow_except(None, "0.3", of=[None, "0.3", True, torch.zeros(3), [1.0], 1j]))
+def test_a_value_that_is_no_loss_is_refused_or_ignored(junk: Any) -> None:
     model, optimizer = guarded()
     run(by_closure, model, optimizer, range(60))
     optimizer.factorize_("a", rank=6)
@@ -353,6 +362,7 @@ def test_losses_of_steps_that_do_not_count_are_not_looked_at() -> None:
     assert optimizer.steps == len(optimizer.state_dict()["svd_optim"]["guard"]["pending"]) == 3
 
 
+@pytest.mark.slow
 def test_the_guard_resumes_bitwise() -> None:
     model, optimizer = guarded()
     run(by_closure, model, optimizer, range(60))
@@ -374,7 +384,7 @@ def test_the_guard_resumes_bitwise() -> None:
 # ---- steps that are not finite, factors that are none ----------------------------------------------
 
 
-@pytest.mark.parametrize("base", PARALLEL)
+@pytest.mark.parametrize("base", slow_except("sgd", of=PARALLEL))
 def test_nan_in_the_momentum_costs_the_state_and_not_the_layer(base: str) -> None:
     model, optimizer = guarded(base)
     optimizer.factorize_("all", rank=6)
@@ -403,7 +413,8 @@ def test_nan_in_the_momentum_costs_the_state_and_not_the_layer(base: str) -> Non
     assert optimizer.why()[0].metrics.nonfinite == 0
 
 
-def test_one_bad_step_sends_nobody_back() -> None:
+@pytest.mark.slow
+def test_one_bad_step_sends_no_layer_back() -> None:
     model, optimizer = guarded()
     optimizer.factorize_("all", rank=6)
     for step in range(100):
@@ -474,7 +485,10 @@ class Joined(Listener):
 
 @pytest.mark.parametrize(
     ("base", "why"),
-    [("adamw", "a guard"), ("adamw", "capture"), ("adamw", "manual"), ("muon", "capture"), ("sgd", "a guard")],
+    slow_except(
+        ("adamw", "manual"),
+        of=[("adamw", "a guard"), ("adamw", "capture"), ("adamw", "manual"), ("muon", "capture"), ("sgd", "a guard")],
+    ),
 )
 def test_moments_of_a_layer_that_comes_back_are_the_joined_ones(base: str, why: str) -> None:
     class Merge(Never):
@@ -501,6 +515,7 @@ def test_moments_of_a_layer_that_comes_back_are_the_joined_ones(base: str, why: 
     assert model.distance() < 0.8 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 def test_a_layer_that_came_back_waits_and_may_then_switch_again(base: str) -> None:
     model = Parallel(0, noise=0.02, a=3)
@@ -532,10 +547,10 @@ def test_a_layer_that_came_back_waits_and_may_then_switch_again(base: str) -> No
     again = [event.step for event in optimizer.events if event.kind == "factorize"]
     assert len(again) == 2 and again[1] > at + 70 and factorized(model) == ["a"]
     starts = [event.step for event in optimizer.events if event.kind == "descend"]
-    assert all(start >= at + 70 or start < at for start in starts)
+    assert len(starts) >= 2 and not [start for start in starts if at <= start < at + 70]
 
 
-def test_a_layer_merged_by_hand_waits_too_and_factorizing_by_hand_does_not() -> None:
+def test_a_layer_merged_manually_waits_too_and_factorizing_manually_does_not() -> None:
     model = Parallel(0, a=3)
     optimizer = SubspaceAwareOptimizer(PARALLEL["sgd"](model), model, manual())
     optimizer.factorize_("a", rank=6)

@@ -1,6 +1,6 @@
 """The saved state of a run and of each layer: one table each, used to save, load and validate it.
 
-A field in a table is saved; nothing else has to be changed to add one.
+A field in a table is saved, loaded and checked; adding one, raise ``STATE_VERSION``.
 """
 
 from __future__ import annotations
