@@ -20,16 +20,8 @@ from ..decisions.lifecycle import WARNINGS
 from ..distributed import is_main_process
 from ..records import Action, Condition, Event, LayerReport, LayerState, Plan, Renderable, Renderer, Summary, clean
 from ..tracking.listeners import Listener
-from .tables import (
-    FACTS,
-    layer_name,
-    layer_table,
-    number,
-    plain_table,
-    plan_table,
-    shorten,
-    shorten_names,
-)
+from .names import layer_name, shorten, shorten_names
+from .tables import FACTS, layer_table, number, plain_table, plan_table
 
 _ALARMS = WARNINGS | {"danger"}
 _ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import rich
 from rich import box
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from ..records import Action, Condition, LayerReport, LayerState, Plan, Summary, clean
+from .names import layer_name, shorten, shorten_names
 
 NARROW = 100  # below so many columns: abbreviations, and a gap of one
 ALWAYS = 99  # importance of a column that is never left out
@@ -27,39 +28,6 @@ _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "facto
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
 # Conditions that are plain facts, as a word; the policy's reason says the rest.
 FACTS = {"base_supported": "unsupported", "in_plan": "kept dense", "unprotected": "protected", "in_time": "too late"}
-
-
-def layer_name(name: str) -> str:
-    return clean(name) or "(model)"  # the model itself may be the layer; its name is empty
-
-
-def shorten(text: str, width: int, head: int | None = None) -> str:
-    """``text`` in at most ``width`` cells, ``…`` in the middle, ``head`` cells before it."""
-    if cell_len(text) <= width:
-        return text
-    if width < 3:
-        return set_cell_size(text, width)
-    head = width // 2 if head is None else head
-    tail = width - 1 - head
-    return set_cell_size(text, head) + "…" + set_cell_size(text[::-1], tail)[::-1]
-
-
-def shorten_names(names: Sequence[str], width: int) -> list[str]:
-    """Each name in at most ``width`` cells, and different names differently if that can be had.
-
-    Cut in half, ``model.layers.7.attn.q_proj`` and ``model.layers.8.attn.q_proj`` are the same; so other
-    cuts are tried, then inner parts become initials: ``m.l.7.a.q_proj``.
-    """
-    parts = [name.split(".") if cell_len(name) > width else [name] for name in names]
-    initials = [".".join([p if p.isdigit() else p[:1] for p in x[:-1]] + x[-1:]) for x in parts]
-    best: list[str] = []
-    for candidates in (names, initials):
-        for head in sorted(range(1, max(width - 1, 2)), key=lambda h: abs(h - width // 2)):
-            short = [shorten(name, width, head) for name in candidates]
-            if len(set(short)) == len(set(names)):
-                return short
-            best = max(best, short, key=lambda x: len(set(x)))
-    return best
 
 
 def number(value: object, digits: int = 3) -> str:
