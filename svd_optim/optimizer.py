@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .config import SubspaceConfig
 from .factors.surgery import saved_factors
 from .linalg import Basis
-from .records import Event, LayerMetrics, LayerReport, Plan, Summary, clean
+from .records import Events, LayerMetrics, LayerReports, Plan, Summary, clean
 from .tracking import inventory, loading, manual, protecting
 from .tracking.controller import Controller
 from .tracking.layer import TrackedLayer
@@ -389,9 +389,9 @@ class SubspaceAwareOptimizer(Optimizer):
         """Bytes that monitoring each tracked layer keeps resident, besides weight, gradient and optimizer state."""
         return {name: inventory.monitoring_bytes(layer) for name, layer in self.layers.items()}
 
-    def why(self) -> list[LayerReport]:
-        """Per layer: state, the condition that blocks, its value, threshold and distance."""
-        return [inventory.report(layer, self.base_optimizer) for layer in self.layers.values()]
+    def why(self) -> LayerReports:
+        """Per layer: state, the condition that blocks, its value, threshold and distance. A list, shown as a table."""
+        return LayerReports(inventory.report(layer, self.base_optimizer) for layer in self.layers.values())
 
     def summary(self) -> Summary:
         """The run as of now, as a plain record; ``rich.print`` and notebooks show it as a table."""
@@ -428,8 +428,8 @@ class SubspaceAwareOptimizer(Optimizer):
         return self._controller.layers
 
     @property
-    def events(self) -> list[Event]:
-        """Everything that happened to the layers, oldest first."""
+    def events(self) -> Events:
+        """Everything that happened to the layers, oldest first. A list, shown as a table."""
         return self._controller.journal.events
 
     @property

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..decisions.lifecycle import WARNINGS
-from ..records import Event
+from ..records import Event, Events
 from .listeners import Listener
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class Journal:
     """Events, oldest first; listeners; host seconds by phase, which are for the report only."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events = Events()
         self._held: list[Event] | None = None  # inside a transaction: not told yet
         self._forget_process()
 
@@ -69,7 +69,7 @@ class Journal:
 
     def replace(self, events: list[Event]) -> None:
         """The events of another run, which is resumed here; what led here is no part of it."""
-        self.events = events
+        self.events = Events(events)
         if self._held is not None:
             self._held.clear()
 
