@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .config import SubspaceConfig
 from .factors.surgery import saved_factors
 from .linalg import Basis
-from .records import Event, LayerMetrics, LayerReport, Plan, Summary, clean
+from .records import Events, LayerMetrics, LayerReports, Plan, Summary, clean
 from .tracking import inventory, loading, manual, protecting
 from .tracking.controller import Controller
 from .tracking.layer import TrackedLayer
@@ -393,9 +393,9 @@ class SubspaceAwareOptimizer(Optimizer):
         """Resident bytes due to monitoring, besides weight, gradient and optimizer state, by layer name."""
         return {name: inventory.monitoring_bytes(layer) for name, layer in self.layers.items()}
 
-    def why(self) -> list[LayerReport]:
+    def why(self) -> LayerReports:
         """The current state of each layer, with the condition that blocks, its value, threshold and distance."""
-        return [inventory.report(layer, self.base_optimizer) for layer in self.layers.values()]
+        return LayerReports(inventory.report(layer, self.base_optimizer) for layer in self.layers.values())
 
     def summary(self) -> Summary:
         """The current state of the run, as a plain record; ``rich.print`` and notebooks show it as a table."""
@@ -429,7 +429,7 @@ class SubspaceAwareOptimizer(Optimizer):
         return self._controller.layers
 
     @property
-    def events(self) -> list[Event]:
+    def events(self) -> Events:
         """The events of the run, oldest first; the last 10,000 are kept."""
         return self._controller.journal.events
 

@@ -15,6 +15,7 @@ from ..records import (
     Condition,
     Decision,
     Event,
+    Events,
     LayerInfo,
     LayerMetrics,
     LayerReport,
@@ -37,7 +38,7 @@ class Run:
     def __init__(self) -> None:
         self.head: dict[str, Any] = {}
         self.config = SubspaceConfig()
-        self.events: list[Event] = []
+        self.events = Events()
         self.analyses: list[dict[str, Any]] = []  # records of the complete ones
         self.reports: dict[str, list[LayerReport]] = {}  # by layer, one an analysis, without their decisions
         self.steps: dict[str, list[int]] = {}  # theirs
@@ -74,7 +75,7 @@ class Run:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"run: its config can't be read: {error}") from error
         self.head = record
-        self.events = [event for event in self.events if event.step < step]
+        self.events = Events(event for event in self.events if event.step < step)
         self.analyses = [analysis for analysis in self.analyses if analysis["step"] < step]
         for name, steps in self.steps.items():
             count = bisect_right(steps, step - 1)

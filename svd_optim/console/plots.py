@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..records import LayerState, clean
 from .log_reader import Run
+from .names import layer_name, shorten_names
 from .panels import (
     EVENTS_HEIGHT,
     HEAT_MAPS,
@@ -26,7 +27,6 @@ from .panels import (
     layer_colors,
 )
 from .story import Story, story_of
-from .tables import layer_name, shorten_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

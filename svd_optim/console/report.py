@@ -6,8 +6,9 @@ import io
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import rich
 from rich import filesize
@@ -18,18 +19,24 @@ from rich.text import Text
 from ..decisions.alerts import Alert, Level
 from ..decisions.lifecycle import WARNINGS
 from ..distributed import is_main_process
-from ..records import Action, Condition, Event, LayerReport, LayerState, Plan, Renderable, Renderer, Summary, clean
-from ..tracking.listeners import Listener
-from .tables import (
-    FACTS,
-    layer_name,
-    layer_table,
-    number,
-    plain_table,
-    plan_table,
-    shorten,
-    shorten_names,
+from ..records import (
+    Action,
+    Condition,
+    Event,
+    Events,
+    LayerReport,
+    LayerReports,
+    LayerState,
+    Plan,
+    Renderable,
+    Renderer,
+    Summary,
+    clean,
 )
+from ..tracking.listeners import Listener
+from .names import layer_name, shorten, shorten_names
+from .spectra import Inspection, inspection_table
+from .tables import FACTS, layer_table, number, plain_table, plan_table
 
 _ALARMS = WARNINGS | {"danger"}
 _ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
@@ -41,13 +48,15 @@ def event_line(event: Event) -> Text:
     line.append(layer_name(event.layer) if event.layer != "*" else "run", style="bold")
     alarm = event.kind in _ALARMS
     line.append(f"  {clean(event.kind)}", style="bold red" if alarm else "cyan")
-    if event.before is not None and event.after is not None and event.before != event.after:
-        line.append(f"  {event.before} → {event.after}")
-    line.append(f"  {clean(event.reason)}")
-    if event.numbers:
-        numbers = ", ".join(f"{clean(key)}={number(value, 4)}" for key, value in event.numbers.items())
-        line.append(f"  [{numbers}]")
-    return line
+    return line.append(f"  {_told(event)}")
+
+
+def _told(event: Event) -> str:
+    """The move between states, the reason, the numbers."""
+    moves = event.before is not None and event.after is not None and event.before != event.after
+    numbers = ", ".join(f"{clean(key)}={number(value, 4)}" for key, value in event.numbers.items())
+    parts = (f"{event.before} → {event.after}" if moves else "", clean(event.reason), numbers and f"[{numbers}]")
+    return "  ".join(filter(None, parts))
 
 
 def alert_lines(alerts: Sequence[Alert], names: int = 3) -> list[Text]:
@@ -125,17 +134,49 @@ def _why_not(layers: Sequence[LayerReport], width: int) -> Table:
     table.add_column("condition: value, threshold, distance", overflow="fold")
     names = [layer_name(layer.name) for layer in layers]
     for layer, name in zip(layers, shorten_names(names, max(12, width - 62)), strict=True):
-        decision = layer.decision
-        blocker = decision.blocker if decision else None
-        if layer.state == LayerState.DESCENDING:
-            text = "still descending"
-        elif blocker is not None and blocker.name not in FACTS:  # for those the reason is more specific
-            text = ("~" if blocker.near else "") + str(blocker)
-        elif decision is not None and decision.action != Action.HOLD:
-            text = f"would {decision.action}: {decision.reason}"
-        else:
-            text = layer.reason
-        table.add_row(Text(name), Text(clean(text)))
+        table.add_row(Text(name), Text(_because(layer)))
+    return table
+
+
+def _because(layer: LayerReport) -> str:
+    """Why a layer is what it is: what blocks it, or what it is about to do."""
+    decision = layer.decision
+    blocker = decision.blocker if decision else None
+    if layer.state == LayerState.DESCENDING:
+        return "still descending"
+    if blocker is not None and blocker.name not in FACTS:  # of those the reason says more
+        return clean(("~" if blocker.near else "") + str(blocker))
+    if decision is not None and decision.action != Action.HOLD:
+        return clean(f"would {decision.action}: {decision.reason}")
+    return clean(layer.reason)
+
+
+def reports_table(layers: Sequence[LayerReport], width: int) -> Table:
+    """One row per layer, in model order: what it is, and why."""
+    table = plain_table(f"layers: {len(layers)}")
+    for header in ("layer", "state", "rank"):
+        table.add_column(header, no_wrap=True, justify="right" if header == "rank" else "left")
+    table.add_column("why", overflow="fold")
+    names = [layer_name(layer.name) for layer in layers]
+    for layer, name in zip(layers, shorten_names(names, max(12, width - 72)), strict=True):
+        danger = layer.decision is not None and layer.decision.danger
+        state = f"{layer.state}{'*' * layer.protected}"
+        why = Text(("! " if danger else "") + _because(layer), style="bold red" if danger else "")
+        table.add_row(Text(name), state, str(layer.rank), why)
+    return table
+
+
+def events_table(events: Sequence[Event], width: int, most: int = 100) -> Table:
+    """One row per event, oldest first: of many only the last ``most``."""
+    shown = events[-most:]
+    table = plain_table(f"events: {len(events):,}" + (f", the last {most}" if len(events) > most else ""))
+    for header in ("step", "layer", "event"):
+        table.add_column(header, no_wrap=True, justify="right" if header == "step" else "left")
+    table.add_column("why", overflow="fold")
+    names = ["run" if event.layer == "*" else layer_name(event.layer) for event in shown]
+    for event, name in zip(shown, shorten_names(names, max(12, width - 72)), strict=True):
+        style = "bold red" if event.kind in _ALARMS else "cyan"
+        table.add_row(str(event.step), Text(name), Text(clean(event.kind), style), Text(_told(event)))
     return table
 
 
@@ -205,16 +246,26 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     return Group(*parts)
 
 
+_SHOWN: Mapping[type, Callable[[Any, int], RenderableType]] = {
+    Summary: summary_renderable,
+    Plan: plan_table,
+    LayerReports: reports_table,
+    LayerReport: lambda layer, width: why_table(layer),
+    Events: events_table,
+    Event: lambda event, width: event_line(event),
+    Inspection: inspection_table,
+}
+
+
 def renderable(record: object, width: int) -> RenderableType:
-    """The rich renderable of a summary or a plan, ``width`` columns wide.
+    """What rich shows of a record, in so many columns.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is no record that is shown.
     """
-    if isinstance(record, Summary):
-        return summary_renderable(record, width)
-    if isinstance(record, Plan):
-        return plan_table(record, width)
+    for kind, show in _SHOWN.items():
+        if isinstance(record, kind):
+            return show(record, width)
     raise TypeError(f"there is no table for a {type(record).__name__}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..decisions.planner import uniform_rank
 from ..linalg.fallback import LinAlgError
-from ..records import clean, significant
+from ..records import Renderable, clean, significant
 from ..storage.model_files import StoredTensor, open_tensors
 from ..tracking.refreshing import octaves
 from .tables import ALWAYS, Strip, name_table
@@ -63,8 +63,8 @@ class MatrixReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """All matrices of a model, in the order of their names or of the file."""
+class Inspection(Renderable):
+    """All matrices of a model, in the order of their names or of the file; shown as a table."""
 
     path: str
     budget: float  # share of each dense matrix's parameters

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import rich
 from rich import box
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from ..records import Action, Condition, LayerReport, LayerState, Plan, Summary, clean
+from .names import layer_name, shorten, shorten_names
 
 NARROW = 100  # columns below which headers are abbreviated, and the gap is 1
 ALWAYS = 99  # importance of a column that is never omitted
@@ -27,40 +28,6 @@ _STATE_SHORT = {"warmup": "warm", "dense": "dense", "descending": "desc", "facto
 _STATE_STYLE = {"warmup": "dim", "dense": "", "descending": "yellow", "factorized": "green"}
 # Conditions without a measured value, as a short text; the policy's reason is more specific.
 FACTS = {"base_supported": "unsupported", "in_plan": "kept dense", "unprotected": "protected", "in_time": "too late"}
-
-
-def layer_name(name: str) -> str:
-    """The name of a layer for display; a model that is itself the layer has an empty name."""
-    return clean(name) or "(model)"
-
-
-def shorten(text: str, width: int, head: int | None = None) -> str:
-    """``text`` in at most ``width`` cells, ``…`` in the middle, ``head`` cells before it."""
-    if cell_len(text) <= width:
-        return text
-    if width < 3:
-        return set_cell_size(text, width)
-    head = width // 2 if head is None else head
-    tail = width - 1 - head
-    return set_cell_size(text, head) + "…" + set_cell_size(text[::-1], tail)[::-1]
-
-
-def shorten_names(names: Sequence[str], width: int) -> list[str]:
-    """Each name in at most ``width`` cells, with different results for different names if possible.
-
-    Shortened in the middle, ``model.layers.7.attn.q_proj`` and ``model.layers.8.attn.q_proj`` would be equal, so other
-    positions are tried, then inner parts are abbreviated to initials: ``m.l.7.a.q_proj``.
-    """
-    parts = [name.split(".") if cell_len(name) > width else [name] for name in names]
-    initials = [".".join([p if p.isdigit() else p[:1] for p in x[:-1]] + x[-1:]) for x in parts]
-    best: list[str] = []
-    for candidates in (names, initials):
-        for head in sorted(range(1, max(width - 1, 2)), key=lambda h: abs(h - width // 2)):
-            short = [shorten(name, width, head) for name in candidates]
-            if len(set(short)) == len(set(names)):
-                return short
-            best = max(best, short, key=lambda x: len(set(x)))
-    return best
 
 
 def number(value: object, digits: int = 3) -> str:

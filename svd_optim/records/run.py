@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, SupportsIndex, TypeVar, overload
 
 from .layers import Decision, LayerMetrics, LayerState, PolicyInput, parameter_count
 from .text import clean
@@ -12,8 +12,43 @@ from .text import clean
 MONITORING = ("measure", "refresh", "decide")  # phases of host time that are monitoring overhead
 
 
+class Renderer(NamedTuple):
+    """How records are shown."""
+
+    table: Callable[[Any, int], Any]  # (record, columns) -> what rich prints
+    html: Callable[[Any], str]
+
+
+class Renderable:
+    """Records that ``rich.print`` and notebooks show as tables, once the console has said how (``svd_optim`` does)."""
+
+    renderer: ClassVar[Renderer | None] = None
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield repr(self) if Renderable.renderer is None else Renderable.renderer.table(self, options.max_width)
+
+    def _repr_html_(self) -> str | None:
+        return None if Renderable.renderer is None else Renderable.renderer.html(self)
+
+
+T = TypeVar("T")
+
+
+class Records(list[T], Renderable):
+    """A list for code, one table for people; so are its slices."""
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> T: ...
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> T | Self:
+        if isinstance(key, slice):
+            return type(self)(super().__getitem__(key))
+        return super().__getitem__(key)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(Renderable):
     """A state change or finding of one layer (or of the whole run: layer ``"*"``), with its numbers."""
 
     step: int
@@ -42,6 +77,10 @@ class Event:
         numbers = ", ".join(f"{k}={v:.4g}" for k, v in self.numbers.items())
         tail = f" [{numbers}]" if numbers else ""
         return clean(f"step {self.step}: {self.layer}: {self.kind}{move}: {self.reason}{tail}")
+
+
+class Events(Records[Event]):
+    """What ``optimizer.events`` is, oldest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +114,6 @@ class PlannedLayer:
         return parameter_count(*self.shape, self.rank)
 
 
-class Renderer(NamedTuple):
-    """How records are displayed."""
-
-    table: Callable[[Any, int], Any]  # (record, width in columns) -> a rich renderable
-    html: Callable[[Any], str]
-
-
-class Renderable:
-    """Records that ``rich.print`` and notebooks show as tables, once :mod:`svd_optim.console` has set ``renderer``."""
-
-    renderer: ClassVar[Renderer | None] = None
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield repr(self) if Renderable.renderer is None else Renderable.renderer.table(self, options.max_width)
-
-    def _repr_html_(self) -> str | None:
-        return None if Renderable.renderer is None else Renderable.renderer.html(self)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan(Renderable):
     """The allocation of a parameter budget to the tracked layers: the result of ``optimizer.plan()``."""
@@ -124,7 +144,7 @@ class Plan(Renderable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerReport:
+class LayerReport(Renderable):
     """The current state of one tracked layer: a row of the layer table, an element of ``optimizer.why()``."""
 
     name: str
@@ -179,6 +199,10 @@ class LayerReport:
 
     def __str__(self) -> str:
         return clean(f"{self.name}: {self.state}, rank {self.rank}: {self.reason}")
+
+
+class LayerReports(Records[LayerReport]):
+    """What ``optimizer.why()`` returns, in model order."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..decisions.lifecycle import WARNINGS
-from ..records import Event
+from ..records import Event, Events
 from .listeners import Listener
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class Journal:
     """Events, oldest first; listeners; host seconds by phase."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events = Events()
         self._held: list[Event] | None = None  # within a transaction: not emitted yet
         self._reset_process_state()
 
@@ -69,7 +69,7 @@ class Journal:
 
     def replace(self, events: list[Event]) -> None:
         """Replace the events by those of a loaded run, and discard the events of loading it."""
-        self.events = events
+        self.events = Events(events)
         if self._held is not None:
             self._held.clear()
 
