@@ -40,6 +40,7 @@ def mask_rows(weight: nn.Parameter, kind: str) -> Any:
     return weight.register_post_accumulate_grad_hook(masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind", ["gradient", "accumulated"])
 def test_a_layer_whose_weight_has_hooks_stays_dense(base: str, kind: str) -> None:

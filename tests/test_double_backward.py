@@ -380,6 +380,7 @@ def test_torch_func_in_a_wrapped_model():
             close(of_samples.sum(0), p.grad.double(), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_compiled_torch_func():
     torch._dynamo.reset()
     model, x = factorized("mlp"), random(0, 4, 9)

@@ -102,6 +102,7 @@ def test_a_second_process_goes_on_in_a_file_of_its_own(tmp_path: Path, caplog: p
         assert analyses(run.log.path) == [5, 10, 15, 20, 25]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("fork",)])
 def test_a_dead_writer_blocks_nobody_even_if_its_children_live(
     words: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -151,6 +152,7 @@ def test_in_one_process_the_newest_has_the_file_and_the_older_moves_when_it_goes
     assert analyses(path) == [5, 10, 15]
 
 
+@pytest.mark.slow
 def test_a_log_that_nobody_holds_any_more_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = tmp_path / "log"
     run: Logged | None = Logged(path).train(10)

@@ -41,6 +41,7 @@ def centralize(base: Optimizer) -> None:
     base.step = step  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("base", KINDS)
 def test_it_is_called_once_a_step(base: str, before: bool) -> None:

@@ -61,6 +61,7 @@ def run(base: str, around_step: Around) -> tuple[Any, SubspaceAwareOptimizer]:
     return model, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_a_step_is_the_same_to_the_last_bit(base: str, setting: str) -> None:
@@ -72,6 +73,7 @@ def test_a_step_is_the_same_to_the_last_bit(base: str, setting: str) -> None:
     same_bits(everything(model, optimizer), everything(other, its))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_factors_stay_orthonormal_under_muon(setting: str) -> None:
     """Muon's own products are bfloat16, and its step is not ours to change."""

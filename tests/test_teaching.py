@@ -185,6 +185,7 @@ def test_it_is_short_and_stands_alone() -> None:
     assert {name.partition(".")[0] for name in imported} == {"torch"}
 
 
+@pytest.mark.slow
 def test_as_a_script() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, str(PATH)], env=environment, capture_output=True, text=True, check=True)

@@ -395,6 +395,7 @@ def test_reset_parameters_is_a_fresh_layer_cut_to_the_rank(dtype):
             assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_model_that_is_initialised_anew_trains_again():
     for model, optimizer, layer in layers():
         train(model, optimizer, range(200, 260))
