@@ -89,15 +89,14 @@ class Net(nn.Module):
 class Run:
     """A model, its optimizers, and how many steps they have taken."""
 
-    model: Net
+    model: nn.Module
     optimizers: list[Optimizer]
     step: int = 0
 
     @classmethod
     def new(cls, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Run:
-        """Freshly built: AdamW or Muon, or Muon for matrices and AdamW for the rest."""
-        for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
-            seeded(seed)
+        """Freshly built, see :meth:`of`."""
+        seed_all(seed)
         model = Net(changes.pop("dropout", 0.1)).to(dtype)
         settings: dict[str, Any] = {
             "warmup_steps": 40, "analyze_every": 10, "cohort_steps": 20, "descent_steps": 40,
@@ -105,7 +104,11 @@ class Run:
             "thresholds": Thresholds(drift_stable=0.9, capture_safe=0.01, reconstruction_safe=0.05),
             "overrides": {"*": LayerOverride(budget=0.5)},
         }  # fmt: skip
-        config = SubspaceConfig(**(settings | changes))
+        return cls.of(kind, model, SubspaceConfig(**(settings | changes)))
+
+    @classmethod
+    def of(cls, kind: str, model: nn.Module, config: SubspaceConfig) -> Run:
+        """AdamW or Muon, or Muon for matrices and AdamW for the rest."""
         if kind == "adamw":
             return cls(model, [SubspaceAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, config)])
         matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -161,6 +164,11 @@ class Run:
         return sum(isinstance(module, FactorizedLinear) for module in self.model.modules())
 
 
+def seed_all(seed: int) -> None:
+    for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
+        seeded(seed)
+
+
 def copied(value: Any) -> Any:
     """Deeply, tensors too."""
     if isinstance(value, Tensor):
@@ -187,10 +195,10 @@ def digest(checkpoint: Path) -> str:
 
 
 @functools.cache
-def straight(kind: str, dtype: torch.dtype, until: int, dropout: float = 0.1) -> str:
+def straight(kind: str, dtype: torch.dtype, until: int, dropout: float = 0.1, runs: type[Run] = Run) -> str:
     """The digest of an uninterrupted run's state at a step."""
     with tempfile.TemporaryDirectory() as folder:
-        return digest(Run.new(kind, dtype, dropout=dropout).train(until).save(Path(folder)))
+        return digest(runs.new(kind, dtype, dropout=dropout).train(until).save(Path(folder)))
 
 
 # ---- what happened -----------------------------------------------------------------------------------
@@ -240,22 +248,22 @@ def _quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
-def save_for_ever(folder: str, kind: str, sender: Any) -> None:
+def save_for_ever(folder: str, kind: str, sender: Any, runs: type[Run] = Run) -> None:
     """Train on from the latest checkpoint and save after every step, until killed."""
     _quiet()
-    run = Run.new(kind, seed=7)
+    run = runs.new(kind, seed=7)
     if any(Path(folder).glob("checkpoint-*")):
         run.load(Path(folder))
     else:
-        run = Run.new(kind)
+        run = runs.new(kind)
     while True:
         run.train(run.step + 1).save(Path(folder), keep=3)
         sender.send(run.step)
 
 
-def save_some(folder: str, count: int, sender: Any) -> None:
+def save_some(folder: str, count: int, sender: Any, runs: type[Run] = Run) -> None:
     _quiet()
-    run = Run.new("adamw")
+    run = runs.new("adamw")
     sender.send([run.train(run.step + 1).save(Path(folder)).name for _ in range(count)])
 
 

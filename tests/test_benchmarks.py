@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, script
-from helpers_runs import Run
+from helpers_runs import Run, faults, results_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -28,9 +28,7 @@ from svd_optim.records import Event
 
 BENCHMARKS = ROOT / "benchmarks"
 corpus = script("examples/corpus.py")
-results_file = script("benchmarks/results_file.py")  # this and the next are what the others import
-rivals = script("benchmarks/rivals.py")
-faults = script("benchmarks/faults.py")
+rivals = script("benchmarks/rivals.py")  # which the others import
 forgetting = script("benchmarks/forgetting.py")
 quality = script("benchmarks/quality.py")
 thresholds = script("benchmarks/thresholds.py")

@@ -83,7 +83,7 @@ def test_moments_belong_to_the_matrix_and_not_to_the_signs_of_its_bases(shape, s
     )
     for a, b in zip(moments.split_second(v, U * signs, V * signs), moments.split_second(v, U, V), strict=True):
         same(a, b)
-    turned = moments.transport_second(*moments.split_second(v, U, V), U, V, U * signs, V * signs)
+    turned = moments.transport_second(*moments.split_second(v, U, V), (U.mT @ (U * signs), V.mT @ (V * signs)))
     for a, b in zip(turned, moments.split_second(v, U, V), strict=True):
         same(a, b)
 

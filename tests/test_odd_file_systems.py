@@ -17,8 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from helpers_children import child, received, save_for_ever, save_some, straight
-from helpers_runs import Run, digest, leftovers
+from helpers_runs import Run, child, digest, leftovers, received, save_for_ever, save_some, straight
 
 from svd_optim.storage import CheckpointError, export_safetensors
 from svd_optim.storage import files as storage
