@@ -7,7 +7,7 @@ import weakref
 from torch import nn
 from torch.optim import Optimizer
 
-from ..linalg import Basis, to_compute_dtype
+from ..linalg import Basis
 from .moments import transport_, transport_first
 
 
@@ -25,9 +25,7 @@ class Owner:
         """Carry moments and a pending gradient of the factors U and V from the bases ``old`` to ``new``."""
         base = self._base()
         if U.grad is not None and V.grad is not None:
-            G = (to_compute_dtype(U.grad), to_compute_dtype(V.grad))
-            for parameter, turned in zip((U, V), transport_first(*G, old.U, old.V, new.U, new.V), strict=True):
-                parameter.grad = turned.to(parameter.dtype)
+            U.grad, V.grad = transport_first(U.grad, V.grad, old.U, old.V, new.U, new.V)
         if base is not None and U in base.state and V in base.state:
             bases = ((x.U.unsqueeze(0), x.V.unsqueeze(0)) for x in (old, new))
             transport_([base.state[U]], [base.state[V]], *bases)

@@ -116,8 +116,13 @@ def join_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 
 def transport_first(M_K: Tensor, M_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
-    """M_K (m, k), M_L (n, k) in the bases U1, V1 (vector transport): the split of M_K V^T + U M_L^T, never formed."""
-    return _transport_first(M_K, M_L, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
+    """M_K (m, k), M_L (n, k) in the bases U1, V1 (vector transport): the split of M_K V^T + U M_L^T, never formed.
+
+    Computed in the compute dtype; returned in those of M_K and M_L.
+    """
+    M = to_compute_dtype(M_K), to_compute_dtype(M_L)
+    M_K1, M_L1 = _transport_first(*M, (U, V), (U1, V1), (U.mT @ U1, V.mT @ V1))
+    return M_K1.to(M_K.dtype), M_L1.to(M_L.dtype)
 
 
 def _transport_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, rotations: Pair) -> Pair:
@@ -130,12 +135,8 @@ def _transport_first(M_K: Tensor, M_L: Tensor, old: Pair, new: Pair, rotations: 
     return M_K1, M_L1
 
 
-def transport_second(v_K: Tensor, v_L: Tensor, U: Tensor, V: Tensor, U1: Tensor, V1: Tensor) -> tuple[Tensor, Tensor]:
-    """v_K, v_L in the bases U1, V1, whose spans are nearly those of U, V."""
-    return _transport_second(v_K, v_L, (U.mT @ U1, V.mT @ V1))
-
-
-def _transport_second(v_K: Tensor, v_L: Tensor, rotations: Pair) -> Pair:
+def transport_second(v_K: Tensor, v_L: Tensor, rotations: Pair) -> Pair:
+    """v_K, v_L in bases U', V', whose spans are nearly those of U, V; rotations: (U^T U', V^T V')."""
     of_U, of_V = rotations
     return v_K @ of_V.square(), v_L @ of_U.square()
 
@@ -160,9 +161,8 @@ def resize(
                 if key in state:
                     after[key] = _copy(state[key])
         elif key in FIRST:
-            transported = transport_first(to_compute_dtype(value), to_compute_dtype(state_L[key]), *old, *new)
-            for after, M in zip(resized, transported, strict=True):
-                after[key] = M.to(value.dtype).contiguous()
+            for after, M in zip(resized, transport_first(value, state_L[key], *old, *new), strict=True):
+                after[key] = M.contiguous()
         else:
             for after, v in zip(resized, (value, state_L[key]), strict=True):
                 extra = v.mean(-1, keepdim=True).expand(-1, max(0, k1 - k0))
@@ -218,7 +218,7 @@ def transport_(
         if key in FIRST:
             K1[key], L1[key] = _transport_first(K0[key], L0[key], old, new, rotations)
         else:
-            K1[key], L1[key] = _transport_second(K0[key], L0[key], rotations)
+            K1[key], L1[key] = transport_second(K0[key], L0[key], rotations)
     _bound_ratios((K1, L1), (K0, L0))
     for moments, states in ((K1, states_K), (L1, states_L)):
         for key, value in moments.items():

@@ -107,10 +107,7 @@ def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -
     if states[0] is not None and states[1] is not None:
         optimizer.state[module.U], optimizer.state[module.V] = moments.resize(states[0], states[1], *bases)
     if gradients[0] is not None and gradients[1] is not None:
-        transported = moments.transport_first(
-            to_compute_dtype(gradients[0]), to_compute_dtype(gradients[1]), *bases[0], *bases[1]
-        )
-        module.U.grad, module.V.grad = (G.to(module.U.dtype) for G in transported)
+        module.U.grad, module.V.grad = moments.transport_first(gradients[0], gradients[1], *bases[0], *bases[1])
     write_(layer.factors, new)
     layer.sums = None
     return Replacement(parameters, [module.U, module.V], ["U", "V"])
