@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from .journal import Journal
 
+_SIGNALS = sorted(signal.valid_signals())  # listed once: the list takes longer than the rest of a step's deferral
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
@@ -29,8 +31,7 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     received: dict[int, Any] = {}  # number -> frame of its first arrival
-    numbers = sorted(signal.valid_signals())
-    handlers: dict[int, Any] = {n: handler for n in numbers if callable(handler := signal.getsignal(n))}
+    handlers: dict[int, Any] = {n: handler for n in _SIGNALS if callable(handler := signal.getsignal(n))}
     for number in handlers:
         signal.signal(number, received.setdefault)
     try:
