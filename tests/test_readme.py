@@ -32,7 +32,8 @@ INLINE = re.findall(r"`([^`]+)`", PROSE)
 LINKS = re.findall(r"\]\(([^)\s]+)\)", README) + re.findall(r'src="([^"]+)"', README)
 FILES = {link for link in LINKS if "://" not in link}
 REQUIRED = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "benchmarks/README.md",
-            "examples/pictures/run.png", "examples/quickstart.py", "examples/teaching.py"}  # fmt: skip
+            "examples/pictures/run.png", "examples/quickstart.py", "examples/teaching.py",
+            "examples/lightning_averaging.py"}  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:
