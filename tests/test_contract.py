@@ -631,8 +631,9 @@ def _saved(x: Any) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("at", slow_except(105, of=[15, 55, 105]))
-@pytest.mark.parametrize("how", slow_except("deepcopy", of=COPIERS))
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [15, 55, 105])
+@pytest.mark.parametrize("how", COPIERS)
 def test_copies_train_alike_and_apart(how: str, at: int) -> None:
     model, optimizer = resumable("adamw", 0, torch.float32)
     scheduler = S.ExponentialLR(optimizer, 0.999)  # it puts its own `step` on the instance

@@ -213,7 +213,8 @@ def test_protection_in_factors_lasts_while_the_spans_would_turn_away(base: str, 
     assert optimizer.why()[0].protected and not told(optimizer, "release", "decomposition_failed")
 
 
-@pytest.mark.parametrize("base", slow_except("adamw", of=["adamw", "muon"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["adamw", "muon"])
 def test_in_factors_a_part_of_the_core_can_be_protected(base: str) -> None:
     model, optimizer = wrapped(base)
     train(model, optimizer, 10)
@@ -414,7 +415,8 @@ def test_factors_that_cannot_hold_a_protected_block_are_refused() -> None:
     assert optimizer.factorize_("all", rank=9) == ["up", "mid"]
 
 
-@pytest.mark.parametrize("action", slow_except(Action.DESCEND, of=[Action.DESCEND, Action.FACTORIZE]))
+@pytest.mark.slow
+@pytest.mark.parametrize("action", [Action.DESCEND, Action.FACTORIZE])
 def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
     class Eager:
         def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
