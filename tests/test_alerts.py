@@ -36,7 +36,7 @@ def zone_entries(inside: list[bool]) -> int:
 
 
 @pytest.mark.parametrize("value", [True, 1, numpy.float64(0.25), torch.tensor(0.5), None])
-def test_what_it_remembers_is_plain_numbers_whatever_a_policy_compares(value: object):
+def test_what_it_remembers_is_plain_numbers_whatever_a_policy_compares(value: object) -> None:
     watch, layer = AlertWatch(), report()
     mine = Condition(name="mine", value=value, threshold=0.3, above=True)
     told(watch, [replace(layer, decision=replace(layer.decision, conditions=(mine,)))] * 2)

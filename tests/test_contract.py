@@ -836,6 +836,7 @@ def test_deleting_the_wrapper_gives_layers_back_their_true_gradients() -> None:
     assert loss_of(model, 0).item() < 0.95 * first
 
 
+@pytest.mark.slow
 def test_second_wrapper_takes_factorized_layers_over_and_outlives_the_first() -> None:
     model, first = make("adamw", manual())
     first.factorize_("up", rank=9)

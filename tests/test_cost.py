@@ -339,6 +339,7 @@ def test_max_overhead_is_checked(value: Any) -> None:
 # ---- torch.compile ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_model_compiles_once_for_each_event() -> None:
     """And not at all for a structure that it has seen before."""
     torch._dynamo.reset()

@@ -119,7 +119,7 @@ def test_losses_without_noise_may_stay_where_they_are(level: float) -> None:
 
 
 @pytest.mark.parametrize("kind", slow_except("normal", of=["normal", "uniform", "two-sided exponential", "skewed"]))
-@pytest.mark.parametrize("sigmas", [3, 30, 1e6])
+@pytest.mark.parametrize("sigmas", slow_except(3, of=[3, 30, 1e6]))
 def test_a_step_of_several_sigmas_trips_at_the_first_analysis(kind: str, sigmas: float) -> None:
     for seed in range(30):
         loss = noise(kind, seed)

@@ -654,6 +654,7 @@ def test_zero_gradients_switch_nothing() -> None:
 # ---- afterwards ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_summary_counts_parameters_and_bytes() -> None:
     model, optimizer = make("adamw", quick())
     train(model, optimizer, 40)

@@ -114,7 +114,7 @@ def test_what_is_done_manually_is_repeated_by_the_replay(tmp_path: Path) -> None
     assert replay(run).events == tuple(run.events)
 
 
-def test_a_log_from_before_a_metric_was_added_is_read_without_it(tmp_path: Path):
+def test_a_log_from_before_a_metric_was_added_is_read_without_it(tmp_path: Path) -> None:
     recorded(tmp_path / "log", steps=40)
     records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     at = records[0]["columns"].index("stable_rank")

@@ -37,6 +37,7 @@ def run(base: str, sign: float, worse_from: int = 10**9, steps: int = 220) -> tu
     return model, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_maximizing_the_negative_is_minimizing(base: str) -> None:
     (one, down), (two, up) = run(base, 1.0), run(base, -1.0)
@@ -46,9 +47,10 @@ def test_maximizing_the_negative_is_minimizing(base: str) -> None:
     same_bits(weights(one), weights(two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("base", BASES)
-def test_what_gets_worse_sends_layers_back(base: str, sign: float) -> None:
+def test_a_loss_that_gets_worse_sends_layers_back(base: str, sign: float) -> None:
     switched = max(event.step for event in run(base, sign)[1].events if event.kind == "factorize")
     optimizer = run(base, sign, worse_from=switched + 5, steps=switched + 60)[1]
     assert "loss_rose" in {event.kind for event in optimizer.events}

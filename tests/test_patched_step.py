@@ -41,9 +41,10 @@ def centralize(base: Optimizer) -> None:
     base.step = step  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("base", KINDS)
-def test_it_is_called_once_a_step(base: str, before: bool) -> None:
+def test_a_patched_step_is_called_once_a_step(base: str, before: bool) -> None:
     model = net()
     inner, calls = BASES[base](model), []
     if before:
@@ -62,7 +63,7 @@ def test_it_is_called_once_a_step(base: str, before: bool) -> None:
 
 
 @pytest.mark.parametrize("base", KINDS)
-def test_observed_it_trains_as_the_bare_one(base: str) -> None:
+def test_an_observed_run_with_a_patched_step_trains_as_the_bare_one(base: str) -> None:
     bare_model, model = net(), net()
     bare, inner = BASES[base](bare_model), BASES[base](model)
     for one in (bare, inner):
@@ -77,7 +78,7 @@ def test_observed_it_trains_as_the_bare_one(base: str) -> None:
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_hooks_run_once_and_see_weights(with_closure: bool) -> None:
+def test_hooks_of_a_patched_step_run_once_and_see_weights(with_closure: bool) -> None:
     model = net()
     inner, seen = BASES["adamw"](model), []
     count_calls(inner, [])

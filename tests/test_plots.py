@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from helpers import matrices, net, train
+from helpers import matrices, net, slow_except, train
 from helpers_records import names_of
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def marks(axes: Axes) -> dict[str, list[tuple[float, float]]]:
 FIELDS = ("principal_excess", "subspace_drift", "tangent_capture", "reconstruction_error")
 
 
-@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("late", slow_except(2, of=[0, 2]))
 def test_a_heat_map_shows_each_value_at_its_layer_and_analysis_and_gaps_elsewhere(late: int) -> None:
     run = drawn_run(GPT[:9], 20, late)
     figure = run_figure(run)

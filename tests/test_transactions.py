@@ -186,6 +186,7 @@ def test_module_functions_refuse_a_layer_that_an_optimizer_trains() -> None:
     factorize_(model.head, 2)  # not tracked: its parameters are the user's to replace
 
 
+@pytest.mark.slow
 def test_copies_and_layers_whose_optimizer_is_gone_belong_to_nobody() -> None:
     model, optimizer = make("adamw", manual())
     copied = copy.deepcopy(model)
@@ -201,6 +202,7 @@ def test_copies_and_layers_whose_optimizer_is_gone_belong_to_nobody() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_wrapped_twice_is_claimed_by_whoever_trains_the_layer() -> None:
     model = make("adamw", manual())[0]
     first = SubspaceAwareOptimizer(torch.optim.SGD(model.up.parameters(), lr=0.1), model, SubspaceConfig(mode="manual"))
