@@ -416,6 +416,7 @@ def test_observe_mode_loads_what_observe_mode_saved(tmp_path: Path) -> None:
     same_bits(before, watching.state())
 
 
+@pytest.mark.slow
 def test_protection_and_descent_go_on(tmp_path: Path) -> None:
     run = Run.new("muon").train(STAGES["descending"])
     assert LayerState.DESCENDING in {row.state for row in run.wrapper.why()}

@@ -811,6 +811,7 @@ def true_gradient(layer: FactorizedLinear, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), [U, S, V]))
 
 
+@pytest.mark.slow
 def test_deleting_the_wrapper_gives_layers_back_their_true_gradients() -> None:
     model, optimizer = make("adamw", manual())
     optimizer.factorize_("up")

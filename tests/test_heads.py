@@ -255,6 +255,7 @@ def test_a_tied_head_is_skipped_as_tied() -> None:
     assert list(optimizer.layers) == ["up", "output"]
 
 
+@pytest.mark.slow
 def test_a_compiled_head_is_a_head() -> None:
     model = LanguageModel()
     model.output = torch.compile(nn.Linear(64, 50))  # type: ignore[assignment]

@@ -589,7 +589,8 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("base", slow_except("adamax", of=UNKNOWN))
+@pytest.mark.slow
+@pytest.mark.parametrize("base", UNKNOWN)
 def test_unknown_state_is_measured_never_factorized_and_says_why(base: str) -> None:
     make_base, word = UNKNOWN[base]
     ends = []
@@ -654,7 +655,6 @@ def test_zero_gradients_switch_nothing() -> None:
 # ---- afterwards ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_summary_counts_parameters_and_bytes() -> None:
     model, optimizer = make("adamw", quick())
     train(model, optimizer, 40)

@@ -318,6 +318,7 @@ def edited(lines: list[str], path: Path, kind: str, **values: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "values", "told"),
     [

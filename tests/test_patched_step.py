@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BASES, loss_of, manual, net, quick, same_bits, train, weights
+from helpers import BASES, loss_of, manual, net, quick, same_bits, slow_except, train, weights
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -62,7 +62,7 @@ def test_a_patched_step_is_called_once_a_step(base: str, before: bool) -> None:
     same_bits(weights(model), weights(plain_model))
 
 
-@pytest.mark.parametrize("base", KINDS)
+@pytest.mark.parametrize("base", slow_except("sgd", of=KINDS))
 def test_an_observed_run_with_a_patched_step_trains_as_the_bare_one(base: str) -> None:
     bare_model, model = net(), net()
     bare, inner = BASES[base](bare_model), BASES[base](model)

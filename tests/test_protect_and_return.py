@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import batch, everything, make, manual, matrices, net, quick, same_bits, slow_except, train
+from helpers import batch, everything, make, manual, matrices, net, quick, same_bits, train
 from torch import Tensor, nn
 
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
@@ -132,7 +132,8 @@ def test_a_layer_that_low_rank_no_longer_serves_goes_back_and_keeps_pace_with_de
     assert errors[True] < 1.2 * errors[False] + 1e-3
 
 
-@pytest.mark.parametrize("told", slow_except("closure", of=["closure", "observe_loss"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["closure", "observe_loss"])
 def test_a_loss_that_rises_after_a_switch_sends_the_switched_layers_back(told: str) -> None:
     model, optimizer = make("adamw", manual(mode="auto", cohort_steps=10_000, warmup_steps=10_000))
     jump = 0.0

@@ -121,7 +121,8 @@ def test_the_block_does_not_move_and_everything_else_does(base: str, where: str,
     assert not any(row.protected for row in optimizer.why())
 
 
-@pytest.mark.parametrize("where", slow_except("factors", of=["dense", "factors"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["dense", "factors"])
 def test_without_protection_the_same_steps_move_the_block(where: str) -> None:
     model, optimizer = wrapped("adamw")
     train(model, optimizer, 10)
@@ -434,6 +435,7 @@ def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
     assert set(factorized(model)) == {"up", "mid"}
 
 
+@pytest.mark.slow
 def test_a_protected_core_keeps_its_rank() -> None:
     class Shrinker:
         def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]

@@ -76,7 +76,7 @@ def relative(W: Tensor, expected: Tensor) -> float:
 @over_types
 @over_seeds
 @over_shapes
-@pytest.mark.parametrize("interval", [10, 20])
+@pytest.mark.parametrize("interval", slow_except(10, of=[10, 20]))
 def test_metrics_of_the_example_are_those_of_the_library(
     interval: int, shape: tuple[int, int, int], seed: int, dtype: torch.dtype
 ) -> None:
