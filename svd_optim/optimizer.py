@@ -16,10 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import SubspaceConfig
-from .factors.surgery import saved_factors
-from .linalg import Basis
 from .records import Events, LayerMetrics, LayerReports, Plan, Summary, clean
-from .tracking import inventory, loading, manual, protecting
+from .tracking import inventory, loading, manual
 from .tracking.controller import Controller
 from .tracking.layer import TrackedLayer
 from .tracking.listeners import Listener
@@ -42,7 +40,7 @@ class _RestoreHook:
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
         optimizer = self.optimizer()
         if optimizer is not None and optimizer.config.mode != "observe":
-            optimizer._restore_structure(state_dict, prefix)
+            loading.restore_structure(optimizer._controller, optimizer.model, state_dict, prefix)
 
     def __reduce__(self) -> tuple[type[_RestoreHook], tuple[()]]:
         return _RestoreHook, ()
@@ -213,7 +211,7 @@ class SubspaceAwareOptimizer(Optimizer):
         """Load the result of :meth:`state_dict`, or a state dict of the bare base optimizer.
 
         Layers are factorized or made dense as in the saved state; if the model was not loaded before, by truncating
-        its present weights.
+        its present weights. Then :meth:`step` raises until the saved factors are there.
 
         Raises:
             ValueError: the state has other layers or another version; nothing was changed.
@@ -235,21 +233,6 @@ class SubspaceAwareOptimizer(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _restore_structure(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Convert tracked layers to the structure that they have in a model's state dict."""
-        ranks: dict[str, int | None] = {}
-        saved: dict[str, Basis] = {}
-        dense: dict[str, tuple[torch.Tensor]] = {}
-        for name in self.layers:
-            key = prefix if self.layers[name].module is self.model else f"{prefix}{name}."
-            factors = saved_factors(state_dict, key)
-            if factors is not None:
-                ranks[name], saved[name] = factors.S.numel(), factors
-            elif f"{key}weight" in state_dict:
-                ranks[name], dense[name] = None, (state_dict[f"{key}weight"],)
-        protecting.release_unless_held(self._controller, {**saved, **dense})
-        loading.restore_layers(self._controller, ranks, saved)
-
     # ---- one step ------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -259,6 +242,9 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Returns:
             The loss if there is a closure, else what the base optimizer returns.
+
+        Raises:
+            RuntimeError: a state was loaded here, but not the factors that belong to it into the model; nothing moved.
         """
         controller = self._controller
         if controller.analyzes_next:  # what was frozen, freed, tied or added since is seen then

@@ -503,6 +503,7 @@ def test_load_state_dict_takes_its_argument_by_name_and_leaves_it_alone() -> Non
     saved = optimizer.state_dict()
     kept = frozen_copy(saved["svd_optim"])
     other_model, other = make("adamw", manual(), seed=3)
+    other_model.load_state_dict(model.state_dict())
     other.load_state_dict(state_dict=saved)
     train(other_model, other, 7)  # (what is the base's own, torch aliases)
     assert "svd_optim" in saved

@@ -60,6 +60,8 @@ class TrackedLayer(LayerLife):
 
     factors: FactorState | None = None
     """Its state in the tangent step, while it is factorized."""
+    expected: list[Tensor] | None = None
+    """The fingerprint of its factors in the run that was loaded, until they are found; see :mod:`.fingerprints`."""
     dense_anchor: Anchor | None = None
     """The protected block, while it is dense and protected."""
     guarded_since: int | None = None

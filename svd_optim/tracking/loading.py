@@ -6,15 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..decisions.machine import DENSE, FACTORIZED, Trigger
+from ..factors.surgery import saved_factors
 from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
 from ..linalg.fallback import IN_A_ROW, with_float64_fallback
+from .fingerprints import forget_found
 from .layer import TrackedLayer
-from .protecting import drop_protection
+from .protecting import drop_protection, release_unless_held
 from .replacement import Replacement, replace_parameters_, to_dense_, to_factors_
 from .run import TrackedRun
 from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
+
+
+def restore_structure(run: TrackedRun, model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Convert layers to the structure that they have in a model's state dict, which is about to be loaded."""
+    ranks: dict[str, int | None] = {}
+    saved: dict[str, Basis] = {}
+    dense: dict[str, tuple[Tensor]] = {}
+    for name, layer in run.layers.items():
+        key = prefix if layer.module is model else f"{prefix}{name}."
+        factors = saved_factors(state_dict, key)
+        if factors is not None:
+            ranks[name], saved[name] = factors.S.numel(), factors
+        elif f"{key}weight" in state_dict:
+            ranks[name], dense[name] = None, (state_dict[f"{key}weight"],)
+    release_unless_held(run, {**saved, **dense})
+    restore_layers(run, ranks, saved)
+    for name in ranks:
+        run.layers[name].expected = None  # these are the user's choice
 
 
 @torch.no_grad()
@@ -80,6 +101,7 @@ def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
         layer.warned_of_failures = layer.failures >= IN_A_ROW
         if layer.factorized:
             run.attachment.attach(layer, run.steps)
+    forget_found(run)
 
 
 def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[str, Any]) -> None:

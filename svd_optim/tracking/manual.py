@@ -12,6 +12,7 @@ from ..decisions.machine import Trigger
 from ..linalg import full_precision
 from ..records import LayerState, break_even_rank
 from .descent import exact_bases
+from .fingerprints import require_found
 from .layer import TrackedLayer
 from .protecting import keep_blocks_, protect_manually, release
 from .refreshing import update_energy_rank
@@ -23,11 +24,12 @@ def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[T
     """The tracked layers that match names or globs.
 
     Raises:
-        RuntimeError: in observe mode.
+        RuntimeError: in observe mode, or factors that should have been loaded are missing.
         ValueError: a name or glob matches no layer.
     """
     if run.config.mode == "observe":
         raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
+    require_found(run)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     matched: dict[str, TrackedLayer] = {}
     for pattern in patterns:

@@ -17,12 +17,13 @@ from ..linalg import Basis
 from ..linalg.protection import Anchor
 from ..records import Event, LayerMetrics, LayerState
 from . import kinds
+from .fingerprints import fingerprint
 from .kinds import Kind, or_none
 from .layer import TrackedLayer
 from .loss_guard import PENDING
 from .refreshing import SCALARS
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 class Sizes(NamedTuple):
@@ -112,6 +113,10 @@ def _load_anchor(layer: TrackedLayer, value: list[Tensor] | None) -> None:
         layer.factors.anchor = anchor
 
 
+def _save_fingerprint(layer: TrackedLayer) -> list[Tensor] | None:
+    return fingerprint(layer) if layer.expected is None else layer.expected
+
+
 def _pair(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
@@ -147,6 +152,11 @@ LAYER_FIELDS: Mapping[str, Field] = {
         lambda s: or_none(kinds.tensors((s.m, None), (s.n, None), (None, None))),
     ),
     "masters": _tensors("factors.masters", Basis, lambda s: kinds.tensors((s.m, s.k), (s.k,), (s.n, s.k))),
+    "fingerprint": Field(
+        _save_fingerprint,
+        lambda x, value: setattr(x, "expected", value if x.factorized else None),
+        lambda s: or_none(kinds.tensors((s.k,), (s.k,), (s.k,))),
+    ),
     "nonfinite_steps": _tensor("factors.nonfinite", lambda _: kinds.dtype_and_shape(torch.int64, ())),
 }
 

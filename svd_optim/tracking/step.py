@@ -27,6 +27,7 @@ from torch.optim import optimizer as optimizer_module
 from ..factors.tangent_step import FactorBatch, all_lr_zero
 from ..linalg import full_precision
 from .controller import Controller
+from .fingerprints import require_found
 from .transactions import uninterrupted
 
 
@@ -59,6 +60,7 @@ class StepInProgress:
     def enter_factors(self) -> None:
         """Just before the base optimizer's update. From here to the end of the step signals are deferred."""
         if self._counts():
+            require_found(self.controller)
             self._signals_deferred.enter_context(uninterrupted())
             with torch.no_grad(), full_precision():
                 self.controller.note_moves()
