@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from ..decisions.descent_schedule import too_late
 from ..decisions.lifecycle import GUARD
 from ..decisions.machine import Trigger
+from ..distributed import world_size
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_
 from ..linalg.fallback import IN_A_ROW
-from ..records import Action, Condition, LayerState, Plan
+from ..records import Action, Condition, Decision, LayerState, Plan
 from . import budget, measuring, refreshing
 from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, guard_changes, tripped
@@ -87,6 +88,11 @@ class Controller(TrackedRun):
         factors = [layer.factors for layer in self.layers.values() if layer.factors is not None]
         if not factors:
             return []
+        if world_size() > 1:  # their sketches and guards see one process's data: the processes would part
+            raise RuntimeError(
+                f"layer {factors[0].name!r} is factorized, and training in factors is not supported in a distributed "
+                f"run yet: merge_('all') first, before DistributedDataParallel wraps the model"
+            )
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
         return enter_factors_(factors, self.base, groups)
 
@@ -109,6 +115,7 @@ class Controller(TrackedRun):
         layers = list(self.layers.values())
         for layer in layers:
             layer.restore_block_()
+        self._stop_barred_descents()
         with self.journal.clock("descend"):
             ended = descend_(layers, self.steps, self.config.analyze_every, self.moves)
         self._conclude_descents(ended)
@@ -220,6 +227,14 @@ class Controller(TrackedRun):
             return False
         self.lifecycle.stop_descent(layer, self.steps, Trigger.UNSUPPORTED, reason)
         return True
+
+    def _stop_barred_descents(self) -> None:
+        """Descents of a loaded run end before they fade anything where no layer can be factorized, or none may be."""
+        reason = "mode='observe' changes nothing" if self.config.mode == "observe" else self.unsupported_run()
+        for layer in self.layers.values() if reason else ():
+            if layer.state == LayerState.DESCENDING:
+                self.lifecycle.stop_descent(layer, self.steps, Trigger.UNSUPPORTED, reason)
+                layer.decision = Decision(action=Action.HOLD, reason=f"descent stopped: {reason}")
 
     def _note_nonfinite(self, layer: TrackedLayer) -> None:
         last = layer.history[-1]
