@@ -343,13 +343,24 @@ def test_checkpoints(works: list[tuple[str, int, int]], tmp_path: Path) -> None:
     state = optimizer.state_dict()
     taken(works)
     save_checkpoint(tmp_path, model, optimizer)
+    tensors, parameters = len(model.state_dict()), len(optimizer.state)
+    assert tensors > parameters > 1
+    checks = [("checking the model", tensors, tensors), ("checking the optimizer", parameters, parameters)]
     saved = taken(works)
-    assert [what for what, *_ in saved] == ["verifying model.safetensors", "verifying state.safetensors"]
-    assert saved[0][1:] == (len(model.state_dict()),) * 2
+    assert saved[:3] == [*checks, ("copying tensors", tensors, tensors)]
+    assert saved[4] == ("hashing model.safetensors", tensors, tensors)
+    others = saved[3][1]
+    assert others > parameters
+    assert (saved[3], *saved[5:]) == (
+        ("copying tensors", others, others), ("hashing state.safetensors", others, others)
+    )  # fmt: skip
     fresh, other = make("adamw", manual())
     load_checkpoint(tmp_path, fresh, other)
     count = len(optimizer.layers)
-    assert taken(works) == [*saved, ("restoring layers", count, count)]
+    assert taken(works) == [
+        ("verifying model.safetensors", tensors, tensors), ("verifying state.safetensors", others, others),
+        *checks, ("restoring layers", count, count),
+    ]  # fmt: skip
     same_bits(everything(model, optimizer), everything(fresh, other))
     fresh, other = make("adamw", manual())
     other.load_state_dict(state)  # without the model: its present weights are truncated

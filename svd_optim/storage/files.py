@@ -140,7 +140,8 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"tensor {name!r} is sparse or quantized, and can't be saved")
         if name == "__metadata__":
             raise CheckpointError("a tensor called '__metadata__' could not be loaded; rename it")
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with tracked(tensors.items(), "copying tensors") as each:
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in each}
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def _write_files(path: Path, parts: Mapping[str, Part]) -> None:
             safetensors.torch.save_file(part.named, path / file)
             set_mode(path / file, mode, path.parent)  # safetensors makes it 0600
             sync(path / file, path.parent)
-            with tracked(part.named.items(), f"verifying {file}") as each:
+            with tracked(part.named.items(), f"hashing {file}") as each:
                 tensors = {name: _described(tensor) for name, tensor in each}
             described[file] = {"bytes": (path / file).stat().st_size, "tensors": tensors, "tree": part.tree}
         canonical = _canonical({"format": FORMAT, "files": described})
