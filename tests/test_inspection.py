@@ -321,13 +321,6 @@ def test_a_budget_out_of_range_is_refused(tmp_path: Path, budget: float) -> None
 # ---- what is shown -----------------------------------------------------------------------------------
 
 
-def test_progress_is_told_before_each_matrix_and_at_the_end(tmp_path: Path) -> None:
-    save_file({f"w{i}": torch.randn(4, 5) for i in range(3)}, tmp_path / "a.safetensors")
-    told: list[tuple[int, int]] = []
-    inspect_file(tmp_path / "a.safetensors", progress=lambda *args: told.append(args))
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
-
-
 def test_an_inspection_is_plain_json(tmp_path: Path) -> None:
     inspected(tmp_path, a=torch.randn(4, 5), zero=torch.zeros(3, 3), b=torch.zeros(2))
     found = inspect_file(tmp_path)

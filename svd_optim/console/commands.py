@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -224,11 +223,8 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     """The spectra of the matrices in a model file."""
     from .spectra import inspect_file, inspection_table
 
-    terminal = Console(stderr=True)
     try:
-        with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-            bar = progress.add_task("singular values", total=None)
-            found = inspect_file(args.file, args.budget, lambda done, n: progress.update(bar, completed=done, total=n))
+        found = inspect_file(args.file, args.budget)
     except OSError as error:
         raise Problem(f"can't read {args.file}: {error.strerror or error}") from error
     except ValueError as error:

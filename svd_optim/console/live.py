@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -17,9 +15,9 @@ from rich.live import Live
 from rich.text import Text
 
 from ..decisions.alerts import WINDOW, Alert, Level, about_to_act, trend
-from ..distributed import is_main_process
 from ..records import Event, LayerReport, LayerState, Summary, clean
 from ..tracking.listeners import Listener
+from .bars import can_redraw, tqdm_class
 from .report import ConsoleReport, alert_lines, event_line
 from .tables import COLUMNS, Strip, layer_rows, name_table, near_thresholds, number
 
@@ -229,17 +227,14 @@ class LiveView(Listener):
 
     def _drawing(self) -> bool:
         """Whether the table can be redrawn; if not, because of another live display for example, it is closed."""
-        console = self.console
-        possible = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
-        if not possible or os.environ.get("CI") or not is_main_process() or self._others():
+        if not can_redraw(self.console) or self._others():
             self.close()
             return False
         return True
 
     def _others(self) -> bool:
         """Whether there is another live display of rich or a progress bar of tqdm."""
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        if len(getattr(tqdm, "_instances", ())):
+        if len(getattr(tqdm_class(), "_instances", ())):
             return True
         lives = getattr(self.console, "_live_stack", None)  # rich has no public interface for it
         return any(live not in self._lives for live in lives or ())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import rich
@@ -34,6 +32,7 @@ from ..records import (
     clean,
 )
 from ..tracking.listeners import Listener
+from .bars import without_tqdm
 from .names import layer_name, shorten, shorten_names
 from .spectra import Inspection, inspection_table
 from .tables import FACTS, layer_table, number, plain_table, plan_table
@@ -334,9 +333,7 @@ class ConsoleReport(Listener):
                 plain.print(what)
             text = capture.get().translate(_ASCII).encode(encoding, "replace").decode(encoding)
             what = Text(text.rstrip("\n"))
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        bars = nullcontext() if tqdm is None else tqdm.external_write_mode(file=self.console.file)
-        with bars:
+        with without_tqdm(self.console):
             self.console.print(what)
 
 

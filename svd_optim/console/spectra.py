@@ -22,6 +22,7 @@ from torch import Tensor
 from ..decisions.planner import uniform_rank
 from ..linalg.fallback import LinAlgError
 from ..records import Renderable, clean, significant
+from ..records.progress import tracked
 from ..storage.model_files import StoredTensor, open_tensors
 from ..tracking.refreshing import octaves
 from .tables import ALWAYS, Strip, name_table
@@ -82,9 +83,7 @@ class Inspection(Renderable):
         return sum(matrix.parameters for matrix in self.matrices)
 
 
-def inspect_file(
-    path: str | Path, budget: float = 0.5, progress: Callable[[int, int], None] | None = None
-) -> Inspection:
+def inspect_file(path: str | Path, budget: float = 0.5) -> Inspection:
     """The spectra of all matrices of a model; only one of them at a time is in memory.
 
     Up to a smaller side of 512 (and 2^24 entries) singular values are computed by an SVD in float64. Above, they are
@@ -97,7 +96,6 @@ def inspect_file(
         path: a safetensors file, a PyTorch state dict, an index of shards, a folder, a checkpoint: see
             :func:`~svd_optim.storage.model_files.open_tensors`.
         budget: the share of each matrix's parameters that ``budget_rank`` may keep, in (0, 1].
-        progress: called before each matrix and at the end with (number of matrices done, total number).
 
     Raises:
         OSError: a file is missing or can't be read.
@@ -107,14 +105,9 @@ def inspect_file(
         raise ValueError(f"budget must be in (0, 1], got {budget!r}: the share of the numbers to keep")
     with open_tensors(path) as tensors:
         found, others = _matrices_in(tensors)
-        matrices: list[MatrixReport] = []
-        for matrix in found:
-            if progress is not None:
-                progress(len(matrices), len(found))
-            matrices.append(_report(matrix, budget))
-    if progress is not None:
-        progress(len(found), len(found))
-    return Inspection(path=str(path), budget=budget, matrices=tuple(matrices), others=others)
+        with tracked(found, "singular values") as each:
+            matrices = tuple(_report(matrix, budget) for matrix in each)
+    return Inspection(path=str(path), budget=budget, matrices=matrices, others=others)
 
 
 # ---- what is a matrix --------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..records.progress import tracked
 from .file_system import locked, set_mode, sync, try_lock
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"tensor {name!r} is sparse or quantized, and can't be saved")
         if name == "__metadata__":
             raise CheckpointError("a tensor called '__metadata__' could not be loaded; rename it")
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with tracked(tensors.items(), "copying tensors") as each:
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in each}
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:
@@ -197,7 +199,8 @@ def _write_files(path: Path, parts: Mapping[str, Part]) -> None:
             safetensors.torch.save_file(part.named, path / file)
             set_mode(path / file, mode, path.parent)  # safetensors makes it 0600
             sync(path / file, path.parent)
-            tensors = {name: _described(tensor) for name, tensor in part.named.items()}
+            with tracked(part.named.items(), f"hashing {file}") as each:
+                tensors = {name: _described(tensor) for name, tensor in each}
             described[file] = {"bytes": (path / file).stat().st_size, "tensors": tensors, "tree": part.tree}
         canonical = _canonical({"format": FORMAT, "files": described})
         manifest.write(b'{"sha256":"%s","body":%s}\n' % (hashlib.sha256(canonical).hexdigest().encode(), canonical))
@@ -393,7 +396,9 @@ def _read_tensors(path: Path, size: Any, described: Any) -> dict[str, Tensor]:
     if differ:
         where = "not in the manifest" if differ[0] in tensors else "missing"
         raise CheckpointError(f"{path}: tensor {differ[0]!r} is {where}")
-    for name, tensor in tensors.items():
-        if _described(tensor) != described[name]:
-            raise CheckpointError(f"{path}: tensor {name!r}: type, shape or digest differ: it has changed since saving")
+    with tracked(tensors.items(), f"verifying {path.name}") as each:
+        for name, tensor in each:
+            if _described(tensor) != described[name]:
+                reason = "type, shape or digest differ: it has changed since saving"
+                raise CheckpointError(f"{path}: tensor {name!r}: {reason}")
     return tensors

@@ -17,6 +17,7 @@ from ..decisions.machine import DESCENDING, FACTORIZED, Protection
 from ..factors.linear import FactorizedLinear
 from ..factors.moments import FIRST, SECOND
 from ..optimizer import SubspaceAwareOptimizer
+from ..records.progress import tracked
 from ..tracking.loading import saved_ranks
 from ..tracking.saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, Field, Sizes
 from .files import CheckpointError, Part
@@ -77,15 +78,16 @@ def check_model(part: Part, model: nn.Module, same_type: bool = True) -> None:
         parameters |= shapes.keys()
     differ = sorted(expected.keys() ^ (saved.keys() | values.keys()))
     _require(not differ, where, f"{differ[:1]} is only in {'the model' if set(differ[:1]) & set(expected) else 'it'}")
-    for name, tensor in saved.items():
-        wanted = expected[name]
-        _require(isinstance(wanted, Tensor), where, f"{name!r} is no tensor in the model")
-        shape = tuple(tensor.shape)
-        _require(shape == wanted.shape, where, f"{name!r} has shape {shape}, the model's has {tuple(wanted.shape)}")
-        if same_type:
-            _require(tensor.dtype == wanted.dtype, where, f"{name!r} is {tensor.dtype}, the model's is {wanted.dtype}")
-        if name in parameters:
-            check_finite(tensor, where, name)
+    with tracked(saved.items(), "checking the model") as each:
+        for name, tensor in each:
+            now = expected[name]
+            _require(isinstance(now, Tensor), where, f"{name!r} is no tensor in the model")
+            shape = tuple(tensor.shape)
+            _require(shape == now.shape, where, f"{name!r} has shape {shape}, the model's has {tuple(now.shape)}")
+            if same_type:
+                _require(tensor.dtype == now.dtype, where, f"{name!r} is {tensor.dtype}, the model's is {now.dtype}")
+            if name in parameters:
+                check_finite(tensor, where, name)
 
 
 def _check_factors(saved: Mapping[str, Tensor], name: str, about: Any, layer: nn.Linear) -> None:
@@ -244,17 +246,23 @@ def _same_kind(value: Any, now: Any) -> bool:
 
 def _check_state(state: Any, names: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
     _require(_is_dict_of_dicts(state), where, "its state is no table of names")
-    for name, values in state.items():
-        _require(name in names, where, f"it has state for {name!r}, which is in none of its groups")
-        for key, value in values.items():
-            if not isinstance(value, Tensor):
-                _require(key not in FIRST | SECOND or value is None, where, f"{name}: {key!r} is no tensor")
-                continue
-            check_finite(value, where, f"{name}: {key}")
-            shape, wanted = tuple(value.shape), tuple(tensors[name].shape)
-            if key in FIRST | SECOND:
-                _require(shape == wanted, where, f"{name}: {key!r} has shape {shape}, the parameter {wanted}")
-            _require(key != "step" or value.numel() == 1, where, f"{name}: step has shape {shape}")
+    with tracked(state.items(), "checking the optimizer") as each:
+        for name, values in each:
+            _require(name in names, where, f"it has state for {name!r}, which is in none of its groups")
+            _check_values(values, name, tensors, where)
+
+
+def _check_values(values: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check the state of the parameter called ``name``."""
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            _require(key not in FIRST | SECOND or value is None, where, f"{name}: {key!r} is no tensor")
+            continue
+        check_finite(value, where, f"{name}: {key}")
+        shape, wanted = tuple(value.shape), tuple(tensors[name].shape)
+        if key in FIRST | SECOND:
+            _require(shape == wanted, where, f"{name}: {key!r} has shape {shape}, the parameter {wanted}")
+        _require(key != "step" or value.numel() == 1, where, f"{name}: step has shape {shape}")
 
 
 # ---- the state of the wrapper ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ..decisions import planner
 from ..decisions.planner import quantum
 from ..records import LayerState, Plan, PlannedLayer, break_even_rank, parameter_count
 from .layer import TrackedLayer
-from .refreshing import RANK_HYSTERESIS, update_energy_rank
+from .refreshing import RANK_HYSTERESIS, update_energy_ranks_
 
 PLAN_HYSTERESIS = 0.25  # relative change below which a plan after warmup keeps a rank, and so its decision window
 
@@ -65,9 +65,8 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
 
 def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:
     """Update the target ranks of layers that have not started their descents: by energy, or by the plan."""
-    for layer in layers.values():
-        if layer.energy_target is not None and layer.state in (LayerState.WARMUP, LayerState.DENSE):
-            update_energy_rank(layer)
+    undecided = [layer for layer in layers.values() if layer.state in (LayerState.WARMUP, LayerState.DENSE)]
+    update_energy_ranks_([layer for layer in undecided if layer.energy_target is not None])
     follow_plan_(layers, config, step)
 
 

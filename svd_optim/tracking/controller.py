@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from ..decisions.descent_schedule import too_late
 from ..decisions.lifecycle import GUARD
 from ..decisions.machine import Trigger
+from ..distributed import world_size
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_
 from ..linalg.fallback import IN_A_ROW
-from ..records import Action, Condition, LayerState, Plan
+from ..records import Action, Condition, Decision, LayerState, Plan
+from ..records.progress import tracked
 from . import budget, measuring, refreshing
 from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, guard_changes, tripped
@@ -62,31 +64,39 @@ class Controller(TrackedRun):
         """Measure the gradients at the eligible steps, before the base optimizer can modify them."""
         step = self.steps + 1
         eligible = step % (self.config.measure_every * self.overhead.stretch) == 0 or step % self.interval == 0
-        measured = []
         with self.journal.clock("measure"):
-            for layer in list(self.layers.values()):
-                layer.follow_weight()
-                if layer.weight.grad is None or not (eligible or (layer.cached is None and not layer.factorized)):
-                    continue
-                if layer.weight.grad.is_sparse:
-                    self.stop_tracking(layer, "its gradient is sparse")
-                elif self._has_basis(layer, step) and eligible:
-                    measured.append(layer)
-            measuring.measure(measured)
+            layers = self._with_gradients()
+            new = [layer for layer in layers if layer.cached is None and not layer.factorized]
+            with self.journal.hold_events(), tracked(new, "first bases") as each:
+                for layer in each:
+                    self._find_basis(layer, step)
+            if eligible:
+                measuring.measure(layer for layer in layers if layer.cached is not None or layer.factorized)
 
-    def _has_basis(self, layer: TrackedLayer, step: int) -> bool:
+    def _with_gradients(self) -> list[TrackedLayer]:
+        for layer in list(self.layers.values()):
+            layer.follow_weight()
+            if layer.weight.grad is not None and layer.weight.grad.is_sparse:
+                self.stop_tracking(layer, "its gradient is sparse")
+        return [layer for layer in self.layers.values() if layer.weight.grad is not None]
+
+    def _find_basis(self, layer: TrackedLayer, step: int) -> None:
         reported = layer.nonfinite
-        usable = measuring.ensure_basis(layer, step, self.config)
+        measuring.find_basis(layer, step, self.config)
         if layer.nonfinite and not reported:
             reason = "NaN or Inf in the weight from the start: no basis, not measured"
             self.lifecycle.note(self.steps, layer.name, "nonfinite", reason)
-        return usable
 
     def enter_factors(self) -> list[FactorBatch]:
         """Put K and 0 into the factorized layers' parameters for the base optimizer to step on."""
         factors = [layer.factors for layer in self.layers.values() if layer.factors is not None]
         if not factors:
             return []
+        if world_size() > 1:  # their sketches and guards see one process's data: the processes would part
+            raise RuntimeError(
+                f"layer {factors[0].name!r} is factorized, and training in factors is not supported in a distributed "
+                f"run yet: merge_('all') first, before DistributedDataParallel wraps the model"
+            )
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
         return enter_factors_(factors, self.base, groups)
 
@@ -109,6 +119,7 @@ class Controller(TrackedRun):
         layers = list(self.layers.values())
         for layer in layers:
             layer.restore_block_()
+        self._stop_barred_descents()
         with self.journal.clock("descend"):
             ended = descend_(layers, self.steps, self.config.analyze_every, self.moves)
         self._conclude_descents(ended)
@@ -220,6 +231,14 @@ class Controller(TrackedRun):
             return False
         self.lifecycle.stop_descent(layer, self.steps, Trigger.UNSUPPORTED, reason)
         return True
+
+    def _stop_barred_descents(self) -> None:
+        """Descents of a loaded run end before they fade anything where no layer can be factorized, or none may be."""
+        reason = "mode='observe' changes nothing" if self.config.mode == "observe" else self.unsupported_run()
+        for layer in self.layers.values() if reason else ():
+            if layer.state == LayerState.DESCENDING:
+                self.lifecycle.stop_descent(layer, self.steps, Trigger.UNSUPPORTED, reason)
+                layer.decision = Decision(action=Action.HOLD, reason=f"descent stopped: {reason}")
 
     def _note_nonfinite(self, layer: TrackedLayer) -> None:
         last = layer.history[-1]

@@ -17,6 +17,7 @@ from .. import linalg
 from ..factors.tangent_step import lr_is_zero
 from ..linalg.fallback import with_float64_fallback
 from ..records import LayerState
+from ..records.progress import tracked
 from .layer import TrackedLayer
 
 
@@ -34,16 +35,17 @@ def exact_bases(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis]
     A weight that is not finite, or can't be decomposed, has no basis and an infinite error.
     """
     bases, errors = {}, {}
-    for layer in layers:
-        W = linalg.to_compute_dtype(layer.module.weight)
-        basis = _exact_basis(W, min(layer.rank + linalg.OVERSAMPLING, *layer.shape))
-        errors[layer.name] = W.new_full((), torch.inf, dtype=torch.float64)
-        if bool(torch.isfinite(W).all()):
-            layer.count_decomposition(basis is not None)
-        if basis is not None:
-            bases[layer.name] = basis
-            error = linalg.reconstruction_error(basis.S[: layer.rank], linalg.energy(W))
-            errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error)
+    with tracked(layers, "exact bases") as each:
+        for layer in each:
+            W = linalg.to_compute_dtype(layer.module.weight)
+            basis = _exact_basis(W, min(layer.rank + linalg.OVERSAMPLING, *layer.shape))
+            errors[layer.name] = W.new_full((), torch.inf, dtype=torch.float64)
+            if bool(torch.isfinite(W).all()):
+                layer.count_decomposition(basis is not None)
+            if basis is not None:
+                bases[layer.name] = basis
+                error = linalg.reconstruction_error(basis.S[: layer.rank], linalg.energy(W))
+                errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error)
     values = torch.stack([*errors.values()]).tolist() if errors else []
     return bases, dict(zip(errors, values, strict=True))
 

@@ -12,6 +12,7 @@ from ..decisions.machine import DENSE, FACTORIZED, Trigger
 from ..factors.surgery import saved_factors
 from ..linalg import Basis, exact_basis, full_precision, to_compute_dtype
 from ..linalg.fallback import IN_A_ROW, with_float64_fallback
+from ..records.progress import tracked
 from .fingerprints import forget_found
 from .layer import TrackedLayer
 from .protecting import drop_protection, release_unless_held
@@ -52,21 +53,21 @@ def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapp
     """
     merged: list[Replacement] = []
     factorized: list[Replacement] = []
-    for name, rank in ranks.items():
-        layer = run.layers[name]
-        if rank == (layer.rank if layer.factorized else None):
-            continue
-        drop_protection(layer)  # the loaded weight has another principal block
-        if layer.factorized:
-            merged.append(to_dense_(layer, run.base))
-            layer.fire(Trigger.LOAD_DENSE)
-        if rank is not None:
-            layer.set_rank(rank)
-            basis = saved[name] if saved and name in saved else _factors_of_weight(layer)
-            factors = Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis))
-            factorized.append(to_factors_(layer, run.base, factors))
-            layer.fire(Trigger.LOAD_FACTORIZED)
-            run.attachment.attach(layer, run.steps)
+    present = {name: layer.rank if layer.factorized else None for name, layer in run.layers.items()}
+    with tracked([name for name in ranks if ranks[name] != present[name]], "restoring layers") as each:
+        for name in each:
+            layer, rank = run.layers[name], ranks[name]
+            drop_protection(layer)  # the loaded weight has another principal block
+            if layer.factorized:
+                merged.append(to_dense_(layer, run.base))
+                layer.fire(Trigger.LOAD_DENSE)
+            if rank is not None:
+                layer.set_rank(rank)
+                basis = saved[name] if saved and name in saved else _factors_of_weight(layer)
+                factors = Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis))
+                factorized.append(to_factors_(layer, run.base, factors))
+                layer.fire(Trigger.LOAD_FACTORIZED)
+                run.attachment.attach(layer, run.steps)
     replace_parameters_(run.base, merged)
     replace_parameters_(run.base, factorized)  # a layer of another rank is in both
 

@@ -11,11 +11,12 @@ from ..decisions.lifecycle import MANUAL
 from ..decisions.machine import Trigger
 from ..linalg import full_precision
 from ..records import LayerState, break_even_rank
+from ..records.progress import tracked
 from .descent import exact_bases
 from .fingerprints import require_found
 from .layer import TrackedLayer
-from .protecting import keep_blocks_, protect_manually, release
-from .refreshing import update_energy_rank
+from .protecting import exact_principal, keep_blocks_, protect_manually, release
+from .refreshing import update_energy_ranks_
 from .run import TrackedRun
 from .switching import Changes, switch
 
@@ -46,9 +47,9 @@ def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) ->
     """Factorize layers now, by truncation without a descent. See ``SubspaceAwareOptimizer.factorize_``."""
     chosen = [layer for layer in by_name(run, layers, "factorize_") if not layer.factorized]
     unsupported = run.unsupported(chosen)
+    unknown = [x for x in chosen if rank is None and x.cached is None and x.energy_target is not None]
+    update_energy_ranks_(unknown)
     for layer in chosen:
-        if rank is None and layer.cached is None and layer.energy_target is not None:
-            update_energy_rank(layer)
         _check_rank(layer, layer.rank if rank is None else rank)
         if layer.name in unsupported:
             raise RuntimeError(f"factorize_: layer {layer.name!r} can't be factorized: {unsupported[layer.name]}")
@@ -109,8 +110,10 @@ def protect(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> l
         _check_protected_rank(layer, rank)
         if not all(bool(torch.isfinite(p).all()) for p in layer.module.parameters()):
             raise ValueError(f"protect_: layer {layer.name!r} holds NaN or Inf; repair it first")
-    for layer in chosen:
-        protect_manually(run, layer, rank)
+    with tracked(chosen, "exact bases") as each:
+        principals = [exact_principal(layer, rank) for layer in each]
+    for layer, principal in zip(chosen, principals, strict=True):
+        protect_manually(run, layer, principal)
     return [layer.name for layer in chosen]
 
 

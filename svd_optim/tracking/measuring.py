@@ -18,29 +18,24 @@ from .refreshing import update_energy_rank
 from .sketches import private_generator
 
 
-def ensure_basis(layer: TrackedLayer, step: int, config: SubspaceConfig) -> bool:
-    """Compute a first basis if there is none. Returns whether the layer has a basis now.
+def find_basis(layer: TrackedLayer, step: int, config: SubspaceConfig) -> None:
+    """Compute the first basis of a dense layer; there is none if its weight is not finite, or it fails.
 
-    Host-device synchronization only where a first basis is computed.
+    Synchronizes host and device.
     """
-    if layer.factorized:
-        return True  # it is its own basis
-    if layer.cached is None:
-        W = layer.module.weight
-        layer.nonfinite = not bool(torch.isfinite(W).all())
-        if layer.nonfinite:
-            return False
-        if layer.energy_target is not None:
-            update_energy_rank(layer)
-        X = to_compute_dtype(W)
-        layer.cached = with_float64_fallback(
-            lambda dtype: linalg.first_basis(X.to(dtype), layer.rank, private_generator(config, layer, step)),
-            X.dtype,
-        )
-        layer.count_decomposition(layer.cached is not None)
-        layer.basis_step = step
-        return layer.cached is not None
-    return True
+    W = layer.module.weight
+    layer.nonfinite = not bool(torch.isfinite(W).all())
+    if layer.nonfinite:
+        return
+    if layer.energy_target is not None:
+        update_energy_rank(layer)
+    X = to_compute_dtype(W)
+    layer.cached = with_float64_fallback(
+        lambda dtype: linalg.first_basis(X.to(dtype), layer.rank, private_generator(config, layer, step)),
+        X.dtype,
+    )
+    layer.count_decomposition(layer.cached is not None)
+    layer.basis_step = step
 
 
 @torch.no_grad()

@@ -40,16 +40,19 @@ def release(run: TrackedRun, layer: TrackedLayer, reason: str, manual: bool = Fa
         run.lifecycle.release(layer, run.steps, reason, rank)
 
 
-def protect_manually(run: TrackedRun, layer: TrackedLayer, rank: int | None) -> None:
-    """Protect a layer's exact leading triplets, as they are now; this replaces an earlier protection."""
+def exact_principal(layer: TrackedLayer, rank: int | None) -> linalg.Basis:
+    """A layer's exact leading triplets, as they are now; by default as many as its target rank."""
     if rank is None and not layer.factorized and layer.cached is None and layer.energy_target is not None:
         update_energy_rank(layer)
     rank = layer.rank if rank is None else rank
     if layer.factorized:
         assert layer.basis is not None
-        principal = layer.basis.leading(rank)
-    else:
-        principal = linalg.exact_basis(linalg.to_compute_dtype(layer.module.weight), rank)
+        return layer.basis.leading(rank)
+    return linalg.exact_basis(linalg.to_compute_dtype(layer.module.weight), rank)
+
+
+def protect_manually(run: TrackedRun, layer: TrackedLayer, principal: linalg.Basis) -> None:
+    """Protect a layer's leading triplets; this replaces an earlier protection."""
     drop_protection(layer)
     protect(run, layer, MANUAL, manual=True, principal=principal)
     layer.decision = None

@@ -16,6 +16,7 @@ from ..factors.linear import SKETCH_SIZE, FactorizedLinear
 from ..linalg import Basis, to_compute_dtype
 from ..linalg.fallback import LinAlgError, with_float64_fallback
 from ..records import LayerMetrics, significant
+from ..records.progress import tracked
 from .layer import TrackedLayer
 from .sketches import keep_images
 
@@ -81,6 +82,13 @@ def update_energy_rank(layer: TrackedLayer) -> None:
     rank = int((spectrum < layer.energy_target * spectrum[-1]).sum()) + 1
     if layer.cached is None or abs(rank - layer.rank) > RANK_HYSTERESIS * layer.rank:
         layer.set_rank(rank)
+
+
+def update_energy_ranks_(layers: Sequence[TrackedLayer]) -> None:
+    """:func:`update_energy_rank` of layers with a target energy."""
+    with tracked(layers, "ranks by energy") as each:
+        for layer in each:
+            update_energy_rank(layer)
 
 
 @torch.no_grad()

@@ -93,12 +93,13 @@ class TrackedRun:
 
     def unsupported(self, layers: Iterable[TrackedLayer]) -> dict[str, str]:
         """Why layers can't be factorized under this base optimizer, by name; those that can are left out."""
-        run_reason = self._unsupported_run()
+        run_reason = self.unsupported_run()
         groups = {p: group for group in self.base.param_groups for p in group["params"]}
         reasons = {x.name: run_reason or x.problem or self._unsupported_layer(x, groups.get(x.weight)) for x in layers}
         return {name: reason for name, reason in reasons.items() if reason}
 
-    def _unsupported_run(self) -> str:
+    def unsupported_run(self) -> str:
+        """Why no layer at all can be factorized; empty if some can."""
         if self.reevaluates:
             return f"{type(self.base).__name__} re-evaluates its closure within a step"
         if world_size() > 1:  # ranks would not switch at the same step

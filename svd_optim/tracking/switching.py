@@ -10,6 +10,7 @@ import torch
 from ..decisions.machine import Trigger
 from ..linalg import Basis
 from ..linalg.protection import carried
+from ..records.progress import tracked
 from .guards import guard_changes, keeps_failing
 from .layer import TrackedLayer
 from .replacement import Replacement, replace_parameters_, resize_, to_dense_, to_factors_
@@ -46,12 +47,19 @@ def switch(run: TrackedRun, changes: Changes) -> None:
     modules = [layer.module for layer in layers]
     atomic = transaction(modules, [run.base], run.records(layers), [run.journal])
     with run.journal.clock("switch"), torch.no_grad(), atomic:
-        replacements = [_install(run, run.layers[name], basis, changes) for name, basis in changes.install.items()]
-        replacements += [_merge(run, run.layers[n], trigger, changes.reason) for n, trigger in changes.merge.items()]
-        replacements += [_resize(run, run.layers[name], rank) for name, rank in changes.ranks.items()]
+        with tracked(names, "switching") as each:
+            replacements = [_change(run, run.layers[name], changes) for name in each]
         replace_parameters_(run.base, replacements)
         guard_changes(run.guard, [run.layers[name] for name in changes.install], run.steps, run.config)
     run.journal.notify("after_switch", run.steps, names)
+
+
+def _change(run: TrackedRun, layer: TrackedLayer, changes: Changes) -> Replacement:
+    if layer.name in changes.install:
+        return _install(run, layer, changes.install[layer.name], changes)
+    if layer.name in changes.merge:
+        return _merge(run, layer, changes.merge[layer.name], changes.reason)
+    return _resize(run, layer, changes.ranks[layer.name])
 
 
 def _install(run: TrackedRun, layer: TrackedLayer, basis: Basis, changes: Changes) -> Replacement:
