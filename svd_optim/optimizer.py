@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .config import SubspaceConfig
 from .factors.surgery import saved_factors
-from .linalg import Basis
+from .linalg import Basis, full_precision
 from .records import Events, LayerMetrics, LayerReports, Plan, Summary, clean
 from .tracking import inventory, loading, manual, protecting
 from .tracking.controller import Controller
@@ -112,6 +112,9 @@ class SubspaceAwareOptimizer(Optimizer):
         for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post",
                      "load_state_dict_pre", "load_state_dict_post"):  # fmt: skip
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
+        for name in ("train", "eval"):  # of schedule-free optimizers: trainers call them where they find them
+            if hasattr(self.base_optimizer, name):
+                setattr(self, name, getattr(self.base_optimizer, name))
         self._patch_step_function()
 
     def _track_layers(self, first: bool) -> None:
@@ -139,8 +142,7 @@ class SubspaceAwareOptimizer(Optimizer):
     def _attach(self) -> None:
         """Connect model and optimizer by hooks, which are not copied or pickled."""
         hooks = self.model._load_state_dict_pre_hooks
-        for key, wrapped in list(hooks.items()):
-            hook = getattr(wrapped, "hook", wrapped)
+        for key, hook in [(key, getattr(wrapped, "hook", wrapped)) for key, wrapped in hooks.items()]:
             if isinstance(hook, _RestoreHook) and hook.optimizer() is None:
                 del hooks[key]  # from a copied model, without an optimizer
         self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
@@ -228,7 +230,7 @@ class SubspaceAwareOptimizer(Optimizer):
             run = self._controller
             loading.check_saved(run, own, base_state)
             modules = [layer.module for layer in self.layers.values()]
-            with transaction(modules, [run.base], run.records(), [run.journal]):
+            with full_precision(), transaction(modules, [run.base], run.records(), [run.journal]):
                 loading.restore_layers(run, loading.saved_ranks(own))
                 run.base.load_state_dict(base_state)
                 loading.load_run(run, own)
@@ -261,7 +263,7 @@ class SubspaceAwareOptimizer(Optimizer):
             The loss if there is a closure, else what the base optimizer returns.
         """
         controller = self._controller
-        if controller.analyzes_next:  # what was frozen, freed, tied or added since is seen then
+        if controller.looks_for_layers():  # what was frozen, freed, tied or added since is seen then
             self._track_layers(first=False)
         with StepInProgress(controller) as step:
             base = BaseCall(step, closure)
@@ -416,12 +418,9 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         if layer not in self.layers:
             raise KeyError(f"no tracked layer is called {layer!r}; tracked: {', '.join(list(self.layers)[:5])}, ...")
-        rows = [vars(metrics) for metrics in self.layers[layer].history]
-        names = [field.name for field in fields(LayerMetrics)]
-        return {
-            name: torch.tensor([math.nan if row[name] is None else row[name] for row in rows], dtype=torch.float64)
-            for name in names
-        }
+        columns = {x.name: [vars(row)[x.name] for row in self.layers[layer].history] for x in fields(LayerMetrics)}
+        numbers = {name: [math.nan if x is None else x for x in column] for name, column in columns.items()}
+        return {name: torch.tensor(xs, dtype=torch.float64, device="cpu") for name, xs in numbers.items()}
 
     @property
     def layers(self) -> dict[str, TrackedLayer]:

@@ -59,6 +59,28 @@ def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
     return ""
 
 
+def hidden_state(base: torch.optim.Optimizer) -> str:
+    """What an optimizer keeps for its parameters elsewhere than in ``state``, where it can't be moved; empty: nothing.
+
+    Such are the slow weights of some Lookahead wrappers, and the state of an optimizer inside another one.
+    """
+    for name, value in vars(base).items():
+        if isinstance(value, torch.optim.Optimizer):
+            if value.state is not base.state:
+                return f"{type(base).__name__} is around a {type(value).__name__} with a state of its own"
+        elif name not in ("param_groups", "state", "defaults") and _holds_matrices(value):
+            return f"{type(base).__name__} keeps matrices in {name!r}, beside its state, which svd_optim can't move"
+    return ""
+
+
+def _holds_matrices(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 1 and not isinstance(value, torch.nn.Parameter)
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    return depth > 0 and isinstance(value, (list, tuple)) and any(_holds_matrices(item, depth - 1) for item in value)
+
+
 def _is_moment(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim >= 2 and (key in FIRST or key in SECOND)
 
