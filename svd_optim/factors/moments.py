@@ -54,6 +54,9 @@ def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
             known = key in FIRST or key in SECOND
             if value.numel() > 1 and not (known and value.shape == weight.shape):
                 return f"the optimizer keeps {key!r} of shape {tuple(value.shape)}, {cannot}"
+            if value.numel() > 1 and not (type(value) is Tensor and value.is_floating_point()):
+                form = f"{type(value).__name__} of {value.dtype}"
+                return f"the optimizer keeps {key!r} as {form}, {cannot}"
         elif not isinstance(value, (int, float, bool, str, type(None))):
             return f"the optimizer keeps {key!r}, a {type(value).__name__}, {cannot}"
     return ""
