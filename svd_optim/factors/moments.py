@@ -11,7 +11,7 @@ So the base optimizer may be any whose state for a weight is made of such moment
 Adam, SGD, RMSprop, Adagrad, ..., and Keller Jordan's ``muon-optimizer``. Layers of one whose state is of other kinds
 (Adafactor, Adamax) are measured and never factorized, and ``why()`` says so; so are those of one that evaluates its
 closure more than once in a step (LBFGS), and of one whose step depends on the size of the weight (LAMB, LARS; see
-:mod:`.weight_decay`).
+:mod:`.weight_decay`), or that keeps matrices elsewhere than in ``state`` (:func:`hidden_state`).
 """
 
 from __future__ import annotations
