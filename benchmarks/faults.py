@@ -1,6 +1,6 @@
 """The campaign of faults: real runs, what can happen to them, and what was lost.
 
-    python benchmarks/faults.py                         # all of it: about a quarter of an hour on one core
+    python benchmarks/faults.py                         # all of it: six minutes on one core
     python benchmarks/faults.py --only kills writers    # some of it
     python benchmarks/faults.py --smoke                 # a few of each
 
