@@ -1,6 +1,6 @@
 """The campaign of faults: real runs, what can happen to them, and what was lost.
 
-    python benchmarks/faults.py                         # all of it: about a quarter of an hour on one core
+    python benchmarks/faults.py                         # all of it: six minutes on one core
     python benchmarks/faults.py --only kills writers    # some of it
     python benchmarks/faults.py --smoke                 # a few of each
 
@@ -30,163 +30,34 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy
 import safetensors.torch
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from public_reports import REPORTS
 from results_file import about_line, open_results, output_file
+from situations import OWN, REFUSED, RIGHT, WRONG
+from small_run import END, KINDS, STAGES, Run, expect, same
 from svd_optim import (
-    LayerOverride,
-    SubspaceAwareOptimizer,
-    SubspaceConfig,
-    Thresholds,
     load_checkpoint,
     load_model,
-    save_checkpoint,
 )
 from svd_optim.factors import FactorizedLinear
 from svd_optim.records import LayerState
 from svd_optim.storage import CheckpointError
 
-D_IN, HIDDEN, D_OUT = 40, 48, 36
-KINDS = ("adamw", "muon", "both")
-STAGES = {"dense": 15, "descending": 65, "factorized": 125}  # steps at which a run is in them
-END = 150
-TEACHER = torch.randn(D_IN, 4, generator=torch.Generator().manual_seed(99)) / D_IN**0.5
-
-
-# ---- a run -------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """Two layers that are tracked, a head that is not, and dropout, so that random generators matter."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.up = nn.Linear(D_IN, HIDDEN)
-        self.mid = nn.Linear(HIDDEN, D_OUT, bias=False)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(D_OUT, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.tanh(self.mid(self.dropout(torch.tanh(self.up(x))))))
-        return y
-
-
-@dataclass
-class Run:
-    """A model, its optimizers, and how many steps they have taken."""
-
-    model: nn.Module
-    optimizers: list[Optimizer]
-    step: int = 0
-
-    @classmethod
-    def new(cls, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Run:
-        """Freshly built, see :meth:`of`."""
-        seed_all(seed)
-        model = Net(changes.pop("dropout", 0.1)).to(dtype)
-        settings: dict[str, Any] = {
-            "warmup_steps": 40, "analyze_every": 10, "cohort_steps": 20, "descent_steps": 40,
-            "measure_every": 5, "patience": 2,
-            "thresholds": Thresholds(drift_stable=0.9, capture_safe=0.01, reconstruction_safe=0.05),
-            "overrides": {"*": LayerOverride(budget=0.5)},
-        }  # fmt: skip
-        return cls.of(kind, model, SubspaceConfig(**(settings | changes)))
-
-    @classmethod
-    def of(cls, kind: str, model: nn.Module, config: SubspaceConfig) -> Run:
-        """AdamW or Muon, or Muon for matrices and AdamW for the rest."""
-        if kind == "adamw":
-            return cls(model, [SubspaceAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, config)])
-        matrices = [p for p in model.parameters() if p.ndim == 2]
-        rest = [p for p in model.parameters() if p.ndim != 2]
-        muon = SubspaceAwareOptimizer(torch.optim.Muon(matrices, lr=0.02), model, config)
-        return cls(model, [muon] if kind == "muon" else [muon, torch.optim.AdamW(rest, lr=3e-3)])
-
-    @property
-    def wrapper(self) -> SubspaceAwareOptimizer:
-        first = self.optimizers[0]
-        assert isinstance(first, SubspaceAwareOptimizer)
-        return first
-
-    def backward(self) -> Tensor:
-        """The gradients of the next step."""
-        x = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(self.step))
-        dtype = self.model.head.weight.dtype
-        self.model.zero_grad()
-        loss = nn.functional.mse_loss(self.model(x.to(dtype)), torch.sin(2 * x @ TEACHER).to(dtype))
-        loss.backward()
-        return loss
-
-    def train(self, until: int) -> Run:
-        """On to this step."""
-        while self.step < until:
-            self.backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.step += 1
-        return self
-
-    def save(self, folder: Path, **options: Any) -> Path:
-        return save_checkpoint(folder, self.model, self.optimizers, {"step": self.step}, **options)
-
-    def load(self, folder: Path) -> Run:
-        self.step = load_checkpoint(folder, self.model, self.optimizers)["step"]
-        return self
-
-    def state(self) -> dict[str, Any]:
-        """All that a failed call must leave as it was."""
-        found = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": (torch.get_rng_state(), random.getstate()),
-            "classes": [type(module) for module in self.model.modules()],
-        }
-        return {key: copied(value) for key, value in found.items()}
-
-    def finite(self) -> bool:
-        return all(bool(torch.isfinite(value).all()) for value in self.model.state_dict().values())
-
-    def factorized(self) -> int:
-        return sum(isinstance(module, FactorizedLinear) for module in self.model.modules())
-
-
-def seed_all(seed: int) -> None:
-    for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
-        seeded(seed)
-
-
-def copied(value: Any) -> Any:
-    """Deeply, tensors too."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
-    return [copied(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def same(a: Any, b: Any) -> bool:
-    """To the last bit; NaN equals NaN."""
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(0.5), b.nan_to_num(0.5))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b) or (a != a and b != b)
+# ---- the straight run --------------------------------------------------------------------------------
 
 
 def digest(checkpoint: Path) -> str:
@@ -212,6 +83,7 @@ class Outcome:
     tried: int = 0
     lost: list[str] = field(default_factory=list)
     notes: str = ""
+    verdicts: list[tuple[str, str, str]] = field(default_factory=list)  # of situations: source, title, verdict
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
@@ -221,12 +93,6 @@ class Outcome:
             yield
         except Exception as error:
             self.lost.append(f"{what}: {type(error).__name__}: {error}")
-
-
-def expect(holds: bool, what: str) -> None:
-    """Not ``assert``: it must hold under ``python -O`` too."""
-    if not holds:
-        raise RuntimeError(what)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -585,6 +451,21 @@ def _footprint(run: Run, folder: Path) -> tuple[int, int]:
     return resident, sum(file.stat().st_size for file in path.iterdir())
 
 
+def tried_situations(count: int, rng: random.Random, folder: Path) -> Outcome:
+    """What goes wrong elsewhere: as without the wrapper, or refused in words that say why."""
+    outcome = Outcome("situations")
+    every = [*OWN, *REPORTS]
+    for i in sorted(rng.sample(range(len(every)), min(count, len(every)))):
+        situation, verdict, where = every[i], WRONG, folder / str(i)
+        where.mkdir()
+        with outcome.attempt(situation.name):
+            verdict = situation.attempt(where)
+        outcome.verdicts.append((situation.source, situation.title, verdict))
+    found = Counter(verdict for *_, verdict in outcome.verdicts)
+    outcome.notes = f"{found[RIGHT]} right, {found[REFUSED]} refused clearly, {found[WRONG]} wrong"
+    return outcome
+
+
 # ---- mutations ---------------------------------------------------------------------------------------
 
 HOSTILE: tuple[Any, ...] = (
@@ -768,8 +649,19 @@ FAULTS: dict[str, tuple[Callable[[int, random.Random, Path], Outcome], int, int]
     "nonfinite": (nonfinite, 48, 4),
     "decompositions": (failing_decompositions, 60, 2),
     "interrupts": (interrupts, 200, 2),
+    "situations": (tried_situations, 1000, 6),  # as many as there are
     "long": (long_run, 20_000, 200),
 }
+
+
+def situations_table(verdicts: Iterable[Sequence[str]]) -> Table:
+    """How many of each verdict, of this repository's own situations and of public reports."""
+    table = Table("situations", "tried", "right", "refused clearly", "wrong")
+    kinds = (("this repository's own", False), ("public reports", True), ("all", None))
+    for kind, public in kinds:
+        found = Counter(verdict for source, _, verdict in verdicts if public is None or bool(source) == public)
+        table.add_row(kind, *(str(n) for n in (found.total(), found[RIGHT], found[REFUSED], found[WRONG])))
+    return table
 
 
 def main() -> int:
@@ -797,6 +689,9 @@ def main() -> int:
         tried, lost = row["tried"], len(row["lost"])
         table.add_row(row["fault"], f"{tried:,}", f"{tried - lost:,}", f"{lost:,}", row["notes"])
     console.print(table)
+    for row in store.records:
+        if row["verdicts"]:
+            console.print(situations_table(row["verdicts"]))
     console.print(f"{sum(row['seconds'] for row in store.records):.0f} s; {about_line(store.about)}", highlight=False)
     for row in store.records:
         for line in row["lost"][:10]:

@@ -268,7 +268,14 @@ def survived(results: Results) -> str:
         tried, lost = row["tried"], len(row["lost"])
         rows.append((row["fault"], f"{tried:,}", f"{tried - lost:,}", f"{lost:,}", row["notes"]))
     took = sum(row["seconds"] for row in results.records) / 60
-    return f"Minutes in all: {took:.0f}.\n\n{table(('fault', 'tried', 'survived', 'lost', ''), rows)}"
+    parts = [f"Minutes in all: {took:.0f}.", table(("fault", "tried", "survived", "lost", ""), rows)]
+    for verdicts in (row["verdicts"] for row in results.records if row["verdicts"]):
+        counts = faults.situations_table(verdicts)
+        cells = zip(*([str(cell) for cell in column.cells] for column in counts.columns), strict=True)
+        parts.append(table([str(column.header) for column in counts.columns], [list(row) for row in cells]))
+        shown = [(source or "own", title, verdict) for source, title, verdict in verdicts]
+        parts.append(table(("source", "situation", "verdict"), shown))
+    return "\n\n".join(parts)
 
 
 # ---- step_time.py ------------------------------------------------------------------------------------
@@ -397,7 +404,9 @@ SECTIONS = (
     Section("Faults", "faults.json", "faults.py --json FILE",
         "What survives? Real runs of a small network through its whole life, and what can happen to them. Lost is "
         "whatever ends otherwise than it should: another run's bytes, an error that does not say what is wrong, "
-        "something changed by a call that failed.",
+        "something changed by a call that failed. Situations are what has gone wrong for others, by the issue that "
+        "tells of it, and this repository's own: right is as without the wrapper, or as a reference; refused is that "
+        "nothing is harmed and somebody is told.",
         survived),
     Section("Speed", "step_time.json", "step_time.py --intervals 1 --json FILE",
         "What does monitoring cost, and what do factors save? Whole steps of a GPT in turns; ratios are to the bare "

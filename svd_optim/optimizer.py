@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import SubspaceConfig
+from .linalg import full_precision
 from .records import Events, LayerMetrics, LayerReports, Plan, Summary, clean
 from .tracking import inventory, loading, manual
 from .tracking.controller import Controller
@@ -110,6 +111,9 @@ class SubspaceAwareOptimizer(Optimizer):
         for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post",
                      "load_state_dict_pre", "load_state_dict_post"):  # fmt: skip
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
+        for name in ("train", "eval"):  # of schedule-free optimizers: trainers call them where they find them
+            if hasattr(self.base_optimizer, name):
+                setattr(self, name, getattr(self.base_optimizer, name))
         self._patch_step_function()
 
     def _track_layers(self, first: bool) -> None:
@@ -137,8 +141,7 @@ class SubspaceAwareOptimizer(Optimizer):
     def _attach(self) -> None:
         """Connect model and optimizer by hooks, which are not copied or pickled."""
         hooks = self.model._load_state_dict_pre_hooks
-        for key, wrapped in list(hooks.items()):
-            hook = getattr(wrapped, "hook", wrapped)
+        for key, hook in [(key, getattr(wrapped, "hook", wrapped)) for key, wrapped in hooks.items()]:
             if isinstance(hook, _RestoreHook) and hook.optimizer() is None:
                 del hooks[key]  # from a copied model, without an optimizer
         self.model.register_load_state_dict_pre_hook(_RestoreHook(self))
@@ -226,7 +229,7 @@ class SubspaceAwareOptimizer(Optimizer):
             run = self._controller
             loading.check_saved(run, own, base_state)
             modules = [layer.module for layer in self.layers.values()]
-            with transaction(modules, [run.base], run.records(), [run.journal]):
+            with full_precision(), transaction(modules, [run.base], run.records(), [run.journal]):
                 loading.restore_layers(run, loading.saved_ranks(own))
                 run.base.load_state_dict(base_state)
                 loading.load_run(run, own)
@@ -247,7 +250,7 @@ class SubspaceAwareOptimizer(Optimizer):
             RuntimeError: a state was loaded here, but not the factors that belong to it into the model; nothing moved.
         """
         controller = self._controller
-        if controller.analyzes_next:  # what was frozen, freed, tied or added since is seen then
+        if controller.looks_for_layers():  # what was frozen, freed, tied or added since is seen then
             self._track_layers(first=False)
         with StepInProgress(controller) as step:
             base = BaseCall(step, closure)
@@ -402,12 +405,9 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         if layer not in self.layers:
             raise KeyError(f"no tracked layer is called {layer!r}; tracked: {', '.join(list(self.layers)[:5])}, ...")
-        rows = [vars(metrics) for metrics in self.layers[layer].history]
-        names = [field.name for field in fields(LayerMetrics)]
-        return {
-            name: torch.tensor([math.nan if row[name] is None else row[name] for row in rows], dtype=torch.float64)
-            for name in names
-        }
+        columns = {x.name: [vars(row)[x.name] for row in self.layers[layer].history] for x in fields(LayerMetrics)}
+        numbers = {name: [math.nan if x is None else x for x in column] for name, column in columns.items()}
+        return {name: torch.tensor(xs, dtype=torch.float64, device="cpu") for name, xs in numbers.items()}
 
     @property
     def layers(self) -> dict[str, TrackedLayer]:

@@ -293,6 +293,7 @@ CAMPAIGN = {  # fault -> how often it is made, and how much is then tried
     "nonfinite": (48, 48),
     "decompositions": (8, 8),
     "interrupts": (12, 12),
+    "situations": (3, 3),
 }
 
 

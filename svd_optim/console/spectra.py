@@ -201,7 +201,7 @@ def singular_values(W: Tensor) -> Tensor:
     tall = W if W.shape[0] >= W.shape[1] else W.mT
     if tall.shape[1] <= DIRECT_BELOW and tall.numel() <= BLOCK:
         return torch.linalg.svdvals(tall.double() / scale) * scale
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
     for rows in tall.split(max(1, BLOCK // tall.shape[1])):
         rows = rows.double() / scale
         gram.addmm_(rows.mT, rows)

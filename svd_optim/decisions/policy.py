@@ -128,7 +128,8 @@ class ThresholdPolicy:
         self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds, danger: bool
     ) -> Decision:
         """Shrink, grow, merge or hold: only what ``patience`` consecutive analyses agree on."""
-        hold = Decision(action=Action.HOLD, reason=str(LayerState.FACTORIZED), danger=danger)
+        trouble = "" if layer.base_supported else f", but {layer.unsupported_reason}"  # as where it is not trained
+        hold = Decision(action=Action.HOLD, reason=f"{LayerState.FACTORIZED}{trouble}", danger=danger)
         recent = history[-self.patience :]
         if len(recent) < self.patience:
             return hold

@@ -185,7 +185,7 @@ class FactorizedLinear(nn.Linear):
         if self._takes_tangent(opaque):
             W = _Tangent.of(*self._tangent_factors(self.U.dtype)).weight()
         else:
-            W = (self.U * self.S) @ self.V.mT
+            W = (self.U * self._scales) @ self.V.mT
         if opaque or torch.compiler.is_compiling() or type(W) is not Tensor:
             return W  # what torch makes of a program has no place for our subclass
         return W.as_subclass(ReadOnlyWeight)
@@ -257,6 +257,11 @@ class FactorizedLinear(nn.Linear):
         """Whether derivatives can be asked for now that are to be those of K and L."""
         return self.tangent and (opaque or (torch.is_grad_enabled() and self.U.requires_grad))
 
+    @property
+    def _scales(self) -> Tensor:
+        """S. While an optimizer trains the layer it takes no gradient, also in a pass with U and V frozen (GANs)."""
+        return self.S.detach() if self.tangent else self.S
+
     def _tangent_factors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """U, S, V, sketch, Omega as :class:`_Tangent` takes them."""
         assert self.sketch is not None and self.Omega is not None
@@ -268,7 +273,7 @@ class FactorizedLinear(nn.Linear):
         """x (..., in_features) -> (..., out_features)."""
         bias, opaque = self.bias, _function_is_opaque()
         if not self._takes_tangent(opaque):
-            y = F.linear(F.linear(x, self.V.mT) * self.S, self.U)
+            y = F.linear(F.linear(x, self.V.mT) * self._scales, self.U)
         else:
             # Cast here, outside of the function, so that autocast sees leaves of one dtype inside it.
             kind = x.device.type

@@ -11,7 +11,7 @@ So the base optimizer may be any whose state for a weight is made of such moment
 Adam, SGD, RMSprop, Adagrad, ..., and Keller Jordan's ``muon-optimizer``. Layers of one whose state is of other kinds
 (Adafactor, Adamax) are measured and never factorized, and ``why()`` says so; so are those of one that evaluates its
 closure more than once in a step (LBFGS), and of one whose step depends on the size of the weight (LAMB, LARS; see
-:mod:`.weight_decay`).
+:mod:`.weight_decay`), or that keeps matrices elsewhere than in ``state`` (:func:`hidden_state`).
 """
 
 from __future__ import annotations
@@ -54,9 +54,34 @@ def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
             known = key in FIRST or key in SECOND
             if value.numel() > 1 and not (known and value.shape == weight.shape):
                 return f"the optimizer keeps {key!r} of shape {tuple(value.shape)}, {cannot}"
+            if value.numel() > 1 and not (type(value) is Tensor and value.is_floating_point()):
+                form = f"{type(value).__name__} of {value.dtype}"
+                return f"the optimizer keeps {key!r} as {form}, {cannot}"
         elif not isinstance(value, (int, float, bool, str, type(None))):
             return f"the optimizer keeps {key!r}, a {type(value).__name__}, {cannot}"
     return ""
+
+
+def hidden_state(base: torch.optim.Optimizer) -> str:
+    """What an optimizer keeps for its parameters elsewhere than in ``state``, where it can't be moved; empty: nothing.
+
+    Such are the slow weights of some Lookahead wrappers, and the state of an optimizer inside another one.
+    """
+    for name, value in vars(base).items():
+        if isinstance(value, torch.optim.Optimizer):
+            if value.state is not base.state:
+                return f"{type(base).__name__} is around a {type(value).__name__} with a state of its own"
+        elif name not in ("param_groups", "state", "defaults") and _holds_matrices(value):
+            return f"{type(base).__name__} keeps matrices in {name!r}, beside its state, which svd_optim can't move"
+    return ""
+
+
+def _holds_matrices(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 1 and not isinstance(value, torch.nn.Parameter)
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    return depth > 0 and isinstance(value, (list, tuple)) and any(_holds_matrices(item, depth - 1) for item in value)
 
 
 def _is_moment(key: str, value: Any) -> bool:

@@ -63,6 +63,7 @@ class FactorState:
     masters: Basis | None = None  # float32, only under lower-precision parameters
     nonfinite: Tensor | None = None  # number of steps skipped because of NaN or Inf; 0-d int64, on the device
     anchor: Anchor | None = None  # while the principal block is held fixed
+    deviation: Tensor | None = None  # largest | |u|^2 - 1 | of a column before a step since the last refresh; 0-d
 
 
 class Scales(NamedTuple):
@@ -172,6 +173,17 @@ def _zero_nonfinite_(layers: Sequence[FactorState]) -> Tensor:
     return finite
 
 
+def _note_deviations(layers: Sequence[FactorState], factors: Basis) -> None:
+    """How far the columns are from unit vectors, before a retraction hides it. No host-device synchronization.
+
+    They are some way off where something else has written to U and V, such as an optimizer around this one that
+    averages them: an average of factors is not the average of their products.
+    """
+    off = torch.maximum(*((Q.square().sum(-2) - 1).abs().amax(-1) for Q in (factors.U, factors.V)))  # (b,)
+    for layer, value in zip(layers, off, strict=True):
+        layer.deviation = value.clone() if layer.deviation is None else torch.maximum(layer.deviation, value)
+
+
 def enter_factors_(
     layers: Iterable[FactorState],
     base: torch.optim.Optimizer,
@@ -208,6 +220,7 @@ def enter_factors_(
         factors = Basis(
             *(torch.stack(f) for f in zip(*(float32_factors(x.module, x.masters) for x in batch), strict=True))
         )
+        _note_deviations(batch, factors)
         finite = _zero_nonfinite_(batch)
         K = factors.U * factors.S.unsqueeze(-2)
         gradients: dict[Tensor, Tensor] = {}

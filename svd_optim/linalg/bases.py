@@ -60,7 +60,7 @@ def first_basis(W: Tensor, k: int, generator: torch.Generator) -> Basis:
     q = min(k + OVERSAMPLING, m, n)
     if min(m, n) <= EXACT_BELOW or 2 * q >= min(m, n):
         return exact_basis(W, q)
-    image = W @ torch.randn(n, q, generator=generator, dtype=W.dtype).to(W.device)
+    image = W @ torch.randn(n, q, generator=generator, dtype=W.dtype, device="cpu").to(W.device)
     for _ in range(3):  # algorithm 4.3, orthonormalized once per power iteration
         Q, R = torch.linalg.qr(image)  # (m, q)
         image = W @ (W.mT @ (Q / magnitude(R)))

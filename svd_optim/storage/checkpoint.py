@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from ..factors.linear import FactorizedLinear
 from ..factors.surgery import factorize_, merge_
-from ..linalg import Basis
+from ..linalg import Basis, full_precision
 from ..optimizer import SubspaceAwareOptimizer, wrappers_of
 from ..tracking.replacement import Replacement, replace_parameters_
 from ..tracking.transactions import transaction
@@ -119,6 +119,7 @@ def save_checkpoint(
     return future
 
 
+@full_precision()
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizers) -> Any:
     """Load a checkpoint, or the latest in a folder of them, and return its ``extra``.
 
@@ -161,6 +162,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
     return tree["extra"]
 
 
+@full_precision()
 def load_model(folder: str | os.PathLike[str], model: nn.Module) -> None:
     """Load only the model of a checkpoint, for inference: layers are factorized or made dense as saved.
 
@@ -379,7 +381,7 @@ def _checked_generators(saved: Any) -> list[tuple[Any, Any]]:
         raise CheckpointError("random generators: unknown structure")
     try:
         random.Random().setstate(saved["python"])
-        torch.Generator().set_state(saved["torch"])
+        torch.Generator("cpu").set_state(saved["torch"])
         pairs: list[tuple[Any, Any]] = [(random.setstate, saved["python"]), (torch.set_rng_state, saved["torch"])]
         numpy = sys.modules.get("numpy")
         if numpy is not None and saved["numpy"] is not None:

@@ -115,7 +115,7 @@ def check_orthonormal(Q: Tensor, where: str, name: str) -> None:
     _require(Q.is_floating_point(), where, f"{name} is {Q.dtype}")
     limit = SKEW if Q.dtype in (torch.float32, torch.float64) else SKEW_LOW
     Q = Q.float() if Q.element_size() < 4 else Q
-    skew = float((Q.mT @ Q - torch.eye(Q.shape[1], dtype=Q.dtype)).abs().max()) if Q.numel() else 0.0
+    skew = float((Q.mT @ Q - torch.eye(Q.shape[1], dtype=Q.dtype, device=Q.device)).abs().max()) if Q.numel() else 0.0
     _require(skew <= limit, where, f"{name} is not orthonormal: an entry of its Gram matrix is off by {skew:.3g}")
 
 

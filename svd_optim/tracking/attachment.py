@@ -13,6 +13,7 @@ from ..config import SubspaceConfig
 from ..factors.claims import Owner, claim, disclaim
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState
+from ..linalg import full_precision
 from .layer import TrackedLayer
 from .replacement import Replacement, replace_parameters_
 from .sketches import draw_sketch
@@ -52,6 +53,7 @@ class Attachment:
         disclaim(layer.module, self._owner)
         _detach({id(layer.module): layer.module}, self._owner)
 
+    @full_precision()
     def attach(self, layer: TrackedLayer, step: int) -> None:
         """Make a factorized layer compute the gradients that the tangent step needs."""
         assert layer.factors is not None

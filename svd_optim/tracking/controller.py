@@ -251,9 +251,9 @@ class Controller(TrackedRun):
         """Layers that trip a guard become dense again at once, not at a cohort boundary; descents are canceled."""
         trips = tripped(list(self.layers.values()), risen, self.config)
         for layer, trip in trips:
-            reason = f"{trip.reason}; it stays in factors, as these have hooks" if layer.hooked else trip.reason
+            reason = f"{trip.reason}; it stays in factors, which have {layer.bound}" if layer.bound else trip.reason
             self.lifecycle.note(self.steps, layer.name, trip.kind, reason, trip.numbers)
-        trips = [(layer, trip) for layer, trip in trips if not layer.hooked]
+        trips = [(layer, trip) for layer, trip in trips if not layer.bound]
         merge = {layer.name: trip.trigger for layer, trip in trips if layer.factorized}
         for layer, trip in trips:
             if not layer.factorized:
@@ -271,7 +271,7 @@ class Controller(TrackedRun):
     def _act(self) -> None:
         """Carry out the decisions together: starts of descents, switches, changes of rank, merges."""
         requests = {
-            action: [layer for layer in layers if not (layer.factorized and layer.hooked)]
+            action: [layer for layer in layers if not (layer.factorized and layer.bound)]
             for action, layers in self.lifecycle.requests().items()
         }
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}

@@ -82,7 +82,12 @@ def _trip(layer: TrackedLayer, risen: Condition | None, config: SubspaceConfig) 
     if not layer.factorized:
         return None
     if last.skew is not None and last.skew > MAX_SKEW:
-        return Trip(Trigger.SKEWED, "skewed", "its factors are no longer orthonormal", {"skew": last.skew})
+        return Trip(
+            Trigger.SKEWED,
+            "skewed",
+            "its factors are no longer orthonormal: was something written to them?",
+            {"skew": last.skew},
+        )
     if keeps_failing(layer, config.patience):
         reason = "its steps were repeatedly NaN or Inf: optimizer state dropped"
         return Trip(Trigger.NONFINITE, "nonfinite", reason, {})

@@ -85,10 +85,12 @@ class TrackedLayer(LayerLife):
         return all(self.module._parameters.get(name) is not None for name in names)
 
     @property
-    def hooked(self) -> bool:
-        """Whether somebody has put hooks on its weight or factors: another form would not have them."""
+    def bound(self) -> str:
+        """What somebody has done to its weight or factors that would be lost in another form; empty: nothing."""
         matrices = [p for p in self.module._parameters.values() if p is not None and p is not self.module.bias]
-        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in matrices)
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in matrices):
+            return "hooks"
+        return "shared memory" if any(p.device.type == "cpu" and p.is_shared() for p in matrices) else ""
 
     @property
     def basis(self) -> Basis | None:

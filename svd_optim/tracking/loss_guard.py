@@ -61,7 +61,7 @@ class LossGuard:
         if isinstance(loss, Tensor):
             value = loss.detach().reshape(()).double().clone()
         else:
-            value = torch.tensor(float(loss), dtype=torch.float64)
+            value = torch.tensor(float(loss), dtype=torch.float64, device="cpu")
         self._pending.append(-value if maximize else value)
         return True
 

@@ -22,6 +22,7 @@ from .sketches import keep_images
 
 HISTORY = 64  # analyses kept per layer; more if patience needs them
 DRIFT_STEPS = 20  # subspace_drift is normalized to this many optimizer steps
+MAX_DEVIATION = 1e-2  # of a column's squared norm from 1, before a step; rounding to bfloat16 makes less
 SCALARS = 8  # results of a refresh: angle, drift, error, stable, effective and exact rank, skew, finite
 FAR = 0.05  # drift from which on angles are computed from cosines alone
 HOLDS = 0.01  # drift below which a basis is updated within its span (Rayleigh-Ritz), without subspace iteration
@@ -244,6 +245,9 @@ def _analyze_factors(layer: TrackedLayer) -> tuple[Basis, Tensor, Tensor, Tensor
         drift = (torch.maximum(*outside) / total).sqrt()
     eye = torch.eye(layer.rank, dtype=U.dtype, device=U.device)
     skew = torch.maximum(*(torch.linalg.matrix_norm(Q.mT @ Q - eye) for Q in (U, V)))
+    if layer.factors is not None and layer.factors.deviation is not None:
+        deviation, layer.factors.deviation = layer.factors.deviation.to(skew), None
+        skew = torch.where(deviation > MAX_DEVIATION, torch.maximum(skew, deviation), skew)
     return factors, unknown, drift, total, skew
 
 

@@ -57,8 +57,13 @@ def replace_parameters_(optimizer: torch.optim.Optimizer, replacements: Sequence
             names[:] = renamed
 
 
-def _refuse_hooks(layer: TrackedLayer) -> None:
-    if layer.hooked:
+def _refuse_bound(layer: TrackedLayer) -> None:
+    if layer.bound == "shared memory":
+        raise RuntimeError(
+            f"layer {layer.name!r} can't change its form: its parameters are in memory shared with other processes "
+            f"(share_memory, or sent to this one), which would go on with the old ones; wrap a copy of the model"
+        )
+    if layer.bound:
         raise RuntimeError(
             f"layer {layer.name!r} can't change its form: its parameters have hooks (register_hook, "
             f"register_post_accumulate_grad_hook), which the new ones would not have; remove them first"
@@ -70,7 +75,7 @@ def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Ba
 
     Moments and the present gradient are transferred to the factors.
     """
-    _refuse_hooks(layer)
+    _refuse_bound(layer)
     W = layer.module.weight
     U, S, V = basis.leading(layer.rank)
     state = optimizer.state.pop(W, None)
@@ -93,7 +98,7 @@ def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -
     Args:
         new: the new factors, which share their leading columns with the old ones; additional columns have S = 0.
     """
-    _refuse_hooks(layer)
+    _refuse_bound(layer)
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None and layer.basis is not None
     old, requires_grad = layer.basis, module.U.requires_grad
@@ -119,7 +124,7 @@ def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state:
     Args:
         keep_state: transfer the moments too; else the base optimizer starts without state for this weight.
     """
-    _refuse_hooks(layer)
+    _refuse_bound(layer)
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None
     old = [module.U, module.S, module.V]

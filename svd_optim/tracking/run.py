@@ -37,6 +37,7 @@ class TrackedRun:
         self.base = base
         self.config = config
         self.steps = 0
+        self.steps_without_layers = 0
         self.moves: dict[str, Tensor] = {}  # descending layers that the present step moves
         self.skipped: list[Skipped] = []
         self.given_up: dict[str, Skipped] = {}  # of these, the layers that were tracked before, by name
@@ -62,6 +63,13 @@ class TrackedRun:
     def analyzes_next(self) -> bool:
         """Whether the next step that counts ends with an analysis."""
         return (self.steps + 1) % self.interval == 0
+
+    def looks_for_layers(self) -> bool:
+        """Whether the next step begins with a look at the model; where nothing is tracked, no step counts."""
+        if self.layers:
+            return self.analyzes_next
+        self.steps_without_layers += 1
+        return self.steps_without_layers % self.interval == 0
 
     def observe_loss(self, loss: Any) -> bool:
         """Tell the loss guard; whether it is a loss. What is maximized rises where training goes well.
@@ -104,13 +112,14 @@ class TrackedRun:
             return f"{type(self.base).__name__} re-evaluates its closure within a step"
         if world_size() > 1:  # ranks would not switch at the same step
             return "factorizing in a distributed run is not supported yet"
-        return ""
+        return moments.hidden_state(self.base)
 
     def _unsupported_layer(self, layer: TrackedLayer, group: dict[str, Any] | None) -> str:
         if group is None:
             return NO_GROUP
-        if layer.hooked and not layer.factorized:
-            return "its weight has hooks, which factors would not have"
+        if layer.bound and not layer.factorized:
+            shared = "its weight is in memory shared with other processes, which would go on with it"
+            return "its weight has hooks, which factors would not have" if layer.bound == "hooks" else shared
         state = self.base.state.get(layer.weight) or {}
         if not state and self.steps == 0 and not isinstance(self.base, moments.SUPPORTED):
             return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"

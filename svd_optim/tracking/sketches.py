@@ -17,14 +17,18 @@ from .layer import TrackedLayer
 
 def private_generator(config: SubspaceConfig, layer: TrackedLayer, step: int) -> torch.Generator:
     """A CPU generator for one layer and step."""
-    return torch.Generator().manual_seed((config.seed * 1_000_003 + layer.index) * 1_000_003 + step)
+    return torch.Generator("cpu").manual_seed((config.seed * 1_000_003 + layer.index) * 1_000_003 + step)
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Standard normal, (rows, columns), on the CPU whatever the default device and dtype."""
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def draw_sketch(layer: TrackedLayer, step: int, config: SubspaceConfig) -> Tensor:
     """Omega (n, s), standard normal, with the layer's dtype and device; a new one in each interval."""
     generator = private_generator(config, layer, step - step % config.analyze_every)
-    Omega = torch.randn(layer.shape[1], SKETCH_SIZE, generator=generator, dtype=torch.float32)
-    return Omega.to(layer.weight)
+    return _normal(layer.shape[1], SKETCH_SIZE, generator).to(layer.weight)
 
 
 def keep_images(layer: TrackedLayer, step: int, config: SubspaceConfig) -> None:
@@ -35,7 +39,7 @@ def keep_images(layer: TrackedLayer, step: int, config: SubspaceConfig) -> None:
     assert layer.basis is not None
     U, S, V = layer.basis
     generator = private_generator(config, layer, step)
-    Omega, Psi = (torch.randn(len(X), SKETCH_SIZE, generator=generator, dtype=torch.float32).to(U) for X in (V, U))
+    Omega, Psi = (_normal(len(X), SKETCH_SIZE, generator).to(U) for X in (V, U))
     layer.images = (U * S) @ (V.mT @ Omega), (V * S) @ (U.mT @ Psi)
     layer.basis_step = step
 
@@ -54,7 +58,7 @@ def grown(layer: TrackedLayer, rank: int, step: int, config: SubspaceConfig) -> 
     U, S, V = factors
     more = min(rank - layer.rank, SKETCH_SIZE)
     generator = private_generator(config, layer, step)
-    noise = torch.randn(len(U), more, generator=generator, dtype=torch.float32).to(U)
+    noise = _normal(len(U), more, generator).to(U)
     Y = noise if layer.outside is None else layer.outside[:, :more].to(U)
     norm = torch.linalg.matrix_norm(Y)
     Y = torch.where(norm > 0, Y / norm, 0.0) + 1e-6 * noise  # without a gradient: random directions

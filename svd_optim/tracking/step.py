@@ -106,20 +106,32 @@ def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
     return patched
 
 
+# Of what torch puts around the step of each class, to run hooks. Others may have put something else around that.
+_RUNS_HOOKS = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def _hooks(base: Optimizer, kind: str) -> list[Callable[..., Any]]:
+    """The base's own; none where its class is a wrapper that has never called ``Optimizer.__init__``."""
+    return list(getattr(base, f"_optimizer_step_{kind}_hooks", {}).values())
+
+
 @contextmanager
 def _no_hooks(base: Optimizer) -> Iterator[None]:
     """Inside, neither the base's step hooks nor the global ones run."""
-    kept = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+    names = [name for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks") if hasattr(base, name)]
+    kept = [getattr(base, name) for name in names]
     module: Any = optimizer_module
     everywhere = module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks
     contents = [OrderedDict(hooks) for hooks in everywhere]
-    base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    for name in names:
+        setattr(base, name, OrderedDict())
     for hooks in everywhere:
         hooks.clear()
     try:
         yield
     finally:
-        base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = kept
+        for name, hooks in zip(names, kept, strict=True):
+            setattr(base, name, hooks)
         for hooks, content in zip(everywhere, contents, strict=True):
             hooks.update(content)
 
@@ -143,7 +155,7 @@ class BaseCall:
 
     def run_pre_hooks(self) -> None:
         """Run the base optimizer's pre-hooks, which may change the arguments of its step."""
-        for hook in self.base._optimizer_step_pre_hooks.values():
+        for hook in _hooks(self.base, "pre"):
             changed = hook(self.base, self._args, self._kwargs)
             if changed is not None:
                 self._args, self._kwargs = changed
@@ -157,15 +169,17 @@ class BaseCall:
         return result if self._closure is None or self._takes_closure else loss
 
     def _step_base(self) -> Any:
-        if self._patched is not None:  # calls, at some point, a step that would run hooks, which have run already
-            with _no_hooks(self.base):
-                return self._patched(*self._args[1:], **self._kwargs)
-        function = type(self.base).step
-        return getattr(function, "__wrapped__", function)(*self._args, **self._kwargs)
+        function, args = type(self.base).step, self._args
+        if self._patched is not None:
+            function, args = self._patched, args[1:]
+        elif getattr(function, "__code__", None) is _RUNS_HOOKS:
+            return vars(function)["__wrapped__"](*args, **self._kwargs)
+        with _no_hooks(self.base):  # it calls, at some point, a step that would run hooks, which have run already
+            return function(*args, **self._kwargs)
 
     def run_post_hooks(self) -> None:
         """Run the base optimizer's post-hooks."""
-        for hook in self.base._optimizer_step_post_hooks.values():
+        for hook in _hooks(self.base, "post"):
             hook(self.base, self._args, self._kwargs)
 
     def evaluate(self) -> Any:
