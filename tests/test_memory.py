@@ -11,7 +11,7 @@ from helpers import make, manual, train
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from svd_optim import SubspaceAwareOptimizer
+from svd_optim import SubspaceAwareOptimizer, linalg
 from svd_optim.linalg import matrices
 
 MB = 10**6
@@ -128,3 +128,32 @@ def test_masters_do_not_outlast_low_precision() -> None:
         group["lr"] = 1e-30
     train(model, optimizer, 1)
     torch.testing.assert_close(model.up.weight.detach(), before, rtol=0, atol=1e-6)
+
+
+# ---- dense layers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["measured", "refreshed"])
+def test_what_monitoring_needs_for_a_while_does_not_grow_with_the_number_of_layers(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {}
+    for count in (6, 30):
+        model = layers(count)
+        config = manual(mode="observe", analyze_every=1 if step == "refreshed" else 1000, measure_every=1)
+        optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config)
+        each = 4 * optimizer.layers["0"].rank * (96 + 64)
+        monkeypatch.setattr(matrices, "PORTION_BYTES", 3 * each)
+        for _ in range(3):
+            give_gradients(model)
+            optimizer.step()
+        before = sum(optimizer.resident_bytes().values())
+        give_gradients(model)
+        replaced = before if step == "refreshed" else 0  # the release of old bases is not seen here
+        needed[count] = (peak_of(optimizer.step) - replaced) / (3 * each)
+    assert needed[30] < needed[6] + 1
+
+
+def test_fading_needs_two_temporaries_of_the_size_of_a_weight() -> None:
+    W, U, V = torch.randn(300, 200), torch.randn(300, 4), torch.randn(200, 4)
+    assert peak_of(lambda: linalg.fade_minor_(W, U, V, 0.1)) < 2.1 * size([W])

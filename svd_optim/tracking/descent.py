@@ -97,7 +97,8 @@ def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Ma
         descending.append((layer, status.descent_end - step))
     # One step before the end the basis is made exact: fading against an outdated one would leave a rank of up to 2k.
     last = [layer for layer, remaining in descending if remaining == 1]
-    keep_bases(last, exact_bases(last)[0], step)
+    for layer in last:  # one after the other, as each has its old basis until then
+        keep_bases([layer], exact_bases([layer])[0], step)
     for layer, remaining in descending:
         if remaining > 0:
             _fade(layer, 1.0 if layer.status.extensions else 1.0 / remaining, flags[layer.name])
