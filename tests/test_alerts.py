@@ -36,7 +36,7 @@ def zone_entries(inside: list[bool]) -> int:
 
 
 @pytest.mark.parametrize("value", [True, 1, numpy.float64(0.25), torch.tensor(0.5), None])
-def test_what_it_remembers_is_plain_numbers_whatever_a_policy_compares(value: object):
+def test_what_it_remembers_is_plain_numbers_whatever_a_policy_compares(value: object) -> None:
     watch, layer = AlertWatch(), report()
     mine = Condition(name="mine", value=value, threshold=0.3, above=True)
     told(watch, [replace(layer, decision=replace(layer.decision, conditions=(mine,)))] * 2)
@@ -45,7 +45,7 @@ def test_what_it_remembers_is_plain_numbers_whatever_a_policy_compares(value: ob
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_each_crossing_of_a_threshold_is_told_once(seed: int):
+def test_each_crossing_of_a_threshold_is_told_once(seed: int) -> None:
     rng = random.Random(seed)
     drifts = [rng.choice([0.9, 0.31, 0.28, 0.1]) for _ in range(rng.randrange(1, 60))]
     alerts = told(AlertWatch(), [report(drift=x) for x in drifts])
@@ -55,7 +55,7 @@ def test_each_crossing_of_a_threshold_is_told_once(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_danger_and_acting_are_critical_and_come_first(seed: int):
+def test_danger_and_acting_are_critical_and_come_first(seed: int) -> None:
     rng = random.Random(seed)
     dangers = [rng.random() < 0.4 for _ in range(40)]
     acting = [rng.random() < 0.3 for _ in range(40)]
@@ -74,7 +74,7 @@ def test_danger_and_acting_are_critical_and_come_first(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_metric_on_a_line_tells_the_exact_steps_to_its_threshold(seed: int):
+def test_a_metric_on_a_line_tells_the_exact_steps_to_its_threshold(seed: int) -> None:
     rng = random.Random(seed)
     slope, end = rng.uniform(0.0005, 0.005), rng.uniform(0.4, 0.8)
     steps = [20 * i for i in range(1, 11)]
@@ -90,7 +90,7 @@ def test_a_metric_on_a_line_tells_the_exact_steps_to_its_threshold(seed: int):
     assert not [alert for alert in away if alert.level == Level.INFO]
 
 
-def test_noise_is_called_a_trend_as_rarely_as_the_test_says():
+def test_noise_is_called_a_trend_as_rarely_as_the_test_says() -> None:
     rng = random.Random(0)
     found = [trend(range(0, 100, 20), [rng.gauss(0.8, 0.05) for _ in range(WINDOW)]) for _ in range(4000)]
     share = sum(x is not None and x.sure for x in found) / len(found)
@@ -101,7 +101,7 @@ def test_noise_is_called_a_trend_as_rarely_as_the_test_says():
     assert trend([0, 1], [1.0, 2.0]) is None
 
 
-def test_a_trend_towards_danger_is_told_and_one_inside_factors_starts_anew():
+def test_a_trend_towards_danger_is_told_and_one_inside_factors_starts_anew() -> None:
     watch = AlertWatch()
     rising = [0.05 * i for i in range(7)]
     alerts = told(watch, [report(drift=0.1, excess=x) for x in rising])
@@ -113,7 +113,7 @@ def test_a_trend_towards_danger_is_told_and_one_inside_factors_starts_anew():
     assert not other
 
 
-def test_warmup_and_undefined_values_alert_nobody():
+def test_warmup_and_undefined_values_alert_nobody() -> None:
     assert not told(AlertWatch(), [report(drift=0.31, state=LayerState.WARMUP)] * 9)
     assert not told(AlertWatch(), [report(drift=None, excess=None)] * 9)
     assert not told(AlertWatch(), [replace(report(), decision=None)] * 9)
@@ -133,7 +133,7 @@ class Keep(Listener):
 
 
 @pytest.mark.slow
-def test_a_run_tells_its_listeners():
+def test_a_run_tells_its_listeners() -> None:
     model = Parallel(0, low=3, middle=8, high=40)
     keep = Keep()
     config = SubspaceConfig(warmup_steps=20, analyze_every=5, descent_steps=40, cohort_steps=20, patience=2)

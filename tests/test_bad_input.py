@@ -517,6 +517,7 @@ def test_exception_in_user_code_leaves_factors_restored(where: str) -> None:
     assert taken == (8 if where == "base post hook" else 7) and optimizer.steps == taken + 4
 
 
+@pytest.mark.slow
 def test_lbfgs_cannot_step_inside_factors_and_says_what_to_do() -> None:
     model = net()
     adamw = SubspaceAwareOptimizer(BASES["adamw"](model), model, manual())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EACH, Net, loss_of, make, manual, net, quick, same_bits, train, weights
+from helpers import EACH, Net, loss_of, make, manual, net, quick, same_bits, slow_except, train, weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -100,7 +100,7 @@ CHANGES = {
 
 @pytest.mark.filterwarnings("error:.*leaf.*")
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("after", [3, 45])
+@pytest.mark.parametrize("after", slow_except(3, of=[3, 45]))
 def test_a_layer_that_was_pruned_or_parametrized_is_no_longer_tracked(change: str, after: int) -> None:
     """And trains on as under the bare optimizer."""
     model, optimizer = make("sgd", quick(overrides=EACH["overrides"]))
@@ -182,6 +182,7 @@ def test_a_param_group_that_was_removed_stops_its_layers(
 # ---- frozen, freed, replaced, new ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_layer_that_was_frozen_is_found_when_it_is_freed() -> None:
     model = net()
     model.up.requires_grad_(False)
@@ -194,7 +195,7 @@ def test_a_layer_that_was_frozen_is_found_when_it_is_freed() -> None:
     assert "up.weight" not in skipped(optimizer)
 
 
-def test_reasons_are_of_now() -> None:
+def test_reasons_for_skipping_are_those_of_now() -> None:
     model, optimizer = make("sgd", quick())
     train(model, optimizer, 25)
     model.up.requires_grad_(False)
@@ -205,6 +206,7 @@ def test_reasons_are_of_now() -> None:
     assert "frozen" not in reason(optimizer, "up")
 
 
+@pytest.mark.slow
 def test_a_layer_put_in_place_of_another_is_tracked_in_its_place() -> None:
     model, optimizer = make("sgd", quick())
     train(model, optimizer, 25)
@@ -230,6 +232,7 @@ def test_a_weight_that_was_replaced_says_so() -> None:
 # ---- types -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["observe", "auto"])
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
 def test_a_model_may_change_its_type_between_steps(mode: str, to: torch.dtype, tmp_path: Path) -> None:
@@ -249,7 +252,7 @@ def test_a_model_may_change_its_type_between_steps(mode: str, to: torch.dtype, t
     load_checkpoint(tmp_path, other, its)
 
 
-def test_nothing_that_was_unchanged_warns() -> None:
+def test_an_unchanged_model_warns_of_nothing() -> None:
     model: Net
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -207,6 +207,7 @@ def test_load_model_under_a_wrapper_goes_on_training(tmp_path: Path) -> None:
     assert [name for name, layer in inner.layers.items() if layer.factors is not None] == ["up", "mid"]
 
 
+@pytest.mark.slow
 def test_export_dense_is_an_ordinary_model(tmp_path: Path) -> None:
     run = Run.new("muon").train(130)
     before = run.state()
@@ -298,6 +299,7 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
     assert digest(run.train(61).save(tmp_path / "0")) != digest(tmp_path / "0" / "checkpoint-000001")
 
 
+@pytest.mark.slow
 def test_saving_in_the_background_saves_the_moment_of_the_call(tmp_path: Path) -> None:
     run = Run.new("adamw").train(55)
     at_once = run.save(tmp_path / "a")
@@ -414,6 +416,7 @@ def test_observe_mode_loads_what_observe_mode_saved(tmp_path: Path) -> None:
     same_bits(before, watching.state())
 
 
+@pytest.mark.slow
 def test_protection_and_descent_go_on(tmp_path: Path) -> None:
     run = Run.new("muon").train(STAGES["descending"])
     assert LayerState.DESCENDING in {row.state for row in run.wrapper.why()}

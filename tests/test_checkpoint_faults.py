@@ -44,7 +44,7 @@ def mutable(checkpoint: Path, tmp_path: Path) -> Path:
 
 def refused(path: Path, match: str) -> None:
     """Loading it says so, into new and into running models, and changes nothing."""
-    for steps in (0, 20):
+    for steps in (0, 11):  # before and after a first analysis
         run = Run.new("adamw", seed=7).train(steps)
         before = run.state()
         with pytest.raises(CheckpointError, match=match):
@@ -291,7 +291,7 @@ def test_hostile_names_are_refused_and_write_nothing(mutable: Path, name: str, t
 
     signed(mutable, change)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    refused(mutable, "was factorized, and is no linear layer here|rank|is only in")
+    refused(mutable, re.escape(f"layer {name!r} was factorized, and is no linear layer here"))
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 

@@ -55,7 +55,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def test_report_shows_every_layer_and_how_it_ended(log: Path, run: Run):
+def test_report_shows_every_layer_and_how_it_ended(log: Path, run: Run) -> None:
     out = run("report", log)
     summary = read_log(log).summary()
     assert [layer.name for layer in summary.layers] == ["low", "middle", "high"]
@@ -64,7 +64,7 @@ def test_report_shows_every_layer_and_how_it_ended(log: Path, run: Run):
     assert run("report", log) == out
 
 
-def test_report_as_json_has_the_numbers_of_the_log(log: Path, run: Run):
+def test_report_as_json_has_the_numbers_of_the_log(log: Path, run: Run) -> None:
     found = json.loads(run("report", log, "--json"), parse_constant=pytest.fail)
     summary = read_log(log).summary()
     assert found["parameters"] == list(summary.parameters())
@@ -75,7 +75,7 @@ def test_report_as_json_has_the_numbers_of_the_log(log: Path, run: Run):
         assert mine["blocked_by"]["condition"] == theirs.condition
 
 
-def test_events_are_listed_whole_and_by_kind_and_layer(log: Path, run: Run):
+def test_events_are_listed_whole_and_by_kind_and_layer(log: Path, run: Run) -> None:
     events = read_log(log).events
     assert json.loads(run("events", log, "--json")) == [event.as_plain() for event in events]
     switches = [event for event in events if event.kind == "factorize"]
@@ -84,7 +84,7 @@ def test_events_are_listed_whole_and_by_kind_and_layer(log: Path, run: Run):
     assert "descend" in run("events", log, "--kind", "nonsense", status=2)  # the kinds that there are
 
 
-def test_why_gives_each_condition_with_its_numbers_and_the_story(log: Path, run: Run):
+def test_why_gives_each_condition_with_its_numbers_and_the_story(log: Path, run: Run) -> None:
     recorded = read_log(log)
     dense = [layer for layer in recorded.summary().layers if layer.state == LayerState.DENSE]
     assert dense and dense[0].decision is not None and len(dense[0].decision.conditions) > 3
@@ -103,14 +103,14 @@ def test_why_gives_each_condition_with_its_numbers_and_the_story(log: Path, run:
     assert "low" in run("why", log, "nobody", status=2)
 
 
-def test_the_replay_of_a_run_is_the_run(log: Path, run: Run):
+def test_the_replay_of_a_run_is_the_run(log: Path, run: Run) -> None:
     assert f"all {len(read_log(log).events)} events of the run, and no other" in run("replay", log)
     found = json.loads(run("replay", log, "--json"))
     assert found["events"] == [event.as_plain() for event in read_log(log).events]
     assert not found["not_in_replay"] and not found["only_in_replay"] and not found["diverged"]
 
 
-def test_the_replay_with_other_thresholds_decides_otherwise(log: Path, run: Run):
+def test_the_replay_with_other_thresholds_decides_otherwise(log: Path, run: Run) -> None:
     found = json.loads(run("replay", log, "--thresholds", "drift_stable=0", "--json"))
     assert not [event for event in found["events"] if event["kind"] == "descend"]
     assert found["config"]["thresholds"]["drift_stable"] == 0
@@ -126,21 +126,21 @@ def test_the_replay_with_other_thresholds_decides_otherwise(log: Path, run: Run)
 
 
 @pytest.mark.slow
-def test_an_observed_run_can_be_asked_what_would_have_acted(tmp_path: Path, run: Run):
+def test_an_observed_run_can_be_asked_what_would_have_acted(tmp_path: Path, run: Run) -> None:
     record(tmp_path / "log", mode="observe")
     assert "--set mode=auto" in run("replay", tmp_path / "log")
     events = json.loads(run("replay", tmp_path / "log", "--set", "mode=auto", "--json"))["only_in_replay"]
     assert {"descend", "factorize"} <= {event["kind"] for event in events}
 
 
-def test_plot_draws_a_file(log: Path, run: Run, tmp_path: Path):
+def test_plot_draws_a_file(log: Path, run: Run, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "run.svg"
     assert str(target) in run("plot", log, "-o", target).replace("\n", "")
     assert "<svg" in target.read_text()
     assert ".xyz" in run("plot", log, "-o", tmp_path / "run.xyz", status=2)
 
 
-def test_inspect_knows_any_model(tmp_path: Path, run: Run):
+def test_inspect_knows_any_model(tmp_path: Path, run: Run) -> None:
     torch.manual_seed(0)
     low = torch.randn(40, 5) @ torch.randn(5, 30)
     save_file({"encoder.weight": low, "norm.bias": torch.ones(7)}, tmp_path / "model.safetensors")
@@ -154,7 +154,7 @@ def test_inspect_knows_any_model(tmp_path: Path, run: Run):
     assert "budget" in run("inspect", tmp_path / "model.safetensors", "--budget", "7", status=2)
 
 
-def test_a_file_that_is_no_log_is_an_error_of_one_line(tmp_path: Path, run: Run):
+def test_a_file_that_is_no_log_is_an_error_of_one_line(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_bytes(b"hello\n\xff\xfe\n")
     (tmp_path / "head").write_text('{"record":"run","schema":99,"svd_optim":"9"}\n')
@@ -165,12 +165,12 @@ def test_a_file_that_is_no_log_is_an_error_of_one_line(tmp_path: Path, run: Run)
     assert "upgrade" in run("why", tmp_path / "head", status=2)
 
 
-def test_a_run_that_has_just_begun_says_when_to_come_back(tmp_path: Path, run: Run, log: Path):
+def test_a_run_that_has_just_begun_says_when_to_come_back(tmp_path: Path, run: Run, log: Path) -> None:
     (tmp_path / "log").write_bytes(log.read_bytes().partition(b"\n")[0] + b"\n")
     assert "5 steps" in run("report", tmp_path / "log", status=2)
 
 
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]):
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["report"], ["replay"], ["inspect"], ["watch"], ["plot"], ["why"], ["events"]):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--help"])
@@ -183,14 +183,14 @@ def command(*words: object) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough_is_no_error(log: Path):
+def test_a_reader_that_has_seen_enough_is_no_error(log: Path) -> None:
     shell = f"{' '.join(command('events', log, '--json'))} | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True)
     assert done.stderr == "" and done.stdout == "[\n"
 
 
 @pytest.mark.slow
-def test_watch_follows_a_run_and_ends_with_control_c(tmp_path: Path):
+def test_watch_follows_a_run_and_ends_with_control_c(tmp_path: Path) -> None:
     path = tmp_path / "log"
     watching = subprocess.Popen(
         command("watch", path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -31,13 +31,13 @@ WRONG_KIND_OF_INTEGER = ["3", None, True, 3.0, [3]]
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_thresholds_take_the_unit_interval(name):
+def test_thresholds_take_the_unit_interval(name: str) -> None:
     others = {"capture_held": {"capture_lost": 0.0}, "capture_lost": {"capture_held": 0.0}}.get(name, {})
     for value in (0, 0.0, 0.37, 1, 1.0):
         assert getattr(Thresholds(**{name: value} | others), name) == value
 
 
-def test_capture_lost_lies_below_capture_held():
+def test_capture_lost_lies_below_capture_held() -> None:
     """Else a layer would go back where it could grow."""
     assert Thresholds(capture_held=0.06, capture_lost=0.05).capture_lost == 0.05
     for lost, safe in ((0.25, 0.25), (0.3, 0.25), (0.05, 0.04)):
@@ -51,7 +51,7 @@ def test_capture_lost_lies_below_capture_held():
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, 40, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_thresholds_out_of_range_are_refused(name, value):
+def test_thresholds_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError) as error:
         Thresholds(**{name: value})
     assert f"Thresholds.{name} must be in [0, 1], got {value!r}" == str(error.value)
@@ -59,7 +59,7 @@ def test_thresholds_out_of_range_are_refused(name, value):
 
 @pytest.mark.parametrize("value", WRONG_KIND_OF_NUMBER)
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_thresholds_of_the_wrong_kind_are_refused(name, value):
+def test_thresholds_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
     with pytest.raises(TypeError) as error:
         Thresholds(**{name: value})
     message = str(error.value)
@@ -67,13 +67,13 @@ def test_thresholds_of_the_wrong_kind_are_refused(name, value):
     assert repr(value) in message and type(value).__name__ in message
 
 
-def test_minor_safe_is_the_complement_of_danger_and_can_not_be_set():
+def test_minor_safe_is_the_complement_of_danger_and_can_not_be_set() -> None:
     assert Thresholds(principal_danger=0.3).minor_safe == pytest.approx(0.7)
     with pytest.raises(TypeError, match="minor_safe"):
         Thresholds(minor_safe=0.5)
 
 
-def test_the_thresholds_of_phase_1_are_those_it_used_and_those_it_proposed():
+def test_the_thresholds_of_phase_1_are_those_it_used_and_those_it_proposed() -> None:
     strict, lenient = Thresholds.phase1(), Thresholds.phase1_proposed()
     values = [
         (t.principal_danger, t.capture_safe, t.drift_stable, t.reconstruction_safe, t.warn_margin)
@@ -86,7 +86,7 @@ def test_the_thresholds_of_phase_1_are_those_it_used_and_those_it_proposed():
 # ---- SubspaceConfig ------------------------------------------------------------------------
 
 
-def test_the_defaults_are_valid_and_frozen():
+def test_the_defaults_are_valid_and_frozen() -> None:
     config = SubspaceConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.analyze_every = 3
@@ -97,7 +97,7 @@ def test_the_defaults_are_valid_and_frozen():
 
 
 @pytest.mark.parametrize(("name", "low"), INTEGERS.items())
-def test_integers_have_a_smallest_value(name, low):
+def test_integers_have_a_smallest_value(name: str, low: int) -> None:
     assert getattr(SubspaceConfig(**{name: low}), name) == low
     for value in (low - 1, -100):
         with pytest.raises(ValueError) as error:
@@ -105,7 +105,7 @@ def test_integers_have_a_smallest_value(name, low):
         assert f"SubspaceConfig.{name} must be at least {low}, got {value}" == str(error.value)
 
 
-def test_the_length_of_the_training_may_be_unknown():
+def test_the_length_of_the_training_may_be_unknown() -> None:
     assert SubspaceConfig().total_steps is SubspaceConfig(total_steps=None).total_steps is None
     assert SubspaceConfig(total_steps=1).total_steps == 1
     with pytest.raises(ValueError, match=r"SubspaceConfig\.total_steps must be at least 1, got 0"):
@@ -117,7 +117,7 @@ def test_the_length_of_the_training_may_be_unknown():
 
 @pytest.mark.parametrize("value", WRONG_KIND_OF_INTEGER)
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integers_of_the_wrong_kind_are_refused(name, value):
+def test_integers_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
     with pytest.raises(TypeError) as error:
         SubspaceConfig(**{name: value})
     assert f"SubspaceConfig.{name} must be an integer, got {value!r}" in str(error.value)
@@ -131,7 +131,7 @@ def test_integers_of_the_wrong_kind_are_refused(name, value):
         ("on_danger", ("alert", "protect")),
     ],
 )
-def test_choices_name_what_there_is_to_choose(name, good):
+def test_choices_name_what_there_is_to_choose(name: str, good: tuple[str, ...]) -> None:
     for value in good:
         assert getattr(SubspaceConfig(**{name: value}), name) == value
     for value in ("AUTO", "", None, 3, ["auto"]):
@@ -144,7 +144,7 @@ def test_choices_name_what_there_is_to_choose(name, good):
 
 @pytest.mark.parametrize("owner", [SubspaceConfig, LayerOverride])
 @pytest.mark.parametrize("name", ["budget", "energy"])
-def test_shares_lie_strictly_between_zero_and_one(owner, name):
+def test_shares_lie_strictly_between_zero_and_one(owner: type, name: str) -> None:
     assert getattr(owner(**{name: 0.25}), name) == 0.25
     for value in (0, 1, 0.0, 1.0, -0.5, 1.5, math.nan, math.inf):
         with pytest.raises(ValueError) as error:
@@ -156,7 +156,7 @@ def test_shares_lie_strictly_between_zero_and_one(owner, name):
         assert f"{owner.__name__}.{name} must be a number, got {value!r}" in str(error.value)
 
 
-def test_a_config_has_a_budget_unless_it_has_another_target():
+def test_a_config_has_a_budget_unless_it_has_another_target() -> None:
     assert SubspaceConfig().parameter_budget == SubspaceConfig(budget=None).parameter_budget == DEFAULT_BUDGET
     assert SubspaceConfig(budget=0.3).parameter_budget == 0.3
     for target in ({"rank": 4}, {"rank": 0.5}, {"energy": 0.9}):
@@ -164,7 +164,7 @@ def test_a_config_has_a_budget_unless_it_has_another_target():
 
 
 @pytest.mark.parametrize("owner", [SubspaceConfig, LayerOverride])
-def test_a_rank_is_a_number_of_directions_or_a_fraction(owner):
+def test_a_rank_is_a_number_of_directions_or_a_fraction(owner: type) -> None:
     assert owner(rank=64).rank == 64 and owner(rank=0.25).rank == 0.25
     for value in (0, -1):
         with pytest.raises(ValueError, match=rf"{owner.__name__}\.rank must be at least 1, got {value}"):
@@ -177,7 +177,7 @@ def test_a_rank_is_a_number_of_directions_or_a_fraction(owner):
             owner(rank=value)
 
 
-def test_a_config_takes_one_target_only():
+def test_a_config_takes_one_target_only() -> None:
     for owner in (SubspaceConfig, LayerOverride):
         for pair in ({"rank": 4, "energy": 0.9}, {"rank": 4, "budget": 0.5}, {"budget": 0.5, "energy": 0.9}):
             with pytest.raises(ValueError, match=f"{owner.__name__} takes one target") as error:
@@ -186,14 +186,14 @@ def test_a_config_takes_one_target_only():
 
 
 @pytest.mark.parametrize("name", ["include", "exclude"])
-def test_include_and_exclude_take_lists_of_patterns(name):
+def test_include_and_exclude_take_lists_of_patterns(name: str) -> None:
     assert getattr(SubspaceConfig(**{name: ["a.*", "b"]}), name) == ("a.*", "b")
     for value in ("*.attn", ("ok", 3), 5, None):
         with pytest.raises(TypeError, match=rf"SubspaceConfig\.{name}"):
             SubspaceConfig(**{name: value})
 
 
-def test_param_groups_are_indices_or_none():
+def test_param_groups_are_indices_or_none() -> None:
     assert SubspaceConfig(param_groups=[0, 2]).param_groups == (0, 2)
     assert SubspaceConfig(param_groups=None).param_groups is None
     with pytest.raises(ValueError, match=r"SubspaceConfig\.param_groups must be at least 0, got -1"):
@@ -203,7 +203,7 @@ def test_param_groups_are_indices_or_none():
             SubspaceConfig(param_groups=value)
 
 
-def test_thresholds_policy_and_overrides_are_checked():
+def test_thresholds_policy_and_overrides_are_checked() -> None:
     class Never:
         def decide(self, layer, state, history, thresholds):
             raise NotImplementedError
@@ -223,7 +223,7 @@ def test_thresholds_policy_and_overrides_are_checked():
         LayerOverride(thresholds=0.4)
 
 
-def test_later_changes_to_what_was_passed_do_not_reach_the_config():
+def test_later_changes_to_what_was_passed_do_not_reach_the_config() -> None:
     overrides, patterns = {"a": LayerOverride(rank=3)}, ["x"]
     config = SubspaceConfig(overrides=overrides, include=patterns)
     overrides["b"] = LayerOverride()

@@ -631,8 +631,9 @@ def _saved(x: Any) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("at", slow_except(105, of=[15, 55, 105]))
-@pytest.mark.parametrize("how", slow_except("deepcopy", of=COPIERS))
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [15, 55, 105])
+@pytest.mark.parametrize("how", COPIERS)
 def test_copies_train_alike_and_apart(how: str, at: int) -> None:
     model, optimizer = resumable("adamw", 0, torch.float32)
     scheduler = S.ExponentialLR(optimizer, 0.999)  # it puts its own `step` on the instance
@@ -810,6 +811,7 @@ def true_gradient(layer: FactorizedLinear, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), [U, S, V]))
 
 
+@pytest.mark.slow
 def test_deleting_the_wrapper_gives_layers_back_their_true_gradients() -> None:
     model, optimizer = make("adamw", manual())
     optimizer.factorize_("up")
@@ -835,6 +837,7 @@ def test_deleting_the_wrapper_gives_layers_back_their_true_gradients() -> None:
     assert loss_of(model, 0).item() < 0.95 * first
 
 
+@pytest.mark.slow
 def test_second_wrapper_takes_factorized_layers_over_and_outlives_the_first() -> None:
     model, first = make("adamw", manual())
     first.factorize_("up", rank=9)

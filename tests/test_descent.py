@@ -15,7 +15,7 @@ from svd_optim.records import LayerMetrics
 EXCESS = st.floats(0.0, 1.0)
 
 
-def test_capture_by_chance_takes_all_the_steps_and_full_capture_next_to_none():
+def test_capture_by_chance_takes_all_the_steps_and_full_capture_next_to_none() -> None:
     assert duration(400, [0.0, 0.0, 0.0]) == 400
     assert duration(400, [0.1, 0.2, 0.0]) == 400
     assert duration(400, [0.25] * 3) == 300
@@ -24,13 +24,15 @@ def test_capture_by_chance_takes_all_the_steps_and_full_capture_next_to_none():
 
 
 @pytest.mark.parametrize("nothing", [[], [None], [math.nan, None]])
-def test_undefined_capture_counts_as_chance(nothing):
+def test_undefined_capture_counts_as_chance(nothing: list[float | None]) -> None:
     assert duration(400, nothing) == 400
     assert duration(400, [*nothing, 0.6]) == 200
 
 
 @given(st.integers(1, 10_000), st.lists(EXCESS, min_size=1, max_size=4), EXCESS)
-def test_a_descent_is_shorter_where_more_is_captured_and_ends_with_others(steps, captures, more):
+def test_a_descent_is_shorter_where_more_is_captured_and_ends_with_others(
+    steps: int, captures: list[float], more: float
+) -> None:
     length = duration(steps, captures)
     assert 1 <= length <= steps
     assert duration(steps, [max(c, more) for c in captures]) <= length
@@ -38,7 +40,7 @@ def test_a_descent_is_shorter_where_more_is_captured_and_ends_with_others(steps,
 
 
 @given(st.integers(1, 1000), EXCESS, st.integers(0, 2000), st.integers(1, 2000))
-def test_a_descent_ends_with_the_training_or_is_too_late(steps, capture, step, total):
+def test_a_descent_ends_with_the_training_or_is_too_late(steps: int, capture: float, step: int, total: int) -> None:
     history = [LayerMetrics(step=step, rank=4, measured=1, capture_excess=capture)]
     config = SubspaceConfig(descent_steps=steps)
     whole = duration(steps, [capture])

@@ -199,20 +199,20 @@ def check_gradients(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", MODELS)
-def test_second_derivatives_are_those_of_the_dense_twin(name, loss):
+def test_second_derivatives_are_those_of_the_dense_twin(name: str, loss: Callable[..., Any]) -> None:
     for seed, batch in ((0, (5,)), (1, (2, 3))):
         check_gradients(factorized(name, seed=seed), loss, random(seed + 7, *batch, 9), TOLERANCE[F64])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("loss", LOSSES[:3], ids=lambda f: f.__name__)
-def test_they_are_right_in_each_dtype(loss, dtype):
+def test_second_derivatives_are_right_in_each_dtype(loss: Callable[..., Any], dtype: torch.dtype) -> None:
     for seed in range(3):
         model = factorized("mlp", dtype, seed)
         check_gradients(model, loss, random(seed + 7, 6, 9, dtype=dtype), TOLERANCE[dtype])
 
 
-def test_they_are_right_to_finite_differences():
+def test_second_derivatives_are_right_to_finite_differences() -> None:
     model = factorized("mlp", seed=4)
     x = random(3, 6, 9)
     force_matching(model, x).backward()
@@ -226,7 +226,7 @@ def test_they_are_right_to_finite_differences():
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-6)
 
 
-def test_low_precision_comes_near():
+def test_second_derivatives_in_low_precision_come_near() -> None:
     for seed in range(3):
         model = factorized("mlp", torch.float32, seed)
         twin, x = twin_of(model), random(3, 64, 9, dtype=torch.float32)
@@ -253,7 +253,7 @@ def wrapped(base: str, dtype: torch.dtype = F64, seed: int = 0) -> tuple[nn.Modu
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_a_wrapped_model_gets_them_and_its_layers_are_measured(base, dtype):
+def test_a_wrapped_model_has_second_derivatives_and_its_layers_are_measured(base: str, dtype: torch.dtype) -> None:
     model, optimizer = wrapped(base, dtype)
     for step in range(3):
         optimizer.zero_grad()
@@ -266,7 +266,7 @@ def test_a_wrapped_model_gets_them_and_its_layers_are_measured(base, dtype):
     assert len(sums) == 2 and all(float(s[0]) == 3 for s in sums)
 
 
-def test_a_step_with_a_penalty_is_the_riemannian_one():
+def test_a_step_with_a_penalty_is_the_riemannian_one() -> None:
     """SGD: K - lr dK, L - lr dL, brought back to rank k, with the derivatives of the twin."""
     for seed in range(3):
         model, optimizer = wrapped("sgd", seed=seed)
@@ -316,14 +316,14 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["mlp", "recurrent", "reader"])
-def test_torch_func(name, transform):
+def test_torch_func_gives_the_derivatives_of_the_dense_twin(name: str, transform: str) -> None:
     for seed, tolerance, dtype in ((0, 1e-9, F64), (1, 3e-4, torch.float32)):
         model, x = factorized(name, dtype, seed), random(seed, 4, 9, dtype=dtype)
         ours = TRANSFORMS[transform](*as_functions(model), x)
         same_trees(ours, TRANSFORMS[transform](*as_functions(twin_of(model)), x.double()), tolerance)
 
 
-def test_torch_func_hessian_with_respect_to_the_factors():
+def test_torch_func_gives_the_hessian_with_respect_to_the_factors() -> None:
     model, x = factorized("without bias"), random(0, 4, 9)
     results = []
     for m in (model, twin_of(model)):
@@ -334,7 +334,7 @@ def test_torch_func_hessian_with_respect_to_the_factors():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_forward_mode(enabled):
+def test_forward_mode_gives_the_derivatives_of_the_dense_twin(enabled: bool) -> None:
     for name in ("mlp", "recurrent", "reader"):
         model, x = factorized(name), random(0, 4, 9)
         twin = twin_of(model)
@@ -352,7 +352,7 @@ def test_forward_mode(enabled):
         close(*results, 1e-9)
 
 
-def test_batched_gradients_and_hessian_vector_products():
+def test_batched_gradients_and_hessian_vector_products_are_those_of_the_dense_twin() -> None:
     model, x = factorized("mlp"), random(0, 4, 9)
     twin = twin_of(model)
     seeds = torch.eye(8, dtype=F64).reshape(8, 4, 2)
@@ -368,7 +368,7 @@ def test_batched_gradients_and_hessian_vector_products():
         close(a.detach(), b.detach(), 1e-9)
 
 
-def test_torch_func_in_a_wrapped_model():
+def test_torch_func_works_in_a_wrapped_model() -> None:
     """Per-sample gradients, as of differential privacy, and their sum beside an ordinary backward."""
     for dtype in (torch.float32, F64):
         model, _ = wrapped("adamw", dtype)
@@ -381,7 +381,7 @@ def test_torch_func_in_a_wrapped_model():
 
 
 @pytest.mark.slow
-def test_compiled_torch_func():
+def test_compiled_torch_func_gives_the_same() -> None:
     torch._dynamo.reset()
     model, x = factorized("mlp"), random(0, 4, 9)
     f, parameters = as_functions(model)
@@ -393,7 +393,7 @@ def test_compiled_torch_func():
 
 
 @pytest.mark.parametrize("name", ["mlp", "recurrent", "reader"])
-def test_traced_models_give_the_same_gradients(name):
+def test_traced_models_give_the_same_gradients(name: str) -> None:
     """Also after the calls in which TorchScript profiles and optimizes, and for other batch sizes."""
     model = factorized(name)
     traced = torch.jit.trace(model, (random(0, 4, 9),))
@@ -410,7 +410,7 @@ def test_traced_models_give_the_same_gradients(name):
             close(b, c, 1e-9)
 
 
-def test_a_traced_model_has_right_second_derivatives_and_can_be_saved():
+def test_a_traced_model_has_right_second_derivatives_and_can_be_saved() -> None:
     model, x = factorized("mlp"), random(0, 4, 9)
     traced = torch.jit.trace(model, (x,))
     for _ in range(3):
@@ -430,7 +430,7 @@ def test_a_traced_model_has_right_second_derivatives_and_can_be_saved():
 
 
 @pytest.mark.parametrize("tangent", [True, False])
-def test_scripting_is_refused_with_the_way_out(tangent):
+def test_scripting_is_refused_with_the_way_out(tangent: bool) -> None:
     model = factorized("mlp", tangent=tangent)
     before = list(model.modules())
     with pytest.raises(RuntimeError, match=r"in_features=9, out_features=12.*torch\.jit\.script.*export_dense"):

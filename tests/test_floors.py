@@ -54,12 +54,12 @@ def own_module(name: str) -> Path | None:
     return None
 
 
-def test_every_module_stands_on_a_floor():
+def test_every_module_stands_on_a_floor() -> None:
     assert {floor_of(module) for module in MODULES} == set(FLOORS)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_go_down_only(module: Path):
+def test_imports_go_down_only(module: Path) -> None:
     here = FLOORS.index(floor_of(module))
     up = {
         name
@@ -69,7 +69,7 @@ def test_imports_go_down_only(module: Path):
     assert not up
 
 
-def test_no_two_files_need_each_other():
+def test_no_two_files_need_each_other() -> None:
     graph = {
         str(module): {str(target) for name in imports_of(module) if (target := own_module(name)) is not None}
         for module in MODULES
@@ -78,7 +78,7 @@ def test_no_two_files_need_each_other():
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_a_library_is_known_on_its_floor_only(module: Path):
+def test_a_library_is_known_on_its_floor_only(module: Path) -> None:
     roots = {name.split(".")[0] for name in imports_of(module)}
     if floor_of(module) in TORCH_FREE:
         assert not roots & {"torch", "numpy", "safetensors", "rich", "matplotlib"}
@@ -89,11 +89,11 @@ def test_a_library_is_known_on_its_floor_only(module: Path):
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_files_can_be_read_at_a_sitting(module: Path):
+def test_files_can_be_read_at_a_sitting(module: Path) -> None:
     assert len((ROOT / module).read_text().splitlines()) <= MOST_LINES
 
 
-def test_the_public_names_are_a_dozen_and_each_floor_says_what_it_exports():
+def test_the_public_names_are_a_dozen_and_each_floor_says_what_it_exports() -> None:
     names = [name for name in svd_optim.__all__ if not name.startswith("__")]
     assert len(names) == 12
     for floor in ("records", "decisions", "linalg", "factors", "tracking", "storage", "console"):
@@ -102,7 +102,7 @@ def test_the_public_names_are_a_dozen_and_each_floor_says_what_it_exports():
 
 
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
-def test_what_tests_share_is_in_helpers(file: Path):
+def test_what_tests_share_is_in_helpers(file: Path) -> None:
     """A test needs no other test; examples and benchmarks are loaded by their files, with ``helpers.script``."""
     assert {"corpus", "faults"} <= SCRIPTS
     roots = {name.split(".")[0] for name in imports_of(file)}

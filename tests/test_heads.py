@@ -173,7 +173,7 @@ ARCHITECTURES: dict[str, tuple[Shapes, dict[str, tuple[tuple[int, int], str]], S
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_heads_of_known_architectures(name: str) -> None:
+def test_heads_of_known_architectures_are_found(name: str) -> None:
     tracked, heads, tables = ARCHITECTURES[name]
     model = built(tracked | {head: shape for head, (shape, _) in heads.items()}, tables)
     found = select_layers(model, [{"params": list(model.parameters())}], SubspaceConfig())
@@ -191,7 +191,7 @@ def test_heads_of_known_architectures(name: str) -> None:
                                   "lm_head.modules_to_save.default", "lm_head._orig_mod", "module.output",
                                   "output.modules_to_save.mine", "model._orig_mod.output"])  # fmt: skip
 @pytest.mark.parametrize("outputs", [40, 512])
-def test_heads_by_name_alone(name: str, outputs: int) -> None:
+def test_heads_are_known_by_their_name_alone(name: str, outputs: int) -> None:
     inner = name.rpartition("_orig_mod.")[0] if "model" in name.split(".") else ""
     model = built({f"{inner}blocks.0.fc": (64, 48), name: (outputs, 64)}, {})
     config = SubspaceConfig()
@@ -244,7 +244,7 @@ def test_the_reason_is_in_the_summary_and_in_the_log(tmp_path: Any) -> None:
     assert run.config.exclude == SubspaceConfig().exclude
 
 
-def test_a_tied_head_is_tied() -> None:
+def test_a_tied_head_is_skipped_as_tied() -> None:
     model = LanguageModel()
     model.final = nn.Linear(40, 96, bias=False)
     model.final.weight = model.embed.weight
@@ -255,7 +255,8 @@ def test_a_tied_head_is_tied() -> None:
     assert list(optimizer.layers) == ["up", "output"]
 
 
-def test_a_compiled_head_is_one() -> None:
+@pytest.mark.slow
+def test_a_compiled_head_is_a_head() -> None:
     model = LanguageModel()
     model.output = torch.compile(nn.Linear(64, 50))  # type: ignore[assignment]
     assert tracked(model) == ["up"]
@@ -272,7 +273,7 @@ def test_a_compiled_head_is_one() -> None:
         ("a._fsdp_wrapped_module._checkpoint_wrapped_module.b", ["a", "b"]),
     ],
 )
-def test_own_parts(name: str, parts: list[str]) -> None:
+def test_own_parts_of_a_name_leave_wrappers_out(name: str, parts: list[str]) -> None:
     assert own_parts(name) == parts
 
 

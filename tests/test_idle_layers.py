@@ -117,7 +117,7 @@ def test_an_expert_with_tokens_now_and_then_lands_exactly() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["no gradient", "zero gradient"])
-def test_waiting_resumes_bitwise(tmp_path: Path, way: str) -> None:
+def test_a_waiting_descent_resumes_bitwise(tmp_path: Path, way: str) -> None:
     model, optimizer, start = descending()
     for number in range(start, start + 13):
         step(model, optimizer, number, WAYS[way])

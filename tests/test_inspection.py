@@ -69,7 +69,7 @@ def check(report: MatrixReport, W: Tensor, rel: float, budget: float = 0.5) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n"), [(96, 40), (40, 96), (2, 7), (33, 33)])
-def test_reported_numbers_are_those_of_a_full_svd(tmp_path: Path, m: int, n: int, dtype: torch.dtype):
+def test_reported_numbers_are_those_of_a_full_svd(tmp_path: Path, m: int, n: int, dtype: torch.dtype) -> None:
     W = with_spectrum(m, n, falling(min(m, n))).to(dtype)
     for budget in (0.1, 0.5, 1.0):
         report = inspected(tmp_path, budget, W=W)["W"]
@@ -77,7 +77,7 @@ def test_reported_numbers_are_those_of_a_full_svd(tmp_path: Path, m: int, n: int
         check(report, W, 1e-6, budget)
 
 
-def test_a_known_spectrum_gives_its_numbers(tmp_path: Path):
+def test_a_known_spectrum_gives_its_numbers(tmp_path: Path) -> None:
     S = torch.tensor([2.0] * 4 + [1.0] * 4, dtype=torch.float64)  # energies 16 and 4
     report = inspected(tmp_path, 0.3, W=with_spectrum(24, 20, S))["W"]
     assert report.stable_rank == pytest.approx(5.0)
@@ -89,20 +89,21 @@ def test_a_known_spectrum_gives_its_numbers(tmp_path: Path):
     assert report.spectrum[:4] == pytest.approx([2 / math.sqrt(20)] * 3 + [1 / math.sqrt(20)], rel=1e-3)
 
 
-def test_the_numerical_rank_counts_from_the_larger_sides_rounding_in_float32_on(tmp_path: Path):
+def test_the_numerical_rank_counts_from_the_larger_sides_rounding_in_float32_on(tmp_path: Path) -> None:
     S = torch.tensor([3.0, 1.0, 3 * 2.5e-5, 3 * 2.3e-5, 1e-9], dtype=torch.float64)  # 200 * 2^-23 is 2.38e-5
     for name, report in inspected(tmp_path, tall=with_spectrum(200, 20, S), wide=with_spectrum(20, 200, S)).items():
         assert report.numerical_rank == 3, name
 
 
 @pytest.mark.parametrize("r", [20, 40, 60, 100, 200])
-def test_rounding_does_not_raise_the_effective_rank(tmp_path: Path, r: int):
+def test_rounding_does_not_raise_the_effective_rank(tmp_path: Path, r: int) -> None:
     found = inspected(tmp_path, **{str(i): with_spectrum(r, r, torch.ones(r).double(), seed=i) for i in range(10)})
     assert {report.effective_rank for report in found.values()} == {r * 19 // 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), [(700, 560), (560, 1100)])
-def test_the_gram_route_is_as_exact_as_its_docstring_says(m: int, n: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_gram_route_is_as_exact_as_its_docstring_says(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "BLOCK", 200 * min(m, n))  # several blocks, the last one partial
     S = torch.logspace(0, -12, min(m, n), dtype=torch.float64)
     found = singular_values(with_spectrum(m, n, S))
@@ -112,7 +113,8 @@ def test_the_gram_route_is_as_exact_as_its_docstring_says(m: int, n: int, monkey
     assert (found[~known] < 1e-7).all()
 
 
-def test_a_large_matrix_of_low_rank_is_reported_as_such(tmp_path: Path):
+@pytest.mark.slow
+def test_a_large_matrix_of_low_rank_is_reported_as_such(tmp_path: Path) -> None:
     W = with_spectrum(900, 640, falling(20)).float()
     report = inspected(tmp_path, 0.02, W=W)["W"]
     check(report, W, 1e-6, 0.02)
@@ -120,7 +122,7 @@ def test_a_large_matrix_of_low_rank_is_reported_as_such(tmp_path: Path):
 
 
 @pytest.mark.parametrize("side", [60, 600])
-def test_transposing_a_matrix_changes_no_number(tmp_path: Path, side: int):
+def test_transposing_a_matrix_changes_no_number(tmp_path: Path, side: int) -> None:
     W = with_spectrum(side, side + 40, falling(30))
     found = inspected(tmp_path, A=W, B=W.mT)
     a, b = (asdict(found[name]) for name in "AB")
@@ -133,7 +135,9 @@ def test_transposing_a_matrix_changes_no_number(tmp_path: Path, side: int):
 
 
 @pytest.mark.parametrize("side", [60, 600])
-def test_scaling_a_matrix_changes_nothing_even_where_squares_leave_the_range_of_numbers(tmp_path: Path, side: int):
+def test_scaling_a_matrix_changes_nothing_even_where_squares_leave_the_range_of_numbers(
+    tmp_path: Path, side: int
+) -> None:
     W = with_spectrum(side, side, falling(30))
     found = inspected(tmp_path, A=W, big=W * 2.0**900, small=W * 2.0**-900)
     a = asdict(found["A"])
@@ -141,7 +145,7 @@ def test_scaling_a_matrix_changes_nothing_even_where_squares_leave_the_range_of_
         assert asdict(found[name]) == a | {"name": name}
 
 
-def test_nan_infinity_and_zero_are_rows_that_say_so(tmp_path: Path):
+def test_nan_infinity_and_zero_are_rows_that_say_so(tmp_path: Path) -> None:
     found = inspected(
         tmp_path,
         nan=torch.tensor([[1.0, math.nan], [0.0, 1.0]]),
@@ -157,7 +161,7 @@ def test_nan_infinity_and_zero_are_rows_that_say_so(tmp_path: Path):
     assert found["huge"].stable_rank == 1.0
 
 
-def test_tensors_that_are_no_matrices_are_counted_with_the_reason(tmp_path: Path):
+def test_tensors_that_are_no_matrices_are_counted_with_the_reason(tmp_path: Path) -> None:
     tensors = {
         "W": torch.randn(4, 6), "bias": torch.zeros(3), "scalar": torch.tensor(1.0), "row": torch.zeros(1, 5),
         "conv": torch.zeros(4, 3, 2, 2), "ids": torch.zeros(4, 4, dtype=torch.int64), "norm": torch.zeros(7),
@@ -183,7 +187,7 @@ def model() -> nn.Sequential:
 @pytest.mark.parametrize("nested", [(), ("model",), ("state_dict",), ("state_dict", "model")])
 def test_a_state_dict_of_pytorch_is_read_as_the_safetensors_file_is(
     tmp_path: Path, suffix: str, nested: tuple[str, ...]
-):
+) -> None:
     export_safetensors(model(), tmp_path / "model.safetensors")
     saved = dict(model().state_dict())
     for key in nested:
@@ -194,12 +198,12 @@ def test_a_state_dict_of_pytorch_is_read_as_the_safetensors_file_is(
     assert len(one.matrices) == 2
 
 
-def test_layer_9_comes_before_layer_10(tmp_path: Path):
+def test_layer_9_comes_before_layer_10(tmp_path: Path) -> None:
     names = [f"layers.{i}.{part}" for i in (0, 9, 10, 100) for part in ("a", "b²")]
     assert list(inspected(tmp_path, **{name: torch.randn(3, 4) for name in reversed(names)})) == names
 
 
-def test_shards_are_one_model_and_the_index_says_which_they_are(tmp_path: Path):
+def test_shards_are_one_model_and_the_index_says_which_they_are(tmp_path: Path) -> None:
     a, b = torch.randn(5, 6), torch.randn(7, 4)
     save_file({"a": a}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": b}, tmp_path / "model-00002-of-00002.safetensors")
@@ -219,7 +223,7 @@ def test_shards_are_one_model_and_the_index_says_which_they_are(tmp_path: Path):
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}',
                                      '{"weight_map": {"a": "../model.safetensors"}}'])  # fmt: skip
-def test_an_index_that_is_none_is_named(tmp_path: Path, content: str):
+def test_an_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "model").mkdir()
     export_safetensors(model(), tmp_path / "model.safetensors")
     (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
@@ -227,7 +231,7 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, content: str):
         inspect_file(tmp_path / "model")
 
 
-def test_checkpoints_are_read_with_their_factors(tmp_path: Path):
+def test_checkpoints_are_read_with_their_factors(tmp_path: Path) -> None:
     model, optimizer = make("adamw")
     train(model, optimizer, 3)
     save_checkpoint(tmp_path, model, optimizer)
@@ -250,7 +254,7 @@ def test_checkpoints_are_read_with_their_factors(tmp_path: Path):
     assert up.numerical_rank == 9 and up.budget_energy == 1.0 and up.budget_error == 0.0
 
 
-def test_factors_are_a_matrix_also_where_they_are_not_orthonormal_any_more(tmp_path: Path):
+def test_factors_are_a_matrix_also_where_they_are_not_orthonormal_any_more(tmp_path: Path) -> None:
     torch.manual_seed(1)
     U, S, V = torch.randn(30, 6), torch.randn(6), torch.randn(20, 6)
     report = inspected(tmp_path, 0.2, **{"a.U": U, "a.S": S, "a.V": V})["a.weight"]
@@ -261,7 +265,7 @@ def test_factors_are_a_matrix_also_where_they_are_not_orthonormal_any_more(tmp_p
     assert report.budget_error == pytest.approx(float(exact[keep:].norm() / exact.norm()), rel=1e-5)
 
 
-def test_the_model_itself_may_be_factorized_and_other_tensors_called_U_are_matrices(tmp_path: Path):
+def test_the_model_itself_may_be_factorized_and_other_tensors_called_U_are_matrices(tmp_path: Path) -> None:
     layer = factorize_(nn.Linear(12, 10), 4)
     assert [(x.name, x.factorized) for x in inspected_state(tmp_path, layer.state_dict())] == [("weight", 4)]
     loose = {"a.U": torch.randn(6, 3), "a.S": torch.randn(4), "a.V": torch.randn(5, 3)}
@@ -276,7 +280,7 @@ def inspected_state(tmp_path: Path, state: dict[str, Tensor]) -> tuple[MatrixRep
 # ---- errors ------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_file_is_named_wherever_it_is_cut(tmp_path: Path):
+def test_a_damaged_file_is_named_wherever_it_is_cut(tmp_path: Path) -> None:
     for name, save in (("a.safetensors", save_file), ("a.pt", torch.save)):
         path = tmp_path / name
         save({"W": torch.randn(20, 30)}, path)
@@ -287,7 +291,7 @@ def test_a_damaged_file_is_named_wherever_it_is_cut(tmp_path: Path):
                 inspect_file(path)
 
 
-def test_files_that_are_no_models_are_refused(tmp_path: Path):
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         inspect_file(tmp_path / "nothing.safetensors")
     (tmp_path / "notes.txt").write_text("hello")
@@ -309,7 +313,7 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, math.nan])
-def test_a_budget_out_of_range_is_refused(tmp_path: Path, budget: float):
+def test_a_budget_out_of_range_is_refused(tmp_path: Path, budget: float) -> None:
     with pytest.raises(ValueError, match=r"budget must be in \(0, 1\]"):
         inspect_file(tmp_path, budget)
 
@@ -317,14 +321,14 @@ def test_a_budget_out_of_range_is_refused(tmp_path: Path, budget: float):
 # ---- what is shown -----------------------------------------------------------------------------------
 
 
-def test_progress_is_told_before_each_matrix_and_at_the_end(tmp_path: Path):
+def test_progress_is_told_before_each_matrix_and_at_the_end(tmp_path: Path) -> None:
     save_file({f"w{i}": torch.randn(4, 5) for i in range(3)}, tmp_path / "a.safetensors")
     told: list[tuple[int, int]] = []
     inspect_file(tmp_path / "a.safetensors", progress=lambda *args: told.append(args))
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_an_inspection_is_plain_json(tmp_path: Path):
+def test_an_inspection_is_plain_json(tmp_path: Path) -> None:
     inspected(tmp_path, a=torch.randn(4, 5), zero=torch.zeros(3, 3), b=torch.zeros(2))
     found = inspect_file(tmp_path)
     again = json.loads(json.dumps(asdict(found), allow_nan=False))
@@ -343,7 +347,7 @@ def shown(found: Inspection, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def test_the_table_holds_every_number(tmp_path: Path):
+def test_the_table_holds_every_number(tmp_path: Path) -> None:
     S = torch.tensor([2.0] * 4 + [1.0] * 4, dtype=torch.float64)
     factors = {
         f"f.{key}": X.contiguous()
@@ -361,7 +365,7 @@ def test_the_table_holds_every_number(tmp_path: Path):
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
-def test_the_table_fits_and_names_differ_and_are_harmless(tmp_path: Path, width: int):
+def test_the_table_fits_and_names_differ_and_are_harmless(tmp_path: Path, width: int) -> None:
     names = [f"model.decoder.layers.{i}.self_attention.{p}_projection.{'z' * 30}" for i in (1, 11) for p in "qkv"]
     inspected(tmp_path, **dict.fromkeys([*names, "x[/y]", "a\x1b[31mred\r\nz"], torch.eye(3)))
     lines = shown(inspect_file(tmp_path), width)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +70,7 @@ BATCHES = st.sampled_from([(), (1,), (4,), (2, 3), (2, 1, 3), (0,)])
 
 
 @given(cases(), BATCHES, st.booleans())
-def test_forward_is_that_of_the_dense_product(case, batch, tangent):
+def test_forward_is_that_of_the_dense_product(case: dict[str, Any], batch: tuple[int, ...], tangent: bool) -> None:
     module = tracked(**case) if tangent else layer(**case)
     x = random(5, *batch, case["n"])
     expected = F.linear(x, dense_weight(module), module.bias)
@@ -78,7 +80,7 @@ def test_forward_is_that_of_the_dense_product(case, batch, tangent):
 
 
 @given(cases(), BATCHES)
-def test_an_ordinary_layer_gives_true_gradients(case, batch):
+def test_an_ordinary_layer_gives_true_gradients(case: dict[str, Any], batch: tuple[int, ...]) -> None:
     module = layer(**case)
     x, dy = random(5, *batch, case["n"]).requires_grad_(), random(6, *batch, case["m"])
     module(x).backward(dy)
@@ -92,7 +94,7 @@ def test_an_ordinary_layer_gives_true_gradients(case, batch):
         torch.testing.assert_close(module.bias.grad, dy.reshape(-1, case["m"]).sum(0))
 
 
-def test_true_gradients_pass_gradcheck():
+def test_true_gradients_pass_gradcheck() -> None:
     module = layer(4, 3, 2)
 
     def run(x, U, S, V, bias):
@@ -105,7 +107,7 @@ def test_true_gradients_pass_gradcheck():
 
 
 @given(cases(), BATCHES)
-def test_a_tracked_layer_gives_the_gradients_of_k_and_l(case, batch):
+def test_a_tracked_layer_gives_the_gradients_of_k_and_l(case: dict[str, Any], batch: tuple[int, ...]) -> None:
     module = tracked(**case)
     x, dy = random(5, *batch, case["n"]).requires_grad_(), random(6, *batch, case["m"])
     module(x).backward(dy)
@@ -121,7 +123,7 @@ def test_a_tracked_layer_gives_the_gradients_of_k_and_l(case, batch):
 
 
 @given(cases())
-def test_the_norm_a_user_clips_is_that_of_the_tangent_gradient(case):
+def test_the_norm_a_user_clips_is_that_of_the_tangent_gradient(case: dict[str, Any]) -> None:
     module = tracked(**(case | {"bias": False}))
     x, dy = random(5, 6, case["n"]), random(6, 6, case["m"])
     module(x).backward(dy)
@@ -135,7 +137,7 @@ def test_the_norm_a_user_clips_is_that_of_the_tangent_gradient(case):
         torch.testing.assert_close(norm, torch.linalg.vector_norm(G))
 
 
-def test_gradients_of_micro_batches_add_up():
+def test_gradients_of_micro_batches_add_up() -> None:
     whole, parts = tracked(), tracked()
     x, dy = random(5, 6, 5), random(6, 6, 7)
     whole(x).backward(dy)
@@ -145,7 +147,7 @@ def test_gradients_of_micro_batches_add_up():
         torch.testing.assert_close(getattr(parts, name).grad, getattr(whole, name).grad)
 
 
-def test_the_gradients_and_the_sketch_of_a_layer_measure_its_gradient():
+def test_the_gradients_and_the_sketch_of_a_layer_measure_its_gradient() -> None:
     """The gradients and the sketch of one backward fit together, also after clipping."""
     module = tracked(9, 8, 3)
     x, dy = random(5, 6, 8), random(6, 6, 9)
@@ -161,7 +163,7 @@ def test_the_gradients_and_the_sketch_of_a_layer_measure_its_gradient():
 
 
 @pytest.mark.parametrize("frozen", ["x", "U", "V", "all"])
-def test_frozen_parts_take_no_gradient(frozen):
+def test_frozen_parts_take_no_gradient(frozen: str) -> None:
     module = tracked()
     x = random(5, 6, 5).requires_grad_(frozen != "x")
     for name in ("U", "S", "V"):
@@ -180,7 +182,7 @@ def test_frozen_parts_take_no_gradient(frozen):
 
 
 @pytest.mark.parametrize("make", [layer, tracked])
-def test_readers_of_weight_get_the_same_product_and_gradients(make):
+def test_readers_of_weight_get_the_same_product_and_gradients(make: Callable[..., Any]) -> None:
     by_call, by_weight = make(), make()
     x, dy = random(5, 6, 5), random(6, 6, 7)
     by_call(x).backward(dy)
@@ -194,7 +196,7 @@ def test_readers_of_weight_get_the_same_product_and_gradients(make):
             torch.testing.assert_close(a, b)
 
 
-def test_weight_is_no_parameter_and_can_not_be_set():
+def test_weight_is_no_parameter_and_can_not_be_set() -> None:
     module = layer()
     assert [name for name, _ in module.named_parameters()] == ["U", "S", "V", "bias"]
     with pytest.raises(RuntimeError, match="does not reach the layer"):
@@ -206,7 +208,7 @@ def test_weight_is_no_parameter_and_can_not_be_set():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
-def test_the_constructor_makes_a_working_layer(dtype):
+def test_the_constructor_makes_a_working_layer(dtype: torch.dtype) -> None:
     module = FactorizedLinear(6, 4, rank=2, dtype=dtype)
     assert module.rank == 2 and isinstance(module, nn.Linear)
     assert [tuple(p.shape) for p in module.parameters()] == [(4, 2), (2,), (6, 2), (4,)]
@@ -216,7 +218,7 @@ def test_the_constructor_makes_a_working_layer(dtype):
     assert FactorizedLinear(6, 4, rank=4, bias=False).bias is None
 
 
-def test_at_full_rank_a_layer_starts_like_a_linear_one():
+def test_at_full_rank_a_layer_starts_like_a_linear_one() -> None:
     torch.manual_seed(3)
     dense = nn.Linear(6, 4)
     torch.manual_seed(3)
@@ -226,7 +228,7 @@ def test_at_full_rank_a_layer_starts_like_a_linear_one():
 
 
 @pytest.mark.parametrize("rank", [0, -1, 5])
-def test_ranks_out_of_range_are_refused(rank):
+def test_ranks_out_of_range_are_refused(rank: int) -> None:
     message = rf"rank must be in \[1, 4\] for .*\(4, 6\), got {rank}"
     with pytest.raises(ValueError, match=message):
         FactorizedLinear(6, 4, rank=rank)
@@ -238,7 +240,7 @@ def test_ranks_out_of_range_are_refused(rank):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_belong_to_no_optimizer(copied):
+def test_copies_belong_to_no_optimizer(copied: Callable[..., Any]) -> None:
     module = tracked()
     module.owner = lambda: None  # can't be pickled, and must not be
     twin = copied(module)
@@ -251,7 +253,7 @@ def test_copies_belong_to_no_optimizer(copied):
     assert module.U.grad is None  # and nothing shared
 
 
-def test_a_state_dict_gives_back_the_layer():
+def test_a_state_dict_gives_back_the_layer() -> None:
     source, target = layer(seed=0), layer(seed=50)
     assert list(source.state_dict()) == ["U", "S", "V", "bias"]
     file = io.BytesIO()
@@ -272,7 +274,9 @@ def test_a_state_dict_gives_back_the_layer():
     ],
 )
 @pytest.mark.parametrize("start", [torch.float32, F64])
-def test_changing_the_type_takes_the_sketch_along(change, dtype, start):
+def test_changing_the_type_takes_the_sketch_along(
+    change: Callable[..., Any], dtype: torch.dtype, start: torch.dtype
+) -> None:
     module = change(tracked(dtype=start))
     assert module.tangent
     assert {t.dtype for t in (*module.parameters(), module.sketch, module.Omega)} == {dtype}
@@ -281,7 +285,7 @@ def test_changing_the_type_takes_the_sketch_along(change, dtype, start):
     assert all(t.grad.dtype == dtype for t in (module.U, module.V, module.bias, module.sketch))
 
 
-def test_a_layer_that_is_no_longer_tracked_gives_true_gradients_again():
+def test_a_layer_that_is_no_longer_tracked_gives_true_gradients_again() -> None:
     module = tracked()
     module.track_tangent(None)
     assert not module.tangent and module.sketch is None and module.Omega is None
@@ -290,7 +294,7 @@ def test_a_layer_that_is_no_longer_tracked_gives_true_gradients_again():
 
 
 @pytest.mark.parametrize("make", [layer, tracked])
-def test_autocast_gives_low_precision_outputs_and_full_precision_gradients(make):
+def test_autocast_gives_low_precision_outputs_and_full_precision_gradients(make: Callable[..., Any]) -> None:
     """bfloat16 activations, float32 parameters and gradients: as a dense layer does it."""
     module = make(32, 24, 12, dtype=torch.float32)
     exact = make(32, 24, 12, dtype=torch.float32)
@@ -310,7 +314,7 @@ def test_autocast_gives_low_precision_outputs_and_full_precision_gradients(make)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [layer, tracked])
-def test_a_compiled_layer_gives_the_same_as_an_eager_one(make):
+def test_a_compiled_layer_gives_the_same_as_an_eager_one(make: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     eager, module = make(dtype=torch.float32), make(dtype=torch.float32)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -330,7 +334,7 @@ def test_a_compiled_layer_gives_the_same_as_an_eager_one(make):
 
 @given(cases())
 @settings(max_examples=15)
-def test_factorize_keeps_the_best_part_and_merge_brings_the_product_back(case):
+def test_factorize_keeps_the_best_part_and_merge_brings_the_product_back(case: dict[str, Any]) -> None:
     m, n, k = case["m"], case["n"], case["k"]
     dense = nn.Linear(n, m, bias=case["bias"], dtype=F64)
     W, bias = dense.weight.detach().clone(), dense.bias
@@ -347,7 +351,7 @@ def test_factorize_keeps_the_best_part_and_merge_brings_the_product_back(case):
         torch.testing.assert_close(merged.weight.detach(), W, rtol=1e-5, atol=1e-6)
 
 
-def test_the_module_stays_the_same_object_with_its_hooks():
+def test_the_module_stays_the_same_object_with_its_hooks() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU())
     seen = []
     model[0].register_forward_hook(lambda *_: seen.append(1))
@@ -359,7 +363,7 @@ def test_the_module_stays_the_same_object_with_its_hooks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
-def test_types_and_frozenness_survive_factorizing_and_merging(dtype):
+def test_types_and_frozenness_survive_factorizing_and_merging(dtype: torch.dtype) -> None:
     dense = nn.Linear(5, 7, dtype=dtype)
     dense.weight.requires_grad_(False)
     module = factorize_(dense, 3)
@@ -369,14 +373,14 @@ def test_types_and_frozenness_survive_factorizing_and_merging(dtype):
     assert not merged.weight.requires_grad and merged.weight.dtype == dtype
 
 
-def test_a_float64_layer_keeps_its_precision():
+def test_a_float64_layer_keeps_its_precision() -> None:
     dense = nn.Linear(5, 7, dtype=F64)
     W = dense.weight.detach().clone()
     assert torch.linalg.vector_norm(merge_(factorize_(dense, 5, exact_basis(W, 5))).weight - W) < 1e-12
     assert torch.linalg.vector_norm(factorize_(dense, 5).weight - W) < 1e-12
 
 
-def test_a_known_basis_and_a_given_weight_are_taken():
+def test_a_known_basis_and_a_given_weight_are_taken() -> None:
     dense = nn.Linear(5, 7)
     basis = exact_basis(random(0, 7, 5, dtype=torch.float32), 4)
     module = factorize_(dense, 2, basis)
@@ -385,14 +389,14 @@ def test_a_known_basis_and_a_given_weight_are_taken():
     assert torch.equal(merge_(module, weight).weight, weight)
 
 
-def test_merging_ends_the_tracking_of_the_tangent():
+def test_merging_ends_the_tracking_of_the_tangent() -> None:
     merged = merge_(tracked())
     assert not any(name in merged.__dict__ for name in ("tangent", "sketch", "Omega", "owner"))
     merged(random(5, 6, 5)).sum().backward()
     assert merged.weight.grad is not None
 
 
-def test_modules_that_can_not_be_converted_are_refused():
+def test_modules_that_can_not_be_converted_are_refused() -> None:
     class Own(nn.Linear):
         pass
 
@@ -410,7 +414,7 @@ def test_modules_that_can_not_be_converted_are_refused():
         assert type(dense) is nn.Linear and dense.weight.shape == (7, 5)
 
 
-def test_restore_structure_takes_the_structure_of_the_file():
+def test_restore_structure_takes_the_structure_of_the_file() -> None:
     def model() -> nn.Sequential:
         return nn.Sequential(nn.Linear(5, 7), nn.Sequential(nn.Linear(7, 6), nn.ReLU()), nn.Linear(6, 4, bias=False))
 
@@ -441,7 +445,7 @@ def test_restore_structure_takes_the_structure_of_the_file():
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_plain_optimizer_trains_a_factorized_layer(kind):
+def test_a_plain_optimizer_trains_a_factorized_layer(kind: type[torch.optim.Optimizer]) -> None:
     module = layer(6, 6, 2, dtype=torch.float32)
     target = layer(6, 6, 2, seed=40, dtype=torch.float32)
     x = random(1, 128, 6, dtype=torch.float32)

@@ -153,6 +153,7 @@ def test_all_eligible_layers_of_a_cohort_switch_in_one_event() -> None:
     assert calls == [("before", 35, names), ("after", 35, names)]  # 20, the first boundary, and 15 steps of descent
 
 
+@pytest.mark.slow
 def test_danger_comes_and_goes_with_its_numbers() -> None:
     model, optimizer = make("muon", quick())
     train(model, optimizer, 120)
@@ -180,6 +181,7 @@ def test_descent_fades_what_the_factors_cannot_hold() -> None:
     assert max(later - sooner for sooner, later in itertools.pairwise(errors[40:])) < 0.02
 
 
+@pytest.mark.slow
 def test_without_descent_only_what_is_exact_already_is_factorized() -> None:
     model = net()
     train(model, BASES["adamw"](model), 60)
@@ -383,7 +385,7 @@ def test_a_custom_policy_decides() -> None:
 # ---- manually ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", slow_except("adamw", "muon", of=BASES))
+@pytest.mark.parametrize("base", slow_except("adamw", of=BASES))
 def test_factorize_and_merge_keep_weights_outputs_and_moments(base: str) -> None:
     model, optimizer = make(base, manual())
     low_rank_(model.up, 10, noise=1e-6)
@@ -587,7 +589,8 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("base", slow_except("adamax", of=UNKNOWN))
+@pytest.mark.slow
+@pytest.mark.parametrize("base", UNKNOWN)
 def test_unknown_state_is_measured_never_factorized_and_says_why(base: str) -> None:
     make_base, word = UNKNOWN[base]
     ends = []
@@ -666,6 +669,7 @@ def test_summary_counts_parameters_and_bytes() -> None:
     assert [entry.name for entry in summary.skipped] == ["head.weight"]
 
 
+@pytest.mark.slow
 def test_factorized_model_is_an_ordinary_module() -> None:
     model, optimizer = make("adamw", quick())
     train(model, optimizer, 120)

@@ -93,7 +93,7 @@ def close(a: Tensor | float, b: Tensor | float, rel: float = 1e-5, floor: float 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_finite_tells_which_of_a_batch_is(bad):
+def test_finite_tells_which_of_a_batch_is(bad: float) -> None:
     X = random(0, 3, 4, 5) * 5e37
     assert finite(X).tolist() == [True] * 3
     X[1, 2, 3] = bad
@@ -101,7 +101,7 @@ def test_finite_tells_which_of_a_batch_is(bad):
 
 
 @given(shapes(), SEEDS, SCALES)
-def test_the_energy_is_the_same_however_the_matrix_lies(shape, seed, scale):
+def test_the_energy_is_the_same_however_the_matrix_lies(shape: tuple[int, int, int], seed: int, scale: float) -> None:
     X = random(seed, 2, *shape[:2]) * scale
     twin = X.double().square().sum((-2, -1))
     assert close(energy(X) / twin, torch.ones(2), 1e-6) and close(energy(X.mT) / twin, torch.ones(2), 1e-6)
@@ -124,7 +124,9 @@ def aligned(e: GradientEnergies) -> Tensor:
 
 
 @given(shapes(), SEEDS, SCALES)
-def test_alignments_agree_with_the_twin_at_every_scale_and_every_rank(shape, seed, scale):
+def test_alignments_agree_with_the_twin_at_every_scale_and_every_rank(
+    shape: tuple[int, int, int], seed: int, scale: float
+) -> None:
     """One measurement at rank k is one at each rank up to k: all of them against projections at that rank."""
     m, n, k = shape
     G, U, V = random(seed, m, n) * scale, orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k)
@@ -140,7 +142,7 @@ def test_alignments_agree_with_the_twin_at_every_scale_and_every_rank(shape, see
 
 
 @given(shapes(), SEEDS)
-def test_each_energy_belongs_to_its_own_direction(shape, seed):
+def test_each_energy_belongs_to_its_own_direction(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     G, U, V = random(seed, m, n), orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k)
     e = gradient_energies(G, U, V)
@@ -154,7 +156,7 @@ def test_each_energy_belongs_to_its_own_direction(shape, seed):
 
 
 @given(shapes(), SEEDS)
-def test_principal_and_minor_energy_make_up_the_whole(shape, seed):
+def test_principal_and_minor_energy_make_up_the_whole(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     G, U, V = random(seed, m, n), orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k)
     e = gradient_energies(G, U, V)
@@ -166,7 +168,7 @@ def test_principal_and_minor_energy_make_up_the_whole(shape, seed):
 
 
 @given(shapes(), SEEDS)
-def test_alignments_depend_on_subspaces_only(shape, seed):
+def test_alignments_depend_on_subspaces_only(shape: tuple[int, int, int], seed: int) -> None:
     """Signs and rotations of the bases, and rotations of the whole space, change nothing."""
     m, n, k = shape
     G, U, V = random(seed, m, n), orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k)
@@ -184,7 +186,7 @@ def test_alignments_depend_on_subspaces_only(shape, seed):
 
 
 @given(shapes(), SEEDS)
-def test_alignments_grow_with_k_and_reach_one_at_full_rank(shape, seed):
+def test_alignments_grow_with_k_and_reach_one_at_full_rank(shape: tuple[int, int, int], seed: int) -> None:
     m, n, _ = shape
     r = min(m, n)
     G, U, V = random(seed, m, n), orthonormal(seed + 1, m, r), orthonormal(seed + 2, n, r)
@@ -196,7 +198,7 @@ def test_alignments_grow_with_k_and_reach_one_at_full_rank(shape, seed):
     assert math.isclose(float(rows[-1, 0 if m <= n else 1]), 1.0, abs_tol=1e-5)
 
 
-def test_the_principal_gradient_scores_one_and_the_minor_gradient_zero():
+def test_the_principal_gradient_scores_one_and_the_minor_gradient_zero() -> None:
     U, V = orthonormal(0, 12, 3), orthonormal(1, 9, 3)
     inside = U @ random(2, 3, 3) @ V.mT
     assert torch.allclose(aligned(gradient_energies(inside, U, V)), torch.ones(3).double(), atol=1e-6)
@@ -207,7 +209,7 @@ def test_the_principal_gradient_scores_one_and_the_minor_gradient_zero():
     assert torch.allclose(aligned(gradient_energies(half, U, V)), expected, atol=1e-6)
 
 
-def test_a_gradient_along_one_pair_of_directions_counts_there_only():
+def test_a_gradient_along_one_pair_of_directions_counts_there_only() -> None:
     U, V = orthonormal(0, 12, 4), orthonormal(1, 9, 4)
     e = gradient_energies(3.0 * U[:, 1:2] @ V[:, 2:3].mT, U, V)
     expected = torch.zeros(3, 4).double()
@@ -216,7 +218,7 @@ def test_a_gradient_along_one_pair_of_directions_counts_there_only():
     assert torch.allclose(alignments(e), expected, atol=1e-6)
 
 
-def test_the_alignment_of_a_zero_gradient_is_undefined():
+def test_the_alignment_of_a_zero_gradient_is_undefined() -> None:
     U, V = orthonormal(0, 6, 2), orthonormal(1, 5, 2)
     assert alignments(gradient_energies(torch.zeros(6, 5), U, V)).isnan().all()
 
@@ -224,7 +226,7 @@ def test_the_alignment_of_a_zero_gradient_is_undefined():
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(256, 256, 10), (256, 256, 41), (256, 256, 128), (64, 512, 16), (512, 64, 60), (300, 40, 39)]
 )
-def test_a_random_gradient_scores_chance_and_no_excess(m, n, k):
+def test_a_random_gradient_scores_chance_and_no_excess(m: int, n: int, k: int) -> None:
     U, V = orthonormal(0, m, k), orthonormal(1, n, k)
     samples = [aligned(gradient_energies(random(2 + i, m, n), U, V)) for i in range(12)]
     means = torch.stack(samples).mean(0).tolist()
@@ -235,7 +237,7 @@ def test_a_random_gradient_scores_chance_and_no_excess(m, n, k):
         assert excess is not None and excess < 0.02 + 0.002 / (1 - chance)
 
 
-def test_the_norm_of_phase_1_takes_noise_for_danger():
+def test_the_norm_of_phase_1_takes_noise_for_danger() -> None:
     """It compared sqrt(p) with 0.4, which a random gradient reaches by itself at k = 41 of 256."""
     m, n = 256, 4096
     values = {}
@@ -248,7 +250,7 @@ def test_the_norm_of_phase_1_takes_noise_for_danger():
     assert math.sqrt(values[48]) > 0.4
 
 
-def test_chance_correction_maps_chance_to_zero_and_all_to_one():
+def test_chance_correction_maps_chance_to_zero_and_all_to_one() -> None:
     assert chance_corrected(0.25, 0.25) == 0.0
     assert chance_corrected(1.0, 0.25) == 1.0
     assert chance_corrected(0.1, 0.25) == 0.0  # floored
@@ -265,7 +267,9 @@ def factored(G: Tensor, U: Tensor, V: Tensor, Omega: Tensor, scale: float = 1.0)
 
 
 @given(shapes(), SEEDS, st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]))
-def test_factored_energies_are_exact_inside_the_tangent_space(shape, seed, scale):
+def test_factored_energies_are_exact_inside_the_tangent_space(
+    shape: tuple[int, int, int], seed: int, scale: float
+) -> None:
     m, n, k = shape
     U, V, Omega = orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k), random(seed + 3, n, 8)
     G = random(seed, m, n) * scale
@@ -284,7 +288,7 @@ def test_factored_energies_are_exact_inside_the_tangent_space(shape, seed, scale
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("m", "n", "k"), [(16, 12, 3), (8, 30, 4)])
-def test_the_estimate_of_the_rest_is_unbiased(m, n, k):
+def test_the_estimate_of_the_rest_is_unbiased(m: int, n: int, k: int) -> None:
     G, U, V = random(0, m, n), orthonormal(1, m, k), orthonormal(2, n, k)
     draws = 1500
     totals = torch.stack([factored(G, U, V, random(10 + i, n, 8))[0].total for i in range(draws)])
@@ -295,7 +299,9 @@ def test_the_estimate_of_the_rest_is_unbiased(m, n, k):
 
 
 @given(shapes(), SEEDS, st.sampled_from([1e-6, 0.1, 3.0, 65536.0]))
-def test_factored_alignments_ignore_clipping_after_the_sketch(shape, seed, scale):
+def test_factored_alignments_ignore_clipping_after_the_sketch(
+    shape: tuple[int, int, int], seed: int, scale: float
+) -> None:
     m, n, k = shape
     U, V, Omega = orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k), random(seed + 3, n, 8)
     G = random(seed, m, n)
@@ -306,7 +312,7 @@ def test_factored_alignments_ignore_clipping_after_the_sketch(shape, seed, scale
     torch.testing.assert_close(alignments(clipped), alignments(plain), rtol=1e-3, atol=1e-5)
 
 
-def test_a_sketch_of_another_gradient_is_noticed():
+def test_a_sketch_of_another_gradient_is_noticed() -> None:
     m, n, k = 20, 15, 4
     U, V, Omega = orthonormal(1, m, k), orthonormal(2, n, k), random(3, n, 8)
     for seed in range(20):
@@ -317,7 +323,7 @@ def test_a_sketch_of_another_gradient_is_noticed():
             assert not factored_gradient_energies(*args, sketch, U, V, Omega)[1]
 
 
-def test_a_factored_zero_gradient_has_energy_zero():
+def test_a_factored_zero_gradient_has_energy_zero() -> None:
     """Zero, not NaN: NaN is counted as a gradient that holds NaN or Inf."""
     U, V, Omega = orthonormal(1, 8, 2), orthonormal(2, 6, 2), random(3, 6, 8)
     e, _ = factored(torch.zeros(8, 6), U, V, Omega)
@@ -328,7 +334,7 @@ def test_a_factored_zero_gradient_has_energy_zero():
 
 
 @given(shapes(), SEEDS, SCALES)
-def test_exact_basis_is_the_leading_part_of_the_svd(shape, seed, scale):
+def test_exact_basis_is_the_leading_part_of_the_svd(shape: tuple[int, int, int], seed: int, scale: float) -> None:
     m, n, k = shape
     W = random(seed, m, n) * scale
     basis = exact_basis(W, k)
@@ -353,7 +359,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_matrices_have_valid_bases(name):
+def test_degenerate_matrices_have_valid_bases(name: str) -> None:
     W = DEGENERATE[name]
     for k in range(1, min(W.shape) + 1):
         for basis in (
@@ -380,7 +386,7 @@ LARGE = (560, 540)  # beyond EXACT_BELOW, so that the randomized path runs
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0, 2.0])
-def test_the_first_basis_of_a_large_matrix_finds_the_energy_that_is_there(rate):
+def test_the_first_basis_of_a_large_matrix_finds_the_energy_that_is_there(rate: float) -> None:
     W = decaying(*LARGE, rate)
     k = 16
     assert min(LARGE) > EXACT_BELOW
@@ -393,7 +399,7 @@ def test_the_first_basis_of_a_large_matrix_finds_the_energy_that_is_there(rate):
     assert 0.998 * best < kept < 1.00001 * best
 
 
-def test_the_first_basis_draws_from_its_generator_only_and_repeats():
+def test_the_first_basis_draws_from_its_generator_only_and_repeats() -> None:
     W = decaying(*LARGE, 1.0)
     before = torch.random.get_rng_state()
     a, b = (first_basis(W, 8, torch.Generator().manual_seed(7)) for _ in range(2))
@@ -404,7 +410,7 @@ def test_the_first_basis_draws_from_its_generator_only_and_repeats():
     assert not torch.equal(a.U, c.U)
 
 
-def test_refresh_follows_a_moving_matrix():
+def test_refresh_follows_a_moving_matrix() -> None:
     """Started from the basis of W, the basis of W + dW is better than the old one and nearly exact."""
     m, n, k = 120, 90, 10
     W = decaying(m, n, 1.0)
@@ -421,7 +427,7 @@ def test_refresh_follows_a_moving_matrix():
         assert float((basis.S[:k] / exact - 1).abs().max()) < 0.01
 
 
-def test_refresh_is_exact_where_the_basis_spans_half_the_space():
+def test_refresh_is_exact_where_the_basis_spans_half_the_space() -> None:
     W = random(0, 30, 20)
     old = exact_basis(random(1, 30, 20), 10)
     assert close(refresh_basis(W, old).S, torch.linalg.svdvals(W.double())[:10], 1e-6)
@@ -439,7 +445,9 @@ SPECTRA = {
 
 @settings(max_examples=60)
 @given(st.integers(24, 48), st.integers(24, 48), st.sampled_from(sorted(SPECTRA)), SEEDS, SCALES)
-def test_an_iterated_refresh_is_valid_for_any_spectrum_and_scale(m, n, kind, seed, scale):
+def test_an_iterated_refresh_is_valid_for_any_spectrum_and_scale(
+    m: int, n: int, kind: str, seed: int, scale: float
+) -> None:
     """Below half of the space, where it iterates, in float32: never worse than what it started from."""
     old, new = (with_spectrum(seed + i, m, n, SPECTRA[kind](min(m, n))) for i in (0, 2))
     W = (old + 0.02 * new) * scale
@@ -456,7 +464,7 @@ def test_an_iterated_refresh_is_valid_for_any_spectrum_and_scale(m, n, kind, see
 
 
 @pytest.mark.parametrize(("m", "n"), [(60, 40), (40, 60), (40, 40)])
-def test_a_refresh_of_the_transpose_is_the_transposed_refresh(m, n):
+def test_a_refresh_of_the_transpose_is_the_transposed_refresh(m: int, n: int) -> None:
     W = decaying(m, n, 0.5)
     old = exact_basis(W + 0.01 * random(3, m, n), 12)
     basis = refresh_basis(W, old)
@@ -467,7 +475,7 @@ def test_a_refresh_of_the_transpose_is_the_transposed_refresh(m, n):
 
 
 @pytest.mark.parametrize(("m", "n"), [(120, 60), (60, 120), (90, 90)])
-def test_metrics_of_a_refreshed_basis_are_those_of_the_float64_svd(m, n):
+def test_metrics_of_a_refreshed_basis_are_those_of_the_float64_svd(m: int, n: int) -> None:
     k = 20
     W = decaying(m, n, 1.0)
     old = exact_basis(W, k + OVERSAMPLING)
@@ -499,7 +507,7 @@ def change_twin(U0: Tensor, U: Tensor, S: Tensor) -> tuple[float, float]:
 
 
 @given(shapes(), SEEDS, SCALES)
-def test_subspace_change_agrees_with_the_twin(shape, seed, scale):
+def test_subspace_change_agrees_with_the_twin(shape: tuple[int, int, int], seed: int, scale: float) -> None:
     m, _, k = shape
     U0, U = orthonormal(seed, m, k), orthonormal(seed + 1, m, k)
     S = random(seed + 2, k).abs().sort(descending=True).values * scale
@@ -511,7 +519,7 @@ def test_subspace_change_agrees_with_the_twin(shape, seed, scale):
 
 
 @given(st.integers(3, 24), SEEDS, st.sampled_from([1e-6, 1e-5, 1e-4, 1e-2, 0.3, 1.2]))
-def test_one_turned_direction_gives_its_angle_and_its_share_of_energy(m, seed, angle):
+def test_one_turned_direction_gives_its_angle_and_its_share_of_energy(m: int, seed: int, angle: float) -> None:
     """Down to 1e-6 rad in float32, where an arccosine sees nothing below 1e-4."""
     Q = orthonormal(seed, m, m, torch.float64)
     k = m // 2
@@ -526,7 +534,7 @@ def test_one_turned_direction_gives_its_angle_and_its_share_of_energy(m, seed, a
 
 
 @given(shapes(), SEEDS)
-def test_turning_inside_the_subspace_is_no_change(shape, seed):
+def test_turning_inside_the_subspace_is_no_change(shape: tuple[int, int, int], seed: int) -> None:
     m, _, k = shape
     U0 = orthonormal(seed, m, k)
     angle, drift = subspace_change(U0, U0 @ orthonormal(seed + 1, k, k), torch.ones(k))
@@ -534,7 +542,7 @@ def test_turning_inside_the_subspace_is_no_change(shape, seed):
 
 
 @given(st.integers(3, 24), SEEDS, st.sampled_from([0.05, 0.3, 1.2]), st.integers(1, 12))
-def test_a_subspace_that_has_moved_far_is_seen_by_cosines_alone(m, seed, angle, turned):
+def test_a_subspace_that_has_moved_far_is_seen_by_cosines_alone(m: int, seed: int, angle: float, turned: int) -> None:
     """To a thousandth, where the drift is what the tracker asks for at least."""
     Q = orthonormal(seed, m, m, torch.float64)
     k = m // 2
@@ -549,14 +557,14 @@ def test_a_subspace_that_has_moved_far_is_seen_by_cosines_alone(m, seed, angle, 
         assert math.isclose(float(drift), expected_drift, rel_tol=1e-3)
 
 
-def test_a_basis_that_is_not_quite_orthonormal_has_not_moved():
+def test_a_basis_that_is_not_quite_orthonormal_has_not_moved() -> None:
     """Float32 bases drift off orthonormality by some 1e-5; that must not pass for an angle."""
     U = orthonormal(0, 20, 6)
     angle, drift = subspace_change(U * (1 + 2e-5), U, torch.ones(6))
     assert float(angle) < 1e-6 and float(drift) < 1e-6
 
 
-def test_the_change_of_a_batch_is_that_of_its_members():
+def test_the_change_of_a_batch_is_that_of_its_members() -> None:
     U0, U = (torch.stack([orthonormal(s + i, 9, 3) for i in range(4)]) for s in (0, 10))
     S = random(20, 4, 3).abs()
     angle, drift = subspace_change(U0, U, S)
@@ -565,7 +573,7 @@ def test_the_change_of_a_batch_is_that_of_its_members():
         assert close(angle[i], one[0]) and close(drift[i], one[1])
 
 
-def test_a_zero_matrix_has_no_drift_to_speak_of():
+def test_a_zero_matrix_has_no_drift_to_speak_of() -> None:
     U = orthonormal(0, 5, 2)
     assert subspace_change(U, U, torch.zeros(2))[1].isnan()
     assert reconstruction_error(torch.zeros(2), torch.zeros((), dtype=torch.float64)).isnan()
@@ -575,7 +583,7 @@ def test_a_zero_matrix_has_no_drift_to_speak_of():
 
 
 @given(shapes(), SEEDS, SCALES)
-def test_reconstruction_error_is_that_of_the_product(shape, seed, scale):
+def test_reconstruction_error_is_that_of_the_product(shape: tuple[int, int, int], seed: int, scale: float) -> None:
     m, n, k = shape
     W = random(seed, m, n) * scale
     W64 = W.double()
@@ -587,7 +595,7 @@ def test_reconstruction_error_is_that_of_the_product(shape, seed, scale):
 
 
 @given(shapes(), SEEDS)
-def test_reconstruction_error_falls_with_k(shape, seed):
+def test_reconstruction_error_falls_with_k(shape: tuple[int, int, int], seed: int) -> None:
     m, n, _ = shape
     W = random(seed, m, n)
     S = exact_basis(W, min(m, n)).S
@@ -606,7 +614,9 @@ def blocks(W: Tensor, U: Tensor, V: Tensor) -> dict[str, Tensor]:
 
 
 @given(shapes(), SEEDS, st.sampled_from([1.0, 0.5, 0.01]), st.sampled_from([1e-30, 1.0, 1e30]))
-def test_fading_scales_the_minor_block_and_touches_nothing_else(shape, seed, share, scale):
+def test_fading_scales_the_minor_block_and_touches_nothing_else(
+    shape: tuple[int, int, int], seed: int, share: float, scale: float
+) -> None:
     m, n, k = shape
     W, U, V = random(seed, m, n) * scale, orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k)
     before = blocks(W, U, V)
@@ -618,7 +628,7 @@ def test_fading_scales_the_minor_block_and_touches_nothing_else(shape, seed, sha
         assert close(after[name] / scale, expected / scale, floor=3e-6 * size / scale), name
 
 
-def test_fading_by_one_over_the_steps_left_is_even_and_ends_at_zero():
+def test_fading_by_one_over_the_steps_left_is_even_and_ends_at_zero() -> None:
     W, U, V = random(0, 14, 11), orthonormal(1, 14, 4), orthonormal(2, 11, 4)
     start = float(torch.linalg.vector_norm(blocks(W, U, V)["minor"]))
     steps = 20
@@ -628,7 +638,7 @@ def test_fading_by_one_over_the_steps_left_is_even_and_ends_at_zero():
         assert math.isclose(size, start * (left - 1) / steps, abs_tol=1e-5 * start)
 
 
-def test_the_rank_after_a_fade_is_at_most_twice_k():
+def test_the_rank_after_a_fade_is_at_most_twice_k() -> None:
     W, U, V = random(0, 30, 25), orthonormal(1, 30, 4), orthonormal(2, 25, 4)
     fade_minor_(W, U, V, 1.0)
     S = torch.linalg.svdvals(W.double())
@@ -644,7 +654,7 @@ def point(seed: int, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 @given(shapes(), SEEDS, SCALES, st.sampled_from([0.0, 0.01, 1.0]))
-def test_retraction_projects_on_one_side(shape, seed, scale, step):
+def test_retraction_projects_on_one_side(shape: tuple[int, int, int], seed: int, scale: float, step: float) -> None:
     """Q Q^T W with Q = orth(K), orthonormal to 1e-5 in float32, S sorted and non-negative."""
     m, n, k = shape
     U, S, V = point(seed, m, n, k, torch.float32)
@@ -658,7 +668,7 @@ def test_retraction_projects_on_one_side(shape, seed, scale, step):
 
 
 @given(shapes(), SEEDS, SCALES)
-def test_retraction_is_exact_without_l(shape, seed, scale):
+def test_retraction_is_exact_without_l(shape: tuple[int, int, int], seed: int, scale: float) -> None:
     m, n, k = shape
     U, V = orthonormal(seed, m, k), orthonormal(seed + 1, n, k)
     K = random(seed + 2, m, k) * scale
@@ -668,7 +678,7 @@ def test_retraction_is_exact_without_l(shape, seed, scale):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(20, 15, 4), (8, 40, 8), (40, 8, 8), (40, 8, 7), (6, 6, 1)])
-def test_retraction_agrees_with_the_best_truncation_to_second_order(m, n, k):
+def test_retraction_agrees_with_the_best_truncation_to_second_order(m: int, n: int, k: int) -> None:
     """Halving the step must at least quarter the error. It does better: the singular values that a tangent
     step adds behind the k-th are O(h^2), so that one product with W turns an O(h) basis into an O(h^3) one."""
     U, S, V = point(0, m, n, k, torch.float64)
@@ -687,7 +697,7 @@ def test_retraction_agrees_with_the_best_truncation_to_second_order(m, n, k):
 
 
 @pytest.mark.parametrize("lost", [1, 2, 4])
-def test_retraction_of_a_rank_deficient_k_is_exact(lost):
+def test_retraction_of_a_rank_deficient_k_is_exact(lost: int) -> None:
     U, _, V = point(0, 12, 10, 4, torch.float32)
     S = torch.tensor([2.0, 1.5, 1.0, 0.5]) * (torch.arange(4) < 4 - lost)
     new = retract(U * S, torch.zeros(10, 4), U, V)
@@ -701,7 +711,7 @@ def test_retraction_of_a_rank_deficient_k_is_exact(lost):
     assert close(product(new), K.double() @ V.double().mT, 1e-6, floor=1e-7)
 
 
-def test_the_retraction_of_a_batch_is_that_of_its_members():
+def test_the_retraction_of_a_batch_is_that_of_its_members() -> None:
     parts = [point(10 * i, 9, 7, 3, torch.float64) for i in range(3)]
     U, S, V = (torch.stack(p) for p in zip(*parts, strict=True))
     K = U * S.unsqueeze(-2) + 0.1 * random(1, 3, 9, 3, dtype=torch.float64)
@@ -722,7 +732,9 @@ def quick_case(
 
 
 @given(shapes(), SEEDS, SCALES, st.sampled_from([0.0, 0.01, 0.3, 1.0, 30.0]))
-def test_the_quick_retraction_is_the_same_where_it_says_so(shape, seed, scale, step):
+def test_the_quick_retraction_is_the_same_where_it_says_so(
+    shape: tuple[int, int, int], seed: int, scale: float, step: float
+) -> None:
     """Against QR in float64; orthonormal as float32 is, times what it says that errors are amplified by."""
     K, L, U, V = quick_case(shape, seed, scale, step)
     new, of_U, of_V, amplified = quick_retract(K, L, U, V)
@@ -737,7 +749,7 @@ def test_the_quick_retraction_is_the_same_where_it_says_so(shape, seed, scale, s
         assert close(turn, old.mT @ turned.double(), 3e-6 * float(amplified), floor=3e-6 * float(amplified))
 
 
-def test_small_steps_are_retracted_quickly():
+def test_small_steps_are_retracted_quickly() -> None:
     """Else the last test tests little."""
     for seed in range(20):
         assert float(quick_retract(*quick_case((40, 30, 8), seed, 1.0, 0.1)).amplification) < 3.0
@@ -745,7 +757,7 @@ def test_small_steps_are_retracted_quickly():
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("lost", [1, 2, 4])
-def test_the_quick_retraction_knows_when_rank_is_lost(lost, scale):
+def test_the_quick_retraction_knows_when_rank_is_lost(lost: int, scale: float) -> None:
     U, _, V = point(0, 12, 10, 4, torch.float32)
     S = torch.tensor([2.0, 1.5, 1.0, 0.5]) * (torch.arange(4) < 4 - lost) * scale
     assert not quick_retract(U * S, torch.zeros(10, 4), U, V).amplification <= 30.0
@@ -756,7 +768,7 @@ def test_the_quick_retraction_knows_when_rank_is_lost(lost, scale):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_layer_that_is_not_finite_leaves_the_others_of_its_quick_batch_alone(which, bad):
+def test_a_layer_that_is_not_finite_leaves_the_others_of_its_quick_batch_alone(which: int, bad: float) -> None:
     parts = [quick_case((9, 7, 3), 10 * i, 1.0, 0.1) for i in range(3)]
     batch = [torch.stack(x) for x in zip(*parts, strict=True)]
     batch[which][1, 2, 0] = bad
@@ -769,7 +781,7 @@ def test_a_layer_that_is_not_finite_leaves_the_others_of_its_quick_batch_alone(w
 
 @given(shapes(), SEEDS)
 @settings(max_examples=15)
-def test_project_off_leaves_nothing_in_the_span(shape, seed):
+def test_project_off_leaves_nothing_in_the_span(shape: tuple[int, int, int], seed: int) -> None:
     m, _, k = shape
     X, V = random(seed, m, 3), orthonormal(seed + 1, m, k)
     off = project_off(X, V)
@@ -787,7 +799,9 @@ def splits(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @given(splits(), SEEDS, st.sampled_from([1e-12, 1.0, 1e12]))
-def test_the_complement_is_orthonormal_and_spans_what_is_outside(shape, seed, scale):
+def test_the_complement_is_orthonormal_and_spans_what_is_outside(
+    shape: tuple[int, int, int], seed: int, scale: float
+) -> None:
     n, k, j = shape
     X, V = random(seed, n, j) * scale, orthonormal(seed + 1, n, k)
     Q = complement(X, V)
@@ -798,7 +812,7 @@ def test_the_complement_is_orthonormal_and_spans_what_is_outside(shape, seed, sc
 
 
 @pytest.mark.parametrize("inside", [1.0, 0.999999, 0.0])
-def test_the_complement_of_columns_in_the_span_is_orthogonal_all_the_same(inside):
+def test_the_complement_of_columns_in_the_span_is_orthogonal_all_the_same(inside: float) -> None:
     """All but nothing of X is outside V, two columns are equal, one is zero."""
     V = orthonormal(0, 30, 6)
     X = inside * V @ random(1, 6, 4) + (1 - inside) * random(2, 30, 4)

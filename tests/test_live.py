@@ -45,7 +45,7 @@ def show(state: LiveState, width: int, height: int) -> list[str]:
 
 @pytest.mark.parametrize("layers", [*NAMES.values(), LONG], ids=["3", "24", "240", "long"])
 @pytest.mark.parametrize("size", [(80, 23), (140, 49), (50, 19), (200, 100)], ids=str)
-def test_the_live_table_fits_and_shows_every_kind_or_every_layer(size: tuple[int, int], layers: list[str]):
+def test_the_live_table_fits_and_shows_every_kind_or_every_layer(size: tuple[int, int], layers: list[str]) -> None:
     state = states(layers)
     state.add_news(events=[Event(step=i, layer=layers[0], kind="danger", reason="r" * 200) for i in range(20)])
     lines = show(state, *size)
@@ -58,7 +58,7 @@ def test_the_live_table_fits_and_shows_every_kind_or_every_layer(size: tuple[int
         assert all(any(line.startswith(name) for line in lines) for name in layers)
 
 
-def test_layers_that_need_attention_come_first_among_240():
+def test_layers_that_need_attention_come_first_among_240() -> None:
     state = states(NAMES[240])
     assert state.summary is not None
     rows = list(state.summary.layers)
@@ -75,7 +75,7 @@ def test_layers_that_need_attention_come_first_among_240():
     assert next(line for line in lines if line.startswith(kind)).split()[1] == "40"
 
 
-def test_urgency_orders_what_can_happen_to_a_layer():
+def test_urgency_orders_what_can_happen_to_a_layer() -> None:
     danger = report(danger=True)
     near = report(drift=0.31)
     calm = report(drift=0.9)
@@ -83,7 +83,7 @@ def test_urgency_orders_what_can_happen_to_a_layer():
     assert sorted([done, calm, near, danger], key=urgency) == [danger, near, calm, done]
 
 
-def test_marks_show_where_a_metric_goes():
+def test_marks_show_where_a_metric_goes() -> None:
     state = LiveState()
     for step in range(20, 120, 20):
         state.update(summary(report("a", drift=1 - step / 1000, excess=step / 1000, step=step), step=step))
@@ -91,7 +91,7 @@ def test_marks_show_where_a_metric_goes():
     assert state.mark("a", "tangent_capture") == " " and state.mark("b", "subspace_drift") == " "
 
 
-def test_before_the_first_analysis_the_view_says_so():
+def test_before_the_first_analysis_the_view_says_so() -> None:
     assert show(LiveState(), 80, 24) == ["waiting for the first analysis"]
 
 
@@ -116,7 +116,7 @@ def no_ci(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
 
 
-def test_in_a_terminal_the_view_redraws_and_gives_the_cursor_back():
+def test_in_a_terminal_the_view_redraws_and_gives_the_cursor_back() -> None:
     console = terminal()
     with LiveView(console) as view:
         analyses(view)
@@ -126,7 +126,7 @@ def test_in_a_terminal_the_view_redraws_and_gives_the_cursor_back():
 
 
 @pytest.mark.parametrize("why", ["no terminal", "dumb", "ci", "notebook"])
-def test_elsewhere_the_view_prints_lines(why: str, monkeypatch: pytest.MonkeyPatch):
+def test_elsewhere_the_view_prints_lines(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "dumb":
         monkeypatch.setenv("TERM", "dumb")
     if why == "ci":
@@ -141,14 +141,14 @@ def test_elsewhere_the_view_prints_lines(why: str, monkeypatch: pytest.MonkeyPat
     assert text.count("why not") == 3 and text.count("descend: now") == 3 and text.count("drift") >= 3
 
 
-def test_the_view_prints_nothing_off_rank_0(monkeypatch: pytest.MonkeyPatch):
+def test_the_view_prints_nothing_off_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     console = terminal()
     analyses(LiveView(console))
     assert written(console) == ""
 
 
-def test_a_progress_bar_of_the_users_keeps_its_place():
+def test_a_progress_bar_of_the_users_keeps_its_place() -> None:
     console = terminal()
     view = LiveView(console, every=1)
     with Progress(console=console) as progress:
@@ -166,7 +166,7 @@ def test_a_progress_bar_of_the_users_keeps_its_place():
     view.close()
 
 
-def test_a_bar_of_tqdm_keeps_its_line():
+def test_a_bar_of_tqdm_keeps_its_line() -> None:
     console = terminal()
     view = LiveView(console, every=1)
     out = io.StringIO()
@@ -175,7 +175,7 @@ def test_a_bar_of_tqdm_keeps_its_line():
     assert MOVES not in written(console) and written(console).count("why not") == 3
 
 
-def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch):
+def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     console = terminal()
     with LiveView(console) as view:
@@ -184,7 +184,7 @@ def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_a_program_that_forgets_the_view_leaves_a_terminal_with_a_cursor():
+def test_a_program_that_forgets_the_view_leaves_a_terminal_with_a_cursor() -> None:
     code = "import helpers_records as h, svd_optim; view = svd_optim.LiveView(); h.analyses(view); print('done')"
     parent, child = pty.openpty()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "TERM": "xterm", "COLUMNS": "80"}

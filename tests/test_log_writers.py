@@ -1,4 +1,4 @@
-"""A log has one writer at a time, and one that was edited by hand ends no command in a traceback."""
+"""A log has one writer at a time, and one that was edited manually ends no command in a traceback."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def said(process: subprocess.Popen[str], lines: int = 1) -> list[str]:
     return [process.stdout.readline().strip() for _ in range(lines)]
 
 
-def test_a_second_process_goes_on_in_a_file_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.slow
+def test_a_second_process_goes_on_in_a_file_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log.jsonl"
     with another_process(path) as process, caplog.at_level(logging.WARNING):
         said(process)
@@ -106,7 +107,7 @@ def test_a_second_process_goes_on_in_a_file_of_its_own(tmp_path: Path, caplog: p
 @pytest.mark.parametrize("words", [(), ("fork",)])
 def test_a_dead_writer_blocks_nobody_even_if_its_children_live(
     words: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     path = tmp_path / "log.jsonl"
     with another_process(path, *words) as process, caplog.at_level(logging.WARNING):
         told = said(process, 1 + len(words))
@@ -121,7 +122,7 @@ def test_a_dead_writer_blocks_nobody_even_if_its_children_live(
     assert not caplog.messages
 
 
-def test_a_forked_process_does_not_write_into_the_log_of_its_parent(tmp_path: Path):
+def test_a_forked_process_does_not_write_into_the_log_of_its_parent(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     run = Logged(path).train(10)
     pid = os.fork()
@@ -138,7 +139,7 @@ def test_a_forked_process_does_not_write_into_the_log_of_its_parent(tmp_path: Pa
 
 def test_in_one_process_the_newest_has_the_file_and_the_older_moves_when_it_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     path = tmp_path / "log.jsonl"
     with caplog.at_level(logging.WARNING):
         first = Logged(path).train(10)
@@ -153,7 +154,7 @@ def test_in_one_process_the_newest_has_the_file_and_the_older_moves_when_it_goes
 
 
 @pytest.mark.slow
-def test_a_log_that_nobody_holds_any_more_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_log_that_nobody_holds_any_more_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log"
     run: Logged | None = Logged(path).train(10)
     run = None
@@ -165,9 +166,9 @@ def test_a_log_that_nobody_holds_any_more_is_free(tmp_path: Path, caplog: pytest
     assert run is None
 
 
-def test_where_nothing_can_be_locked_it_is_said_once(
+def test_a_log_that_can_not_be_locked_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -181,7 +182,7 @@ def test_where_nothing_can_be_locked_it_is_said_once(
 
 def test_a_move_that_fails_ends_the_log_and_not_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     first = Logged(tmp_path / "log").train(5)
     second = Logged(tmp_path / "log")
     monkeypatch.setattr(Path, "with_stem", lambda self, stem: Path("/proc/svd_optim/log"))
@@ -191,7 +192,7 @@ def test_a_move_that_fails_ends_the_log_and_not_the_training(
     assert first.optimizer.steps == 15 and second.log.path == tmp_path / "log"
 
 
-# ---- edited by hand ----------------------------------------------------------------------------------
+# ---- edited manually ----------------------------------------------------------------------------------
 
 JUNK: list[Any] = [None, True, False, 0, 1, -1, 7, 2**53, 2**70, 10**400, 0.5, -1e9, 1e308, float("nan"),
                    float("inf"), "", "x", "nan", "-inf", "1", "\x1b[31m[/x]\u202e\ud800", "dense", "factorized",
@@ -278,10 +279,11 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [40, 500])
 def test_no_command_ends_in_a_traceback(
     count: int, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     whole_watch(monkeypatch)
     path, rng, refused, counted, unnoticed = tmp_path / "log", random.Random(count), 0, 0, 0
     for attempt in range(count):
@@ -316,6 +318,7 @@ def edited(lines: list[str], path: Path, kind: str, **values: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "values", "told"),
     [
@@ -333,7 +336,7 @@ def edited(lines: list[str], path: Path, kind: str, **values: Any) -> Path:
 )
 def test_a_damaged_line_says_what_is_wrong_with_it(
     lines: list[str], kind: str, values: Any, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     if told is None:
         (tmp_path / "log").write_text("\n".join(['{"record":"diary"}', *lines]) + "\n")
         told, first = "it is of no kind that is known", True
@@ -350,7 +353,7 @@ def test_a_damaged_line_says_what_is_wrong_with_it(
         assert ("line 1:" in err) == first
 
 
-def test_a_head_that_is_damaged_says_so(lines: list[str], tmp_path: Path):
+def test_a_head_that_is_damaged_says_so(lines: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no line of it says what run it is of \(line 1: run: 'columns' can't be"):
         read_log(edited(lines[:9], tmp_path / "log", "run", columns=["step"]))
     config = json.loads(lines[0])["config"] | {"patience": -3}
@@ -358,7 +361,7 @@ def test_a_head_that_is_damaged_says_so(lines: list[str], tmp_path: Path):
         read_log(edited(lines[:9], tmp_path / "log", "run", config=config))
 
 
-def test_a_log_that_contradicts_itself_can_not_be_replayed(lines: list[str], tmp_path: Path):
+def test_a_log_that_contradicts_itself_can_not_be_replayed(lines: list[str], tmp_path: Path) -> None:
     lines = lines[: next(i for i, line in enumerate(lines) if i and line.startswith('{"record":"run"'))]
     (tmp_path / "log").write_text("\n".join(lines) + "\n")
     assert replay(read_log(tmp_path / "log")).diverged == {}
@@ -374,7 +377,7 @@ def test_a_log_that_contradicts_itself_can_not_be_replayed(lines: list[str], tmp
     assert main(["report", str(tmp_path / "log")]) == 0
 
 
-def test_a_step_far_in_the_future_takes_no_time(lines: list[str], tmp_path: Path):
+def test_a_step_far_in_the_future_takes_no_time(lines: list[str], tmp_path: Path) -> None:
     """A descent that waits for finite gradients was looked at again each interval up to the last step."""
     lines = lines[: next(i for i, line in enumerate(lines) if '"kind":"factorize"' in line)]
     records = [json.loads(line) for line in lines]

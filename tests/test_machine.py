@@ -92,14 +92,14 @@ def a_life(state: LayerState) -> LayerLife:
 # ---- the cells ---------------------------------------------------------------------------------------
 
 
-def test_the_table_by_hand_has_every_trigger_and_every_state():
+def test_the_expected_table_has_every_trigger_and_every_state() -> None:
     assert list(BY_HAND) == list(Trigger)
     assert all(len(row) == len(STATES) == 4 for row in BY_HAND.values())
     assert len({trigger for trigger in Trigger if "-" not in BY_HAND[trigger]}) == 7  # can happen at any time
 
 
 @pytest.mark.parametrize(("trigger", "state"), [c for c in CELLS if cell(*c)], ids=lambda x: x.name.lower())
-def test_what_can_happen_leads_where_the_table_says(trigger: Trigger, state: LayerState):
+def test_a_possible_event_leads_where_the_table_says(trigger: Trigger, state: LayerState) -> None:
     layer = a_life(state)
     expected = replace(layer.status)
     expected.state, also = cell(trigger, state)
@@ -118,7 +118,7 @@ def test_what_can_happen_leads_where_the_table_says(trigger: Trigger, state: Lay
 
 
 @pytest.mark.parametrize(("trigger", "state"), [c for c in CELLS if not cell(*c)], ids=lambda x: x.name.lower())
-def test_what_can_not_happen_says_so_and_changes_nothing(trigger: Trigger, state: LayerState):
+def test_an_impossible_event_says_so_and_changes_nothing(trigger: Trigger, state: LayerState) -> None:
     layer, same = a_life(state), a_life(state)
     assert not layer.can(trigger)
     with pytest.raises(RuntimeError) as error:
@@ -127,13 +127,13 @@ def test_what_can_not_happen_says_so_and_changes_nothing(trigger: Trigger, state
     assert "blocks.3.mlp" in str(error.value) and state in str(error.value) and trigger in str(error.value)
 
 
-def test_every_state_can_be_reached_and_left():
+def test_every_state_can_be_reached_and_left() -> None:
     ways = {(a, cell(t, a)[0]) for t, a in CELLS if cell(t, a)}
     assert {b for a, b in ways if a != b} == set(STATES) - {WARMUP}  # where a layer begins, and never comes back to
     assert {a for a, b in ways if a != b} == set(STATES)
 
 
-def test_the_table_in_markdown_shows_the_next_states_and_cooldowns_of_the_table_by_hand():
+def test_the_table_in_markdown_shows_the_next_states_and_cooldowns_of_the_expected_one() -> None:
     head, rule, *rows = (line.strip("|").split("|") for line in transition_table().splitlines())
     assert [text.strip() for text in head[1:-1]] == [state.upper() for state in STATES]
     assert {text.strip() for text in rule} == {"---"}
@@ -169,7 +169,9 @@ def choose(state: LayerState, choice: int) -> Trigger:
 
 
 @given(LIVES, st.integers(0, 500))
-def test_each_revert_doubles_the_next_cooldown_and_nothing_else_does(life, cooldown):
+def test_each_revert_doubles_the_next_cooldown_and_nothing_else_does(
+    life: list[tuple[int, int, int]], cooldown: int
+) -> None:
     layer = LayerLife("a", (48, 64), Thresholds(), LayerStatus(state=FACTORIZED))
     factor, until = 1, 0
     for choice, step, _ in steps_of(life):
@@ -189,7 +191,7 @@ def test_each_revert_doubles_the_next_cooldown_and_nothing_else_does(life, coold
 
 
 @given(LIVES)
-def test_windows_start_anew_exactly_where_the_table_says(life):
+def test_windows_start_anew_exactly_where_the_table_says(life: list[tuple[int, int, int]]) -> None:
     layer = LayerLife("a", (48, 64), Thresholds(), LayerStatus(rank=7))
     window: list[LayerMetrics] = []
     for choice, step, known in steps_of(life):
@@ -205,7 +207,7 @@ def test_windows_start_anew_exactly_where_the_table_says(life):
         layer.status.descent_end, layer.status.extensions, layer.status.waited = step + 40, 1, 3  # as in a descent
 
 
-def test_back_off_in_numbers():
+def test_the_exponential_back_off_has_these_numbers() -> None:
     layer = LayerLife("a", (48, 64), Thresholds(), LayerStatus(state=FACTORIZED))
     told = []
     for trigger in (Trigger.MERGE, Trigger.LOSS_ROSE, Trigger.MERGE_MANUALLY, Trigger.SKEWED, Trigger.NONFINITE):
@@ -214,14 +216,14 @@ def test_back_off_in_numbers():
         layer.fire(Trigger.FACTORIZE_MANUALLY, 2000, 500)
         layer.fire(Trigger.GROW, 3000, 500)
         assert layer.status.cooldown_until == 3500
-    assert told == [500, 1000, 2000, 2000, 4000]  # what is done by hand waits as long, and counts as nothing
+    assert told == [500, 1000, 2000, 2000, 4000]  # what is done manually waits as long, and counts as nothing
 
 
 # ---- the same machine in a run, and in its replay ----------------------------------------------------
 
 
 @given(LIVES)
-def test_a_tracked_layer_and_a_bare_life_go_the_same_way(life):
+def test_a_tracked_layer_and_a_bare_life_go_the_same_way(life: list[tuple[int, int, int]]) -> None:
     module = nn.Linear(64, 48)
     live = TrackedLayer(name="a", shape=(48, 64), thresholds=Thresholds(), module=module, index=0)
     bare = LayerLife("a", (48, 64), Thresholds())
@@ -287,7 +289,9 @@ RUNS: dict[str, tuple[dict[str, Any], set[Trigger]]] = {  # configurations, and 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_the_replay_of_a_run_ends_in_the_same_status(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_replay_of_a_run_ends_in_the_same_status(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, triggers = RUNS[name]
     run = Taught(tmp_path / "log", monkeypatch, **config)
     assert {trigger for _, trigger, _, _ in run.fired} >= triggers | {Trigger.DESCEND, Trigger.PROTECT}
@@ -318,7 +322,7 @@ class Impatient:
         return Decision(action=Action.FACTORIZE, reason="now")
 
 
-def test_no_policy_acts_in_warmup():
+def test_no_policy_acts_in_warmup() -> None:
     policy = Impatient()
     model, optimizer = make("adamw", quick(policy=policy, warmup_steps=100))
     for step in range(99):
@@ -332,7 +336,7 @@ def test_no_policy_acts_in_warmup():
     ] * 2
 
 
-def test_no_policy_acts_in_warmup_of_a_replay(tmp_path: Path):
+def test_no_policy_acts_in_warmup_of_a_replay(tmp_path: Path) -> None:
     model, optimizer = make("adamw", quick(warmup_steps=100, mode="observe"))
     optimizer.add_listener(RunLog(tmp_path / "log"))
     train(model, optimizer, 120)
@@ -343,7 +347,7 @@ def test_no_policy_acts_in_warmup_of_a_replay(tmp_path: Path):
     assert moved == [(100, "up", DENSE, FACTORIZED), (100, "mid", DENSE, FACTORIZED)]
 
 
-def test_protecting_what_is_protected_is_repeated_by_the_replay(tmp_path: Path):
+def test_protecting_what_is_protected_is_repeated_by_the_replay(tmp_path: Path) -> None:
     model, optimizer = make("adamw", quick(on_danger="protect", thresholds=Thresholds(principal_danger=0.05)))
     optimizer.add_listener(RunLog(tmp_path / "log"))
     train(model, optimizer, 45)
@@ -376,7 +380,7 @@ class Saving(Listener):
         self.seen.add(event.kind)
 
 
-def test_an_event_is_told_when_all_of_the_status_fits_it(tmp_path: Path):
+def test_an_event_is_told_when_all_of_the_status_fits_it(tmp_path: Path) -> None:
     model, optimizer = make("adamw", quick())
     saving = Saving(tmp_path, model, optimizer)
     optimizer.add_listener(saving)
@@ -395,16 +399,16 @@ ROOT = Path(svd_optim.__file__).parent
 GUIDE = ROOT.parent / "CONTRIBUTING.md"
 
 
-def test_the_guide_shows_the_table_of_the_code():
+def test_the_guide_shows_the_table_of_the_code() -> None:
     shown = GUIDE.read_text(encoding="utf-8").split("<!-- transitions -->\n")[1].split("<!-- /transitions -->")[0]
     assert shown == transition_table()
 
 
-def test_the_guide_can_be_read_at_a_sitting():
+def test_the_guide_can_be_read_at_a_sitting() -> None:
     assert len(GUIDE.read_bytes()) <= 14_000
 
 
-def test_the_guide_has_a_line_for_every_file():
+def test_the_guide_has_a_line_for_every_file() -> None:
     row = re.compile(r"^\| (?:\*\*(\w+/)\*\*|`(/?)(\w+\.py)`) \| .+ \|$", re.MULTILINE)  # a folder, or a file in it
     folder, rows = "", []
     for opened, root, name in row.findall(GUIDE.read_text(encoding="utf-8")):
@@ -432,7 +436,7 @@ def defined(node: ast.AST) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def test_where_the_guide_points_there_is_something():
+def test_where_the_guide_points_there_is_something() -> None:
     pointers = re.findall(r"`([\w/]+\.py): ([\w., ]+)`", GUIDE.read_text(encoding="utf-8"))
     assert len(pointers) >= 30
     for file, names in pointers:
@@ -474,7 +478,7 @@ def kinds_in_the_source() -> set[str]:
     return kinds
 
 
-def test_the_kinds_of_events_that_the_source_emits_are_those_that_are_documented():
+def test_the_kinds_of_events_that_the_source_emits_are_those_that_are_documented() -> None:
     assert kinds_in_the_source() == set(EVENTS)
     assert set(EVENTS) > WARNINGS
 
@@ -503,7 +507,7 @@ def a_script() -> SubspaceAwareOptimizer:
     return optimizer
 
 
-def by_hand() -> SubspaceAwareOptimizer:
+def done_manually() -> SubspaceAwareOptimizer:
     model, optimizer = make("adamw", quick())
     train(model, optimizer, 45)
     optimizer.protect_("mid")
@@ -591,7 +595,7 @@ def expensive() -> SubspaceAwareOptimizer:
 
 EMITTED: dict[Callable[[], SubspaceAwareOptimizer], set[str]] = {  # a run, and what has to happen in it
     a_script: {"danger", "danger_over", "factorize", "shrink", "grow", "merge"},
-    by_hand: {"descend", "descent_stopped", "protect", "release", "factorize"},
+    done_manually: {"descend", "descent_stopped", "protect", "release", "factorize"},
     never_exact: {"descend", "descent_extended", "descent_failed"},
     a_layer_that_is_frozen_for_a_while: {"descend", "descent_waits", "descent_resumed", "factorize"},
     a_loss_that_rises: {"descend", "loss_rose"},
@@ -603,10 +607,11 @@ EMITTED: dict[Callable[[], SubspaceAwareOptimizer], set[str]] = {  # a run, and 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", EMITTED, ids=lambda run: run.__name__)
-def test_runs_emit_the_kinds_of_events_that_are_documented(run: Callable[[], SubspaceAwareOptimizer]):
+def test_runs_emit_the_kinds_of_events_that_are_documented(run: Callable[[], SubspaceAwareOptimizer]) -> None:
     assert EMITTED[run] <= {event.kind for event in run().events} <= set(EVENTS)
 
 
-def test_each_documented_kind_of_event_is_emitted_by_one_of_these_runs():
+def test_each_documented_kind_of_event_is_emitted_by_one_of_these_runs() -> None:
     assert set().union(*EMITTED.values()) == set(EVENTS)

@@ -50,7 +50,7 @@ def test_maximizing_the_negative_is_minimizing(base: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("base", BASES)
-def test_what_gets_worse_sends_layers_back(base: str, sign: float) -> None:
+def test_a_loss_that_gets_worse_sends_layers_back(base: str, sign: float) -> None:
     switched = max(event.step for event in run(base, sign)[1].events if event.kind == "factorize")
     optimizer = run(base, sign, worse_from=switched + 5, steps=switched + 60)[1]
     assert "loss_rose" in {event.kind for event in optimizer.events}

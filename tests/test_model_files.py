@@ -35,7 +35,7 @@ def save_legacy(saved: Any, path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "ckpt"])
 @pytest.mark.parametrize("nested", [(), ("state_dict", "model")])
-def test_a_legacy_file_is_read_as_a_new_one_is(tmp_path: Path, suffix: str, nested: tuple[str, ...]):
+def test_a_legacy_file_is_read_as_a_new_one_is(tmp_path: Path, suffix: str, nested: tuple[str, ...]) -> None:
     saved: Any = state()
     for key in nested:
         saved = {key: saved, "step": 3}
@@ -54,7 +54,7 @@ class Runs:
         return Path.touch, (Path(self.path),)  # type: ignore[attr-defined, return-value]
 
 
-def test_a_legacy_file_runs_no_code(tmp_path: Path):
+def test_a_legacy_file_runs_no_code(tmp_path: Path) -> None:
     hostile = Runs()
     hostile.path = str(tmp_path / "ran")  # type: ignore[attr-defined]
     save_legacy({"W": torch.zeros(3, 3), "x": hostile}, tmp_path / "model.bin")
@@ -63,8 +63,9 @@ def test_a_legacy_file_runs_no_code(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_legacy, torch.save])
-def test_damaged_files_are_read_or_named(tmp_path: Path, save: Callable[[Any, Path], None]):
+def test_damaged_files_are_read_or_named(tmp_path: Path, save: Callable[[Any, Path], None]) -> None:
     path = tmp_path / "model.bin"
     save(state(), path)
     whole, rng, refused = path.read_bytes(), random.Random(0), 0
@@ -100,9 +101,9 @@ WRONG = {
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin", "pt", "ckpt"])
 @pytest.mark.parametrize("content", WRONG)
-def test_what_came_instead_of_the_model_is_said(
+def test_a_file_that_came_instead_of_the_model_is_named(
     tmp_path: Path, content: str, suffix: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     path = tmp_path / f"model.{suffix}"
     path.write_text(content, encoding="utf-8")
     for what in (path, tmp_path):
@@ -113,7 +114,7 @@ def test_what_came_instead_of_the_model_is_said(
     assert error.startswith("svd_optim inspect: ") and error.count("\n") == 1 and "\x1b" not in error
 
 
-def test_a_shard_that_is_a_web_page_is_named(tmp_path: Path):
+def test_a_shard_that_is_a_web_page_is_named(tmp_path: Path) -> None:
     sharded(tmp_path, "safetensors")
     (tmp_path / "model-2.safetensors").write_text(HTML)
     with pytest.raises(ValueError, match=r"model-2\.safetensors is a web page"):
@@ -139,7 +140,9 @@ def sharded(folder: Path, kind: str, name: str = "model", **more: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_an_index_is_read_itself_and_in_its_folder(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+def test_an_index_is_read_itself_and_in_its_folder(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = sharded(tmp_path, kind)
     for what in (tmp_path, index):
         found = inspect_file(what)
@@ -149,7 +152,7 @@ def test_an_index_is_read_itself_and_in_its_folder(tmp_path: Path, kind: str, ca
     assert len(json.loads(capsys.readouterr().out)["matrices"]) == 2
 
 
-def test_the_index_says_which_tensors_of_a_shard_are_meant(tmp_path: Path):
+def test_the_index_says_which_tensors_of_a_shard_are_meant(tmp_path: Path) -> None:
     index = sharded(tmp_path, "safetensors")
     first = torch.randn(5, 6)
     save_file({"a": first, "norm": torch.ones(6), "b": torch.zeros(7, 4)}, tmp_path / "model-1.safetensors")  # b twice
@@ -158,13 +161,13 @@ def test_the_index_says_which_tensors_of_a_shard_are_meant(tmp_path: Path):
     assert torch.equal(values["a"], first) and values["b"].abs().sum() > 0
 
 
-def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path):
+def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
     sharded(tmp_path, "safetensors", c="model-2.safetensors")
     with pytest.raises(ValueError, match=r"model-2\.safetensors lacks 'c'"):
         inspect_file(tmp_path)
 
 
-def test_of_two_indices_one_must_be_given(tmp_path: Path):
+def test_of_two_indices_one_must_be_given(tmp_path: Path) -> None:
     sharded(tmp_path, "safetensors")
     half = sharded(tmp_path, "safetensors", "model.fp16")
     with pytest.raises(ValueError, match=r"give one of model\.fp16\.safetensors\.index\.json, model\.safetensors\.ind"):
@@ -173,7 +176,7 @@ def test_of_two_indices_one_must_be_given(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": {"a": "../x.safetensors"}}', HTML])
-def test_an_index_that_is_none_is_named(tmp_path: Path, content: str):
+def test_an_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     index = sharded(tmp_path, "safetensors")
     index.write_text(content)
     for what in (index, tmp_path):
@@ -181,7 +184,7 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, content: str):
             inspect_file(what)
 
 
-def test_shards_may_be_links_to_blobs(tmp_path: Path):
+def test_shards_may_be_links_to_blobs(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     index = sharded(tmp_path / "snapshot", "safetensors")

@@ -44,7 +44,7 @@ def same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
 
 
 @given(shapes(), SEEDS)
-def test_join_undoes_split_on_the_tangent_space(shape, seed):
+def test_join_undoes_split_on_the_tangent_space(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     U, V = bases(seed, m, n, k)
     M = random(seed + 2, m, n)
@@ -60,7 +60,7 @@ def test_join_undoes_split_on_the_tangent_space(shape, seed):
 
 
 @given(shapes(), SEEDS)
-def test_transporting_first_moments_is_splitting_the_joined_ones(shape, seed):
+def test_transporting_first_moments_is_splitting_the_joined_ones(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     (U, V), (U1, V1) = bases(seed, m, n, k), bases(seed + 10, m, n, k)
     M_K, M_L = moments.split_first(random(seed + 20, m, n), U, V)
@@ -72,7 +72,7 @@ def test_transporting_first_moments_is_splitting_the_joined_ones(shape, seed):
 
 
 @given(shapes(), SEEDS)
-def test_moments_belong_to_the_matrix_and_not_to_the_signs_of_its_bases(shape, seed):
+def test_moments_belong_to_the_matrix_and_not_to_the_signs_of_its_bases(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     U, V = bases(seed, m, n, k)
     signs = torch.where(random(seed + 2, k) > 0, 1.0, -1.0).double()
@@ -91,7 +91,7 @@ def test_moments_belong_to_the_matrix_and_not_to_the_signs_of_its_bases(shape, s
 # ---- second moments: exact for uncorrelated entries ----------------------------------------------
 
 
-def test_split_variance_is_the_variance_of_the_split():
+def test_split_variance_is_the_variance_of_the_split() -> None:
     m, n, k = 6, 5, 2
     U, V = bases(0, m, n, k)
     v = random(2, m, n).square() + 0.1
@@ -101,7 +101,7 @@ def test_split_variance_is_the_variance_of_the_split():
     torch.testing.assert_close((G.mT @ U).square().mean(0), v_L, rtol=0.05, atol=0)
 
 
-def test_joining_the_variances_of_a_gradient_without_direction_gives_its_variance():
+def test_joining_the_variances_of_a_gradient_without_direction_gives_its_variance() -> None:
     m, n, k = 6, 5, 2
     U, V = bases(0, m, n, k)
     v_K = torch.full((m, k), 0.7).double()
@@ -112,7 +112,7 @@ def test_joining_the_variances_of_a_gradient_without_direction_gives_its_varianc
 
 
 @given(shapes(), SEEDS)
-def test_variances_stay_non_negative_and_keep_their_sum_when_split(shape, seed):
+def test_variances_stay_non_negative_and_keep_their_sum_when_split(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     U, V = bases(seed, m, n, k)
     v = random(seed + 2, m, n).square()
@@ -144,7 +144,9 @@ def assert_safe(state: dict, slack: float = 1e-6) -> None:
 
 
 @given(shapes(), SEEDS)
-def test_the_first_step_after_a_move_is_no_longer_than_the_learning_rate(shape, seed):
+def test_the_first_step_after_a_move_is_no_longer_than_the_learning_rate(
+    shape: tuple[int, int, int], seed: int
+) -> None:
     """v >= M^2 in both factors, after a turn, and after the way back."""
     m, n, k = shape
     (U, V), (U1, V1) = ([b.float() for b in bases(seed + s, m, n, k)] for s in (1, 10))
@@ -158,7 +160,7 @@ def test_the_first_step_after_a_move_is_no_longer_than_the_learning_rate(shape, 
     assert_safe(moments.join(state_K, state_L, U1, V1))
 
 
-def test_the_guard_leaves_a_young_adam_alone():
+def test_the_guard_leaves_a_young_adam_alone() -> None:
     """Two steps old, v < M^2 is as it should be: turning to the same bases must change nothing."""
     U, V = (b.float() for b in bases(0, 6, 5, 2))
     K, L = nn.Parameter(torch.zeros(6, 2)), nn.Parameter(torch.zeros(5, 2))
@@ -173,7 +175,7 @@ def test_the_guard_leaves_a_young_adam_alone():
         assert (state["exp_avg_sq"] <= 1.001 * v + 1e-12).all()
 
 
-def test_without_the_guard_the_first_step_after_a_move_would_be_longer():
+def test_without_the_guard_the_first_step_after_a_move_would_be_longer() -> None:
     m, n, k = 8, 6, 3
     U, V = bases(1, m, n, k)
     dense = adam_state(0, m, n, torch.float64)
@@ -183,7 +185,7 @@ def test_without_the_guard_the_first_step_after_a_move_would_be_longer():
 
 
 @given(shapes(), SEEDS)
-def test_split_and_join_of_a_state_use_the_formulas(shape, seed):
+def test_split_and_join_of_a_state_use_the_formulas(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     U, V = bases(seed + 1, m, n, k)
     dense = adam_state(seed, m, n, torch.float64)
@@ -204,7 +206,7 @@ def test_split_and_join_of_a_state_use_the_formulas(shape, seed):
     assert back["step"] == 1e5 and set(back) == set(dense)
 
 
-def test_no_tensor_is_shared_between_the_states():
+def test_no_tensor_is_shared_between_the_states() -> None:
     """A fused or foreach step would count a shared ``step`` twice."""
     U, V = (b.float() for b in bases(0, 5, 4, 2))
     dense = adam_state(1, 5, 4)
@@ -217,7 +219,7 @@ def test_no_tensor_is_shared_between_the_states():
     assert (state_L["step"], dense["step"], back["step"]) == (1e5, 1e5, 1e5)
 
 
-def test_moments_keep_their_types_and_layout():
+def test_moments_keep_their_types_and_layout() -> None:
     U, V = (b.float() for b in bases(0, 5, 4, 2))
     dense = adam_state(1, 5, 4, torch.bfloat16) | {"count": 3, "buffer": None}
     state_K, state_L = moments.split(dense, U, V)
@@ -229,7 +231,7 @@ def test_moments_keep_their_types_and_layout():
         assert all(v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
 
 
-def test_transporting_a_batch_is_transporting_each_in_place():
+def test_transporting_a_batch_is_transporting_each_in_place() -> None:
     m, n, k = 7, 6, 3
     old = [tuple(b.float() for b in bases(10 * i, m, n, k)) for i in range(3)]
     new = [tuple(b.float() for b in bases(100 + 10 * i, m, n, k)) for i in range(3)]
@@ -273,7 +275,7 @@ def first(state_K: dict, state_L: dict, basis: Pair, key: str = "exp_avg") -> Te
 
 
 @given(growths(), SEEDS)
-def test_growing_keeps_the_first_moment(shape, seed):
+def test_growing_keeps_the_first_moment(shape: tuple[int, int, int, int], seed: int) -> None:
     m, n, k0, k1 = shape
     old, new = nested(seed + 1, m, n, k0, k1)
     before = moments.split(adam_state(seed, m, n, torch.float64), *old)
@@ -284,7 +286,9 @@ def test_growing_keeps_the_first_moment(shape, seed):
 
 
 @given(growths(), SEEDS)
-def test_cutting_keeps_all_of_the_first_moment_that_the_tangent_space_holds(shape, seed):
+def test_cutting_keeps_all_of_the_first_moment_that_the_tangent_space_holds(
+    shape: tuple[int, int, int, int], seed: int
+) -> None:
     m, n, k0, k1 = shape
     new, old = nested(seed + 1, m, n, k0, k1)  # from k1 columns to k0
     before = moments.split(adam_state(seed, m, n, torch.float64), *old)
@@ -300,7 +304,9 @@ def settled(state: dict) -> dict:
 
 
 @given(growths(), SEEDS, st.sampled_from([torch.float32, torch.float64]))
-def test_growing_and_cutting_moments_again_changes_nothing(shape, seed, dtype):
+def test_growing_and_cutting_moments_again_changes_nothing(
+    shape: tuple[int, int, int, int], seed: int, dtype: torch.dtype
+) -> None:
     m, n, k0, k1 = shape
     small, large = nested(seed + 1, m, n, k0, k1, dtype)
     before = moments.split(settled(adam_state(seed, m, n, dtype)), *small)
@@ -314,7 +320,7 @@ def test_growing_and_cutting_moments_again_changes_nothing(shape, seed, dtype):
                 assert torch.equal(state[key], value), key  # to the last bit
 
 
-def test_new_columns_have_the_variance_of_the_others():
+def test_new_columns_have_the_variance_of_the_others() -> None:
     small, large = nested(1, 9, 7, 2, 5)
     before = moments.split(settled(adam_state(0, 9, 7, torch.float64)), *small)
     for state, old in zip(moments.resize(*before, small, large), before, strict=True):
@@ -324,7 +330,9 @@ def test_new_columns_have_the_variance_of_the_others():
 
 
 @given(growths(), SEEDS)
-def test_the_first_step_after_a_change_of_rank_is_no_longer_than_the_learning_rate(shape, seed):
+def test_the_first_step_after_a_change_of_rank_is_no_longer_than_the_learning_rate(
+    shape: tuple[int, int, int, int], seed: int
+) -> None:
     m, n, k0, k1 = shape
     small, large = nested(seed + 1, m, n, k0, k1, torch.float32)
     for old, new in ((small, large), (large, small)):
@@ -332,7 +340,7 @@ def test_the_first_step_after_a_change_of_rank_is_no_longer_than_the_learning_ra
             assert_safe(state, 1e-5)
 
 
-def test_an_input_that_was_always_zero_takes_no_giant_step_after_a_growth():
+def test_an_input_that_was_always_zero_takes_no_giant_step_after_a_growth() -> None:
     """There v_L = 0, and the part of M_L that moves into the new columns is not: M / sqrt(v) would be 1e8."""
     m, n, k0, k1 = 12, 10, 3, 5
     V = random(1, n, k1)
@@ -350,7 +358,7 @@ def test_an_input_that_was_always_zero_takes_no_giant_step_after_a_growth():
         assert_safe(state)
 
 
-def test_a_change_of_rank_leaves_a_young_adam_alone():
+def test_a_change_of_rank_leaves_a_young_adam_alone() -> None:
     """Two steps old, v < M^2 is as it should be: v must not be raised to M^2."""
     small, large = nested(0, 6, 5, 2, 4, torch.float32)
     K, L = nn.Parameter(torch.zeros(6, 2)), nn.Parameter(torch.zeros(5, 2))
@@ -367,7 +375,7 @@ def test_a_change_of_rank_leaves_a_young_adam_alone():
         assert (state["exp_avg"].square() / state["exp_avg_sq"].clamp(min=1e-30)).max() < 1.001 * max(most, 1)
 
 
-def test_resized_moments_keep_their_types_and_layout_and_share_nothing():
+def test_resized_moments_keep_their_types_and_layout_and_share_nothing() -> None:
     small, large = nested(0, 6, 5, 2, 4, torch.float32)
     dense = adam_state(1, 6, 5, torch.bfloat16) | {"count": 3, "buffer": None}
     before = moments.split(dense, *small)
@@ -382,7 +390,7 @@ def test_resized_moments_keep_their_types_and_layout_and_share_nothing():
     assert len(pointers) == 24 == len(set(pointers))
 
 
-def test_a_moment_that_only_one_of_the_two_has_stays_with_it():
+def test_a_moment_that_only_one_of_the_two_has_stays_with_it() -> None:
     small, large = nested(0, 6, 5, 2, 4)
     K, L = moments.resize({"step": 3, "note": "x"}, {"step": 3}, small, large)
     assert (K, L) == ({"step": 3, "note": "x"}, {"step": 3})
@@ -422,7 +430,7 @@ def stepped(kind: type, options: dict) -> tuple[torch.optim.Optimizer, nn.Parame
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_states_that_move_let_the_optimizer_go_on(name):
+def test_states_that_move_let_the_optimizer_go_on(name: str) -> None:
     """And the optimizer can go on from what they were moved into."""
     kind, options = SUPPORTED[name]
     optimizer, p = stepped(kind, options)
@@ -449,7 +457,7 @@ def test_states_that_move_let_the_optimizer_go_on(name):
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_states_that_change_rank_let_the_optimizer_go_on(name):
+def test_states_that_change_rank_let_the_optimizer_go_on(name: str) -> None:
     """Growing keeps the first moment, cutting the same columns the state, and the optimizer can go on from both."""
     kind, options = SUPPORTED[name]
     m, n, k0, k1 = 6, 5, 2, 4
@@ -497,7 +505,7 @@ def test_states_that_change_rank_let_the_optimizer_go_on(name):
                 assert p.abs().max() < 100 * again.param_groups[0]["lr"]
 
 
-def test_buffers_that_are_none_stay_none():
+def test_buffers_that_are_none_stay_none() -> None:
     """What SGD without momentum keeps in a state that was loaded from a file."""
     p = nn.Parameter(torch.zeros(6, 5))
     state = {"momentum_buffer": None}
@@ -510,13 +518,13 @@ def test_buffers_that_are_none_stay_none():
 
 
 @pytest.mark.parametrize("name", NOT_UNDERSTOOD)
-def test_states_that_do_not_move_are_named(name):
+def test_states_that_do_not_move_are_named(name: str) -> None:
     kind, key = NOT_UNDERSTOOD[name]
     optimizer, p = stepped(kind, {})
     assert repr(key) in moments.unsupported_reason(optimizer.state[p], p)
 
 
-def test_unknown_objects_and_shapes_are_named():
+def test_unknown_objects_and_shapes_are_named() -> None:
     p = nn.Parameter(torch.zeros(6, 5))
     assert "'projector', a object" in moments.unsupported_reason({"projector": object()}, p)
     assert "'exp_avg' of shape (3, 5)" in moments.unsupported_reason({"exp_avg": torch.zeros(3, 5)}, p)

@@ -31,7 +31,7 @@ ALL = MODELS | {f"{model}, weights": [f"{name}.weight" for name in names] for mo
 
 @pytest.mark.parametrize("model", ALL)
 @pytest.mark.parametrize("width", [22, 24, 30, 40])
-def test_numbers_and_last_parts_stay_whole(model: str, width: int):
+def test_numbers_and_last_parts_stay_whole(model: str, width: int) -> None:
     names = ALL[model]
     short = shorten_names(names, width)
     assert len(set(short)) == len(names) and max(map(cell_len, short)) <= width
@@ -42,7 +42,7 @@ def test_numbers_and_last_parts_stay_whole(model: str, width: int):
         assert [p for p in shown.split(".") if p.isdigit()] == [p for p in parts if p.isdigit()]
 
 
-def test_what_is_given_up_first():
+def test_weight_and_the_beginnings_of_parts_are_given_up_first() -> None:
     names = [f"{name}.weight" for name in GPT]
     assert shorten_names(names, 28) == names
     assert shorten_names(names, 27) == shorten_names(names, 21) == GPT
@@ -51,24 +51,24 @@ def test_what_is_given_up_first():
     assert shorten_names(names, 12)[-1] == "b.11.m…_proj"
 
 
-def test_beginnings_of_parts_tell_them_apart():
+def test_beginnings_of_parts_tell_them_apart() -> None:
     names = ["encoder.attention.query", "encoder.attention_norm.query", "embedder.attention.key", "encoder.9.query"]
     assert shorten_names(names, 10) == ["e.a.query", "e.at.query", "em.a.key", "e.9.query"]
     assert shorten_names(["a.first", "abc.first", "b.second"], 8) == ["a.first", "ab.first", "b.second"]
 
 
-def test_weight_stays_where_it_tells_names_apart():
+def test_weight_stays_where_it_tells_names_apart() -> None:
     names = ["blocks.0.attention.weight", "blocks.0.attention", "blocks.0.attention.bias"]
     assert shorten_names(names, 20) == ["b.0.attention.weight", "b.0.attention", "b.0.attention.bias"]
 
 
-def test_one_name_that_is_too_long_does_not_shorten_the_others():
+def test_one_name_that_is_too_long_does_not_shorten_the_others() -> None:
     long = "head." + "z" * 60
     short = shorten_names([*GPT, long], 21)
     assert short[:-1] == GPT and cell_len(short[-1]) == 21 and "…" in short[-1]
 
 
-def test_a_single_name_and_names_without_parts():
+def test_a_single_name_and_names_without_parts_are_cut() -> None:
     assert shorten_names(["model.layers.0.self_attention.query_projection"], 30) == ["m.l.0.s.query_projection"]
     assert shorten_names(["x" * 40], 9) == ["xxxx…xxxx"]
     assert shorten_names(["x" * 40 + "a", "x" * 40 + "b"], 9) == ["xxxx…xxxa", "xxxx…xxxb"]
@@ -77,7 +77,7 @@ def test_a_single_name_and_names_without_parts():
     assert shorten_names([".", "..", "a.", ".a"], 9) == [".", "..", "a.", ".a"]
 
 
-def test_any_names_fit_and_stay_apart_where_there_is_room():
+def test_any_names_fit_and_stay_apart_where_there_is_room() -> None:
     rng = random.Random(0)
     words = ["model", "layers", "attn", "attention", "a", "b", "q_proj", "weight", "0", "1", "10", "层", "", "mlp" * 5]
     for _ in range(2000):
@@ -89,7 +89,7 @@ def test_any_names_fit_and_stay_apart_where_there_is_room():
             assert len(set(short)) == len(names), (names, width, short)
 
 
-def test_the_matrices_of_a_model_at_72_columns(tmp_path: Path):
+def test_the_matrices_of_a_model_stay_apart_at_72_columns(tmp_path: Path) -> None:
     names = [f"blocks.{i}.{part}.weight" for i in (0, 11) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")]
     save_file({name: torch.randn(30, 20) for name in [*names, "embed.weight"]}, tmp_path / "model.safetensors")
     console = Console(width=72, color_system=None)

@@ -49,7 +49,7 @@ def page(what: Any) -> str:
     return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
-def test_why_is_a_table_with_the_reasons_and_a_list(optimizer: SubspaceAwareOptimizer):
+def test_why_is_a_table_with_the_reasons_and_a_list(optimizer: SubspaceAwareOptimizer) -> None:
     why = optimizer.why()
     for shown in (printed(why), page(why)):
         lines = shown.split("\n")
@@ -62,7 +62,7 @@ def test_why_is_a_table_with_the_reasons_and_a_list(optimizer: SubspaceAwareOpti
     assert sorted(why, key=lambda row: row.name)[0].name == "mid"
 
 
-def test_why_of_dense_layers_names_what_blocks():
+def test_why_of_dense_layers_names_what_blocks() -> None:
     model, optimizer = make("adamw", quick(patience=50))
     train(model, optimizer, 60)
     [first, second] = optimizer.why()
@@ -72,13 +72,13 @@ def test_why_of_dense_layers_names_what_blocks():
     assert page(fresh.why()).count("not analyzed yet") == 2
 
 
-def test_one_layer_is_its_conditions_and_one_event_its_line(optimizer: SubspaceAwareOptimizer):
+def test_one_layer_is_its_conditions_and_one_event_its_line(optimizer: SubspaceAwareOptimizer) -> None:
     layer, event = optimizer.why()[0], optimizer.events[0]
     assert printed(layer) == printed(why_table(layer)) and "condition" in page(layer)
     assert printed(event) == printed(event_line(event)) and page(event).startswith(f"step {event.step}")
 
 
-def test_events_are_a_table_and_the_list_that_they_were(optimizer: SubspaceAwareOptimizer):
+def test_events_are_a_table_and_the_list_that_they_were(optimizer: SubspaceAwareOptimizer) -> None:
     events = optimizer.events
     for shown in (printed(events, 200), page(events)):
         for event in events:
@@ -90,7 +90,7 @@ def test_events_are_a_table_and_the_list_that_they_were(optimizer: SubspaceAware
     assert page(last).split("\n")[0] == "events: 2" and last == list(events)[-2:]
 
 
-def test_they_stay_tables_in_copies_and_through_loading(optimizer: SubspaceAwareOptimizer):
+def test_tables_stay_tables_in_copies_and_through_loading(optimizer: SubspaceAwareOptimizer) -> None:
     for records in (optimizer.why(), optimizer.events):
         for again in (copy.copy(records), copy.deepcopy(records), pickle.loads(pickle.dumps(records))):
             assert type(again) is type(records) and again == records
@@ -101,7 +101,7 @@ def test_they_stay_tables_in_copies_and_through_loading(optimizer: SubspaceAware
     assert page(copy.deepcopy(fresh).events) == page(fresh.events)
 
 
-def test_they_are_plain_for_programs(optimizer: SubspaceAwareOptimizer):
+def test_tables_are_plain_lists_for_programs(optimizer: SubspaceAwareOptimizer) -> None:
     assert json.loads(json.dumps([event.as_plain() for event in optimizer.events])) == [
         event.as_plain() for event in optimizer.events
     ]
@@ -110,20 +110,20 @@ def test_they_are_plain_for_programs(optimizer: SubspaceAwareOptimizer):
     assert repr(optimizer.why()) == repr(list(optimizer.why()))
 
 
-def test_the_events_of_a_log_are_a_table_too(tmp_path: Path):
+def test_the_events_of_a_log_are_a_table_too(tmp_path: Path) -> None:
     model, optimizer = make("adamw", quick())
     optimizer.add_listener(RunLog(tmp_path / "log"))
     train(model, optimizer, 130)
     assert page(read_log(tmp_path / "log").events) == page(optimizer.events) != ""
 
 
-def test_of_many_events_the_last_are_shown(optimizer: SubspaceAwareOptimizer):
+def test_of_many_events_the_last_are_shown(optimizer: SubspaceAwareOptimizer) -> None:
     events = type(optimizer.events)(Event(step=i, layer="a", kind="danger", reason="r") for i in range(2_500))
     steps = re.findall(r"^(\d+)  a +danger", printed(events), re.MULTILINE)
     assert steps == [str(step) for step in range(2_400, 2_500)]
 
 
-def test_an_inspection_is_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_inspection_is_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a.weight": torch.randn(30, 20), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
     found = inspect_file(tmp_path)
     assert printed(found, 100) == printed(inspection_table(found, 100), 100)
@@ -135,7 +135,7 @@ def test_an_inspection_is_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "1 matrices" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_hostile_names_are_text_in_a_page(optimizer: SubspaceAwareOptimizer):
+def test_hostile_names_are_text_in_a_page(optimizer: SubspaceAwareOptimizer) -> None:
     name = "x[/y]<script>&\x1b[2J"
     event = Event(step=1, layer=name, kind=name, reason=name, before=LayerState.DENSE, after=LayerState.DESCENDING)
     events = type(optimizer.events)([event])

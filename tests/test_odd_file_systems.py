@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from helpers import slow_except
 from helpers_runs import Run, child, digest, leftovers, received, save_for_ever, save_some, straight
 
 from svd_optim.storage import CheckpointError, export_safetensors
@@ -73,7 +74,11 @@ def goes_on(folder: Path, tmp_path: Path) -> None:
     assert digest(run.save(tmp_path / "elsewhere")) == straight("adamw", 70)
 
 
-@pytest.mark.parametrize(("lack", "number"), CASES, ids=[f"{a}-{errno.errorcode[b]}" for a, b in CASES])
+@pytest.mark.parametrize(
+    ("lack", "number"),
+    slow_except(("flock", errno.ENOSYS), of=CASES),
+    ids=[f"{a}-{errno.errorcode[b]}" for a, b in CASES],
+)
 def test_what_a_file_system_lacks_is_done_without_and_said_once(
     lack: str, number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,7 +97,10 @@ def test_what_a_file_system_lacks_is_done_without_and_said_once(
     goes_on(folder, tmp_path)
 
 
-def test_all_of_it_lacking(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.slow
+def test_a_file_system_that_lacks_everything_still_keeps_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run.new("adamw").train(60)
     folder = tmp_path / "run"
     with caplog.at_level(logging.WARNING), lacking(**ALL):
@@ -105,10 +113,12 @@ def test_all_of_it_lacking(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     goes_on(folder, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "number"), [("flock", errno.EIO), ("fsync", errno.EIO), ("fsync", errno.ENOSPC), ("chmod", errno.EIO)]
+    ("name", "number"),
+    [("flock", errno.EIO), ("fsync", errno.EIO), ("fsync", errno.ENOSPC), ("chmod", errno.EIO)],
 )
-def test_other_errors_are_errors(name: str, number: int, tmp_path: Path) -> None:
+def test_other_errors_of_a_file_system_fail_the_save(name: str, number: int, tmp_path: Path) -> None:
     run = Run.new("adamw").train(60)
     run.save(tmp_path / "run")
     with lacking(**{name: number}), pytest.raises(CheckpointError, match=os.strerror(number)):
@@ -199,6 +209,7 @@ def latest_is_a_link_to_the_folder(checkpoint: Path, elsewhere: Path) -> None:
     (checkpoint.parent / "latest").symlink_to(checkpoint.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [linked_files, linked_folder, linked_latest, latest_is_a_link_to_the_folder])
 def test_links_are_followed_and_saving_there_goes_on(link: Callable[[Path, Path], None], tmp_path: Path) -> None:
     folder = tmp_path / "run"

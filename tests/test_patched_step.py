@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BASES, loss_of, manual, net, quick, same_bits, train, weights
+from helpers import BASES, loss_of, manual, net, quick, same_bits, slow_except, train, weights
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -44,7 +44,7 @@ def centralize(base: Optimizer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("base", KINDS)
-def test_it_is_called_once_a_step(base: str, before: bool) -> None:
+def test_a_patched_step_is_called_once_a_step(base: str, before: bool) -> None:
     model = net()
     inner, calls = BASES[base](model), []
     if before:
@@ -62,8 +62,8 @@ def test_it_is_called_once_a_step(base: str, before: bool) -> None:
     same_bits(weights(model), weights(plain_model))
 
 
-@pytest.mark.parametrize("base", KINDS)
-def test_observed_it_trains_as_the_bare_one(base: str) -> None:
+@pytest.mark.parametrize("base", slow_except("sgd", of=KINDS))
+def test_an_observed_run_with_a_patched_step_trains_as_the_bare_one(base: str) -> None:
     bare_model, model = net(), net()
     bare, inner = BASES[base](bare_model), BASES[base](model)
     for one in (bare, inner):
@@ -78,7 +78,7 @@ def test_observed_it_trains_as_the_bare_one(base: str) -> None:
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_hooks_run_once_and_see_weights(with_closure: bool) -> None:
+def test_hooks_of_a_patched_step_run_once_and_see_weights(with_closure: bool) -> None:
     model = net()
     inner, seen = BASES["adamw"](model), []
     count_calls(inner, [])

@@ -105,7 +105,9 @@ def longest_step(layers: Sequence[Candidate], budget: float) -> float:
 
 
 @given(candidates(), BUDGETS, st.floats(0, 1.2))
-def test_a_plan_costs_at_most_what_there_is_or_the_least_there_can_be(layers, budget, share):
+def test_a_plan_costs_at_most_what_there_is_or_the_least_there_can_be(
+    layers: list[Candidate], budget: float, share: float
+) -> None:
     numbers = share * whole(layers)
     ranks = allocate(layers, numbers, budget)
     assert list(ranks) == [c.name for c in layers]
@@ -117,7 +119,7 @@ def test_a_plan_costs_at_most_what_there_is_or_the_least_there_can_be(layers, bu
 
 
 @given(candidates(sizes=(1, 60)), BUDGETS)
-def test_a_rank_makes_its_layer_smaller_or_the_layer_stays_dense(layers, budget):
+def test_a_rank_makes_its_layer_smaller_or_the_layer_stays_dense(layers: list[Candidate], budget: float) -> None:
     for c in layers:
         rank = allocate(layers, budget * whole(layers), budget)[c.name]
         if rank is not None:
@@ -130,7 +132,7 @@ def test_a_rank_makes_its_layer_smaller_or_the_layer_stays_dense(layers, budget)
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3, 0.45])
 @pytest.mark.parametrize("shape", [(128, 128), (256, 64), (768, 3072), (40, 40), (17, 300)])
-def test_ranks_are_multiples_of_the_quantum(shape, share):
+def test_ranks_are_multiples_of_the_quantum(shape: tuple[int, int], share: float) -> None:
     """Or of less, where an even plan would give fewer than two of them."""
     assert quantum(*shape) == min(8, max(1, min(shape) // 16))
     even = math.floor(share * break_even_rank(*shape))
@@ -144,7 +146,7 @@ def test_ranks_are_multiples_of_the_quantum(shape, share):
 
 
 @given(st.integers(2, 600), st.integers(2, 3000), BUDGETS)
-def test_rounding_costs_one_layer_a_third_of_its_budget_at_most(m, n, budget):
+def test_rounding_costs_one_layer_a_third_of_its_budget_at_most(m: int, n: int, budget: float) -> None:
     rank = planner.allocate([Candidate(name="a", shape=(m, n))], budget * m * n, budget)["a"]
     even = math.floor(budget * break_even_rank(m, n))
     if rank is not None:  # not even rank 1 saves anything
@@ -152,7 +154,7 @@ def test_rounding_costs_one_layer_a_third_of_its_budget_at_most(m, n, budget):
 
 
 @given(st.integers(1, 400), st.integers(1, 400), BUDGETS)
-def test_the_uniform_rank_fits_into_the_budget(m, n, budget):
+def test_the_uniform_rank_fits_into_the_budget(m: int, n: int, budget: float) -> None:
     k = uniform_rank(m, n, budget)
     assert k >= 1
     if k > 1:
@@ -161,7 +163,9 @@ def test_the_uniform_rank_fits_into_the_budget(m, n, budget):
 
 
 @given(candidates(), BUDGETS, st.randoms())
-def test_a_plan_does_not_depend_on_the_order_of_layers(layers, budget, rng):
+def test_a_plan_does_not_depend_on_the_order_of_layers(
+    layers: list[Candidate], budget: float, rng: random.Random
+) -> None:
     twins = [Candidate(name=f"twin of {c.name}", shape=c.shape, capture=c.capture) for c in layers]
     layers = [*layers, *twins]
     numbers = budget * whole(layers)
@@ -173,7 +177,7 @@ def test_a_plan_does_not_depend_on_the_order_of_layers(layers, budget, rng):
     assert allocate([*reversed(layers)], numbers, budget) == ranks
 
 
-def test_plans_for_no_layers_and_for_tiny_layers():
+def test_plans_for_no_layers_and_for_tiny_layers() -> None:
     assert allocate([], 100.0, 0.5) == {}
     tiny = [Candidate(name=f"{m}x{n}", shape=(m, n)) for m, n in ((1, 1), (1, 9), (9, 1), (2, 2), (3, 2))]
     assert set(allocate(tiny, 0.0, 0.5).values()) == {None}  # factors would be larger
@@ -182,7 +186,7 @@ def test_plans_for_no_layers_and_for_tiny_layers():
 
 
 @pytest.mark.parametrize("numbers", [-1e9, -1.0, 0.0, 100.0])
-def test_a_budget_that_is_too_small_gives_the_least(numbers):
+def test_a_budget_that_is_too_small_gives_the_least(numbers: float) -> None:
     """What other layers hold may leave nothing; no layer is cut below a share of its even rank for that."""
     layers = model(0)
     ranks = allocate(layers, numbers, 0.5)
@@ -192,7 +196,7 @@ def test_a_budget_that_is_too_small_gives_the_least(numbers):
         assert ranks[c.name] == int(planner.FLOOR * 0.5 * break_even_rank(*c.shape)) // step * step
 
 
-def test_layers_stay_dense_where_there_is_room_for_all():
+def test_layers_stay_dense_where_there_is_room_for_all() -> None:
     layers = model(1)
     assert set(allocate(layers, whole(layers), 0.5).values()) == {None}
     assert set(allocate(layers, math.inf, 0.5).values()) == {None}
@@ -202,7 +206,7 @@ def test_layers_stay_dense_where_there_is_room_for_all():
 
 
 @given(candidates(), BUDGETS, st.floats(0.1, 1.0))
-def test_a_plan_is_the_best_one_but_for_one_step_at_most(layers, budget, share):
+def test_a_plan_is_the_best_one_but_for_one_step_at_most(layers: list[Candidate], budget: float, share: float) -> None:
     numbers = share * whole(layers)
     best = least_damage(layers, numbers, budget)
     if best < math.inf:
@@ -211,7 +215,7 @@ def test_a_plan_is_the_best_one_but_for_one_step_at_most(layers, budget, share):
 
 
 @given(candidates(layers=(1, 1)), BUDGETS, st.floats(0.1, 1.0))
-def test_a_single_layer_gets_the_best_there_is(layers, budget, share):
+def test_a_single_layer_gets_the_best_there_is(layers: list[Candidate], budget: float, share: float) -> None:
     numbers = share * whole(layers)
     best = least_damage(layers, numbers, budget)
     if best < math.inf:
@@ -219,7 +223,7 @@ def test_a_single_layer_gets_the_best_there_is(layers, budget, share):
 
 
 @pytest.mark.parametrize(("layers", "mean", "worst"), [(3, 0.03, 0.3), (6, 0.02, 0.15), (12, 0.005, 0.03)])
-def test_on_average_plans_are_near_the_optimum(layers, mean, worst):
+def test_on_average_plans_are_near_the_optimum(layers: int, mean: float, worst: float) -> None:
     """As shares of the damage that the cheapest plan does; few layers are the hard case for a greedy walk."""
     gaps = []
     for seed in range(30):
@@ -244,7 +248,7 @@ def even_plan(layers: Sequence[Candidate], budget: float) -> dict[str, int | Non
 
 
 @given(candidates(layers=(1, 6)), BUDGETS)
-def test_a_plan_is_never_worse_than_the_even_one_at_the_same_cost(layers, budget):
+def test_a_plan_is_never_worse_than_the_even_one_at_the_same_cost(layers: list[Candidate], budget: float) -> None:
     even = even_plan(layers, budget)
     numbers = cost(layers, even)
     ranks = planner.allocate(layers, numbers, share_of(layers, budget))
@@ -253,7 +257,7 @@ def test_a_plan_is_never_worse_than_the_even_one_at_the_same_cost(layers, budget
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_plan_for_a_network_beats_the_uniform_one_and_stays_near_it(seed):
+def test_a_plan_for_a_network_beats_the_uniform_one_and_stays_near_it(seed: int) -> None:
     layers = model(seed)
     uniform = {c.name: uniform_rank(*c.shape, 0.5) // 8 * 8 for c in layers}
     best = planner.allocate(layers, cost(layers, uniform), share_of(layers, 0.5))
@@ -267,14 +271,14 @@ def test_a_plan_for_a_network_beats_the_uniform_one_and_stays_near_it(seed):
 
 
 @given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=8), st.floats(-0.5, 1.5))
-def test_an_even_share_spends_all_there_is(shapes, part):
+def test_an_even_share_spends_all_there_is(shapes: list[tuple[int, int]], part: float) -> None:
     whole_model = sum(m * n for m, n in shapes)
     share = even_share(shapes, part * whole_model)
     assert share == pytest.approx(min(1.0, max(0.0, part)) if shapes else 1.0)
 
 
 @pytest.mark.parametrize("seed", slow_except(0, of=range(10)))
-def test_more_to_spend_never_does_more_damage_to_a_network(seed):
+def test_more_to_spend_never_does_more_damage_to_a_network(seed: int) -> None:
     layers = model(seed)
     damages = [damage(layers, allocate(layers, i / 60 * whole(layers), 0.5), 0.5) for i in range(10, 61)]
     assert all(a >= b for a, b in pairwise(damages))
@@ -282,7 +286,9 @@ def test_more_to_spend_never_does_more_damage_to_a_network(seed):
 
 
 @given(candidates(), BUDGETS, st.floats(0.1, 1.0), st.floats(0.1, 1.0))
-def test_more_to_spend_never_does_more_damage_but_for_one_step(layers, budget, a, b):
+def test_more_to_spend_never_does_more_damage_but_for_one_step(
+    layers: list[Candidate], budget: float, a: float, b: float
+) -> None:
     less, more = sorted((a * whole(layers), b * whole(layers)))
     poor, rich = (damage(layers, allocate(layers, numbers, budget), budget) for numbers in (less, more))
     assert rich <= poor + longest_step(layers, budget) + 1e-9
@@ -291,7 +297,7 @@ def test_more_to_spend_never_does_more_damage_but_for_one_step(layers, budget, a
 # ---- who gets what ---------------------------------------------------------------------------------
 
 
-def test_a_layer_that_is_captured_at_a_low_rank_gets_less_or_as_much():
+def test_a_layer_that_is_captured_at_a_low_rank_gets_less_or_as_much() -> None:
     less = 0
     for shape in ((128, 128), (512, 128), (64, 48)):
         ranks = largest_useful_rank(*shape)
@@ -306,7 +312,7 @@ def test_a_layer_that_is_captured_at_a_low_rank_gets_less_or_as_much():
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.5])
-def test_equal_layers_get_equal_ranks_but_for_one_step(budget):
+def test_equal_layers_get_equal_ranks_but_for_one_step(budget: float) -> None:
     for capture in ((), saturating(0.9, 0.05, 100)):
         layers = [Candidate(name=f"l{i}", shape=(256, 192), capture=capture) for i in range(7)]
         ranks = allocate(layers, budget * whole(layers), budget).values()
@@ -314,7 +320,7 @@ def test_equal_layers_get_equal_ranks_but_for_one_step(budget):
         assert abs(min(ranks) - uniform_rank(256, 192, budget)) <= 2 * quantum(256, 192)
 
 
-def test_a_layer_without_hope_stays_dense_where_the_others_leave_room(monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_without_hope_stays_dense_where_the_others_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "FLOOR", 0.3)
     monkeypatch.setattr(planner, "TRUST", 1.0)
     shape = (128, 128)
@@ -326,7 +332,7 @@ def test_a_layer_without_hope_stays_dense_where_the_others_leave_room(monkeypatc
     assert None not in ranks.values()
 
 
-def test_large_layers_pay_for_small_ones_by_what_they_lose_not_by_their_size():
+def test_large_layers_pay_for_small_ones_by_what_they_lose_not_by_their_size() -> None:
     """Layers of the same relative capture: a number does as much in the large one as in the small ones."""
     layers = [
         Candidate(name=f"{size} {i}", shape=(size, size), capture=saturating(0.95, 6.4 / size, size // 2))
@@ -341,7 +347,7 @@ def test_large_layers_pay_for_small_ones_by_what_they_lose_not_by_their_size():
 
 
 @given(candidates(layers=(1, 1)))
-def test_the_missed_share_falls_with_the_rank(layers):
+def test_the_missed_share_falls_with_the_rank(layers: list[Candidate]) -> None:
     (c,) = layers
     m, n = c.shape
     values = [missed(c, k) for k in range(1, min(m, n) + 1)]
@@ -358,13 +364,13 @@ def test_the_missed_share_falls_with_the_rank(layers):
     assert values[-1] == pytest.approx(0.0 if len(c.capture) < min(m, n) else 1 - c.capture[-1])
 
 
-def test_rounding_does_not_make_the_missed_share_negative():
+def test_rounding_does_not_make_the_missed_share_negative() -> None:
     assert missed(Candidate(name="a", shape=(4, 4), capture=[1.0 + 1e-9]), 1) == 0.0
     assert missed(Candidate(name="a", shape=(4, 4), capture=[-1e-9]), 1) == 1.0
 
 
 @given(candidates(layers=(1, 1), sizes=(8, 60)), BUDGETS)
-def test_the_hull_is_convex_and_lies_below_all_choices(layers, budget):
+def test_the_hull_is_convex_and_lies_below_all_choices(layers: list[Candidate], budget: float) -> None:
     choices = planner._choices(layers[0], budget)
     hull = planner._lower_hull(choices)
     assert hull[0] == choices[0] and hull[-1].rank is None
@@ -377,6 +383,6 @@ def test_the_hull_is_convex_and_lies_below_all_choices(layers, budget):
                 assert x.damage >= line - 1e-9 * max(1.0, a.damage)
 
 
-def test_the_cost_of_a_plan_is_its_number_of_parameters():
+def test_the_cost_of_a_plan_is_its_number_of_parameters() -> None:
     assert planned_cost({"a": (10, 20), "b": (4, 5), "c": (7, 3)}, {"a": 3, "b": None, "c": 1}) == 3 * 31 + 20 + 11
     assert planned_cost({}, {}) == 0

@@ -118,8 +118,8 @@ def marks(axes: Axes) -> dict[str, list[tuple[float, float]]]:
 FIELDS = ("principal_excess", "subspace_drift", "tangent_capture", "reconstruction_error")
 
 
-@pytest.mark.parametrize("late", [0, 2])
-def test_a_heat_map_shows_each_value_at_its_layer_and_analysis_and_gaps_elsewhere(late: int):
+@pytest.mark.parametrize("late", slow_except(2, of=[0, 2]))
+def test_a_heat_map_shows_each_value_at_its_layer_and_analysis_and_gaps_elsewhere(late: int) -> None:
     run = drawn_run(GPT[:9], 20, late)
     figure = run_figure(run)
     for field in FIELDS:
@@ -133,7 +133,7 @@ def test_a_heat_map_shows_each_value_at_its_layer_and_analysis_and_gaps_elsewher
 
 
 @pytest.mark.slow
-def test_an_analysis_that_measured_nothing_is_a_gap_and_does_not_repeat_the_one_before():
+def test_an_analysis_that_measured_nothing_is_a_gap_and_does_not_repeat_the_one_before() -> None:
     run = drawn_run(["a", "b"], 4)
     run.feed(json.dumps({"record": "metrics", "step": 100, "layer": 0, "state": "dense", "rank": 48}))
     run.feed(json.dumps({"record": "analysis", "step": 100, "analyses": 5, "seconds": {}, "seconds_total": 1.0}))
@@ -142,7 +142,7 @@ def test_an_analysis_that_measured_nothing_is_a_gap_and_does_not_repeat_the_one_
     assert np.isfinite(shown[:, :4]).all() and np.isnan(shown[:, 4]).all()
 
 
-def test_states_and_events_stand_at_their_layers_and_steps():
+def test_states_and_events_stand_at_their_layers_and_steps() -> None:
     run = drawn_run(GPT[:9], 40, late=2)
     figure = run_figure(run)
     numbers = {state: i for i, state in enumerate(STATE_COLORS)}
@@ -159,7 +159,7 @@ def test_states_and_events_stand_at_their_layers_and_steps():
 
 
 @pytest.mark.slow
-def test_cells_reach_half_way_to_the_analyses_beside_them():
+def test_cells_reach_half_way_to_the_analyses_beside_them() -> None:
     run = drawn_run(["a"], 3)
     run.feed(json.dumps({"record": "analysis", "step": 100, "analyses": 4, "seconds": {}, "seconds_total": 1.0}))
     x = axes_of(run_figure(run), "state").collections[0].get_coordinates()[0, :, 0]
@@ -167,7 +167,7 @@ def test_cells_reach_half_way_to_the_analyses_beside_them():
 
 
 @pytest.mark.slow
-def test_ranks_are_curves_with_their_events_and_quantiles_where_layers_are_many():
+def test_ranks_are_curves_with_their_events_and_quantiles_where_layers_are_many() -> None:
     few = drawn_run(GPT[:9], 40)
     axes = axes_of(run_figure(few), "ranks")
     thin = [line for line in axes.lines if not line.get_gid()][::2]
@@ -184,7 +184,7 @@ def test_ranks_are_curves_with_their_events_and_quantiles_where_layers_are_many(
     assert (band.ymin, band.ymax) == (values.min(), values.max())
 
 
-def test_the_share_of_the_parameters_is_that_of_the_summaries():
+def test_the_share_of_the_parameters_is_that_of_the_summaries() -> None:
     run = drawn_run(GPT[:9], 40, late=2)
     (line,) = axes_of(run_figure(run), "parameters").lines
     expected = [now / dense for dense, now in (summary.parameters() for summary in run.summaries())]
@@ -193,7 +193,7 @@ def test_the_share_of_the_parameters_is_that_of_the_summaries():
     np.testing.assert_allclose(line.get_ydata(), expected)
 
 
-def test_spectra_are_those_of_each_layers_first_and_last_analysis_at_their_ranks():
+def test_spectra_are_those_of_each_layers_first_and_last_analysis_at_their_ranks() -> None:
     run = drawn_run(GPT[:9], 40, late=2)
     figure = run_figure(run)
     for which, index in (("first", 0), ("last", -1)):
@@ -205,7 +205,7 @@ def test_spectra_are_those_of_each_layers_first_and_last_analysis_at_their_ranks
 
 
 @pytest.mark.slow
-def test_a_run_of_real_training_is_drawn(tmp_path: Path):
+def test_a_run_of_real_training_is_drawn(tmp_path: Path) -> None:
     model = net()
     log = RunLog(tmp_path / "log.jsonl")
     config = SubspaceConfig(warmup_steps=20, analyze_every=5, descent_steps=20, cohort_steps=20, patience=2)
@@ -221,8 +221,9 @@ def test_a_run_of_real_training_is_drawn(tmp_path: Path):
 # ---- files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", slow_except(3, of=[3, 24]))
-def test_an_svg_has_the_names_as_text_and_the_events_as_marks(tmp_path: Path, count: int):
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 24])
+def test_an_svg_has_the_names_as_text_and_the_events_as_marks(tmp_path: Path, count: int) -> None:
     run = drawn_run(GPT[:count], 40)
     plot_run(run, tmp_path / "made" / "folders" / "run.SVG")
     root = ElementTree.parse(tmp_path / "made" / "folders" / "run.SVG").getroot()
@@ -241,7 +242,7 @@ def test_an_svg_has_the_names_as_text_and_the_events_as_marks(tmp_path: Path, co
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_the_kind_of_file_follows_the_suffix_and_the_same_run_gives_the_same_bytes(
     tmp_path: Path, suffix: str, magic: bytes
-):
+) -> None:
     for name in "ab":
         plot_run(drawn_run(["a", "b"], 3), tmp_path / f"{name}.{suffix}")
     first = (tmp_path / f"a.{suffix}").read_bytes()
@@ -250,27 +251,27 @@ def test_the_kind_of_file_follows_the_suffix_and_the_same_run_gives_the_same_byt
 
 
 @pytest.mark.parametrize("name", ["run.jpg", "run", "png"])
-def test_another_kind_of_file_is_refused_before_anything_is_made(tmp_path: Path, name: str):
+def test_another_kind_of_file_is_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"\.png, \.svg or \.pdf"):
         plot_run(drawn_run(["a"], 1), tmp_path / "new" / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_an_analysis_is_refused(tmp_path: Path):
+def test_a_run_without_an_analysis_is_refused(tmp_path: Path) -> None:
     run = Run()
     run.feed(json.dumps(HEAD))
     with pytest.raises(ValueError, match="no complete analysis"):
         plot_run(run, tmp_path / "run.png")
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "svd_optim\[plots\]"'):
         plot_run(drawn_run(["a"], 1), tmp_path / "run.png")
 
 
 @pytest.mark.slow
-def test_neither_pyplot_nor_the_users_settings_are_touched(tmp_path: Path):
+def test_neither_pyplot_nor_the_users_settings_are_touched(tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 21.0, "savefig.bbox": "tight"}):
         mine = pyplot.figure()
         before = dict(matplotlib.rcParams)
@@ -301,7 +302,7 @@ CASES: dict[str, Run] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_overlaps_and_nothing_leaves_the_page(case: str):
+def test_nothing_overlaps_and_nothing_leaves_the_page(case: str) -> None:
     figure = run_figure(CASES[case])
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
@@ -349,7 +350,7 @@ def lab(color: str, seen: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seen", SEEN)
-def test_states_and_gaps_are_told_apart_with_any_color_vision(seen: str):
+def test_states_and_gaps_are_told_apart_with_any_color_vision(seen: str) -> None:
     colors = [lab(color, seen) for color in (*STATE_COLORS.values(), GAP_COLOR)]
     least = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(colors, 2))
     assert least > (5 if seen == "gray" else 18)

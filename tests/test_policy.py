@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -51,14 +52,14 @@ INEXACT = {"reconstruction_error": 0.3}
 # ---- what leads to what --------------------------------------------------------------------
 
 
-def test_an_exact_layer_factorizes_at_once_and_others_descend():
+def test_an_exact_layer_factorizes_at_once_and_others_descend() -> None:
     assert decide(safe(3)).action == Action.FACTORIZE
     assert decide(safe(3, **INEXACT)).action == Action.DESCEND
     assert decide([*safe(2), metrics(**INEXACT)]).action == Action.DESCEND  # the present one counts
     assert decide(safe(3, reconstruction_error=None)).action == Action.DESCEND
 
 
-def test_without_descent_the_layer_has_to_be_exact():
+def test_without_descent_the_layer_has_to_be_exact() -> None:
     policy = ThresholdPolicy(descend=False)
     assert decide(safe(3), policy).action == Action.FACTORIZE
     for error in (0.3, None, math.nan, T.reconstruction_safe):
@@ -70,12 +71,12 @@ def test_without_descent_the_layer_has_to_be_exact():
 
 
 @pytest.mark.parametrize("state", [s for s in LayerState if s != LayerState.DENSE])
-def test_only_dense_layers_enter_factors(state):
+def test_only_dense_layers_enter_factors(state: LayerState) -> None:
     decision = decide(safe(3), state=state)
     assert decision.action == Action.HOLD and decision.reason == str(state) and not decision.conditions
 
 
-def test_nothing_is_decided_before_the_first_analysis():
+def test_nothing_is_decided_before_the_first_analysis() -> None:
     decision = decide([])
     assert decision.action == Action.HOLD and decision.reason == "no analysis yet" and not decision.danger
 
@@ -99,7 +100,7 @@ BLOCKING = {  # rule -> condition -> values that block, the last but one the thr
     ("rule", "condition", "value"),
     [(rule, c, v) for rule, cs in BLOCKING.items() for c, (_, values) in cs.items() for v in values],
 )
-def test_each_condition_blocks_by_itself_and_by_name(rule, condition, value):
+def test_each_condition_blocks_by_itself_and_by_name(rule: str, condition: str, value: float | None) -> None:
     policy = ThresholdPolicy(rule=rule)
     assert decide(safe(3), policy).action == Action.FACTORIZE
     field, _ = BLOCKING[rule][condition]
@@ -110,7 +111,7 @@ def test_each_condition_blocks_by_itself_and_by_name(rule, condition, value):
     assert ("undefined" in decision.reason) == (value is None)
 
 
-def test_the_blocker_carries_value_threshold_and_distance():
+def test_the_blocker_carries_value_threshold_and_distance() -> None:
     blocker = decide(safe(3, capture_excess=0.25)).blocker
     assert (blocker.value, blocker.threshold) == (0.25, 0.4)
     assert blocker.distance == pytest.approx(-0.15)
@@ -118,7 +119,7 @@ def test_the_blocker_carries_value_threshold_and_distance():
 
 
 @pytest.mark.parametrize("name", ["subspace_drift", "capture_excess", "principal_excess"])
-def test_undefined_values_never_count_as_safe(name):
+def test_undefined_values_never_count_as_safe(name: str) -> None:
     rule = "alignment" if name == "principal_excess" else "stability"
     for broken in range(3):
         history = safe(3)
@@ -126,12 +127,12 @@ def test_undefined_values_never_count_as_safe(name):
         assert decide(history, ThresholdPolicy(rule=rule)).action == Action.HOLD
 
 
-def test_nan_never_counts_as_safe():
+def test_nan_never_counts_as_safe() -> None:
     for name in ("subspace_drift", "capture_excess"):
         assert decide(safe(3, **{name: math.nan})).action == Action.HOLD
 
 
-def test_a_rank_at_break_even_never_goes_in():
+def test_a_rank_at_break_even_never_goes_in() -> None:
     largest = largest_useful_rank(64, 48)
     assert decide(safe(3), layer=dataclasses.replace(LAYER, rank=largest)).action == Action.FACTORIZE
     decision = decide(safe(3), layer=dataclasses.replace(LAYER, rank=largest + 1))
@@ -142,7 +143,7 @@ def test_a_rank_at_break_even_never_goes_in():
     assert decide(safe(3), layer=at).blocker.name == "below_break_even"
 
 
-def test_a_base_optimizer_that_is_not_understood_blocks_and_says_why():
+def test_a_base_optimizer_that_is_not_understood_blocks_and_says_why() -> None:
     layer = dataclasses.replace(LAYER, base_supported=False, unsupported_reason="the optimizer keeps 'row_var'")
     decision = decide(safe(3), layer=layer)
     assert decision.action == Action.HOLD
@@ -159,7 +160,7 @@ STRUCTURE = {
 
 @pytest.mark.parametrize("name", STRUCTURE)
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_a_layer_that_is_to_stay_dense_stays_dense_and_says_why(rule, name):
+def test_a_layer_that_is_to_stay_dense_stays_dense_and_says_why(rule: str, name: str) -> None:
     changes, reason = STRUCTURE[name]
     history = safe(9, reconstruction_error=0.3)
     decision = decide(history, ThresholdPolicy(rule=rule), layer=dataclasses.replace(LAYER, **changes))
@@ -168,13 +169,13 @@ def test_a_layer_that_is_to_stay_dense_stays_dense_and_says_why(rule, name):
     assert all(c.holds for c in decision.conditions if c.name != name)
 
 
-def test_it_is_never_too_late_for_factors_that_need_no_descent():
+def test_it_is_never_too_late_for_factors_that_need_no_descent() -> None:
     late = dataclasses.replace(LAYER, late=True)
     assert decide(safe(3), layer=late).action == Action.FACTORIZE
     assert decide(safe(3), ThresholdPolicy(descend=False), layer=late).action == Action.FACTORIZE
 
 
-def test_the_reasons_of_a_move_are_measurements():
+def test_the_reasons_of_a_move_are_measurements() -> None:
     decision = decide(safe(3))
     assert [c.name for c in decision.conditions][:6] == [
         "base_supported",
@@ -227,28 +228,30 @@ CRAMPED = {  # what else there may be, so that a layer can't grow
 
 
 @pytest.mark.parametrize("why", CRAMPED)
-def test_a_layer_that_is_lost_and_can_not_grow_becomes_dense(why):
+def test_a_layer_that_is_lost_and_can_not_grow_becomes_dense(why: str) -> None:
     layer = dataclasses.replace(INSIDE, **CRAMPED[why])
     for seen in (LOST, LOST | ROOMY, LOST | {"persistence": None}):
         decision = inside(runs(3, **seen), layer)
         assert (decision.action, decision.rank) == (Action.MERGE, None) and "can't follow" in decision.reason
 
 
-def test_a_layer_that_is_held_back_without_room_stays_and_says_so():
+def test_a_layer_that_is_held_back_without_room_stays_and_says_so() -> None:
     decision = inside(runs(3, **HELD_BACK), dataclasses.replace(INSIDE, room=7))
     assert decision.action == Action.HOLD and decision.rank is None
     assert decision.reason.startswith("held back, without room to grow: capture_held: 0.2")
 
 
 @pytest.mark.parametrize(("seen", "action", "rank"), MOVES)
-def test_the_move_inside_factors_follows_from_what_was_measured(seen, action, rank):
+def test_the_move_inside_factors_follows_from_what_was_measured(
+    seen: dict[str, Any], action: Action, rank: int | None
+) -> None:
     decision = inside(runs(3, **seen))
     assert (decision.action, decision.rank) == (action, rank)
     assert decision.reason
     assert (decision.blocker is None) == (action in (Action.HOLD, Action.SHRINK))
 
 
-def test_moves_inside_factors_have_their_reasons():
+def test_moves_inside_factors_have_their_reasons() -> None:
     assert inside(runs(3)).reason == "factorized"
     assert inside(runs(3, **ROOMY)).reason == "all but 32 of 48 directions are negligible"
     assert inside(runs(3, **HELD_BACK)).reason == "held back: capture_held: 0.2, needs >= 0.4 (off by 0.2)"
@@ -258,7 +261,9 @@ def test_moves_inside_factors_have_their_reasons():
 
 @pytest.mark.parametrize("patience", [1, 2, 4])
 @pytest.mark.parametrize(("seen", "action", "rank"), [move for move in MOVES if move[1] != Action.HOLD])
-def test_a_move_inside_factors_needs_all_of_the_last_analyses_to_agree(seen, action, rank, patience):
+def test_a_move_inside_factors_needs_all_of_the_last_analyses_to_agree(
+    seen: dict[str, Any], action: Action, rank: int, patience: int
+) -> None:
     assert inside(runs(patience - 1, **seen), patience=patience).action == Action.HOLD
     assert inside([*runs(9), *runs(patience, **seen)], patience=patience).action == action
     for other in range(patience):  # one that saw nothing of the kind
@@ -267,7 +272,7 @@ def test_a_move_inside_factors_needs_all_of_the_last_analyses_to_agree(seen, act
         assert inside(history, patience=patience).action == Action.HOLD
 
 
-def test_the_largest_of_the_last_analyses_counts():
+def test_the_largest_of_the_last_analyses_counts() -> None:
     history = [runs(1, exact_rank=rank)[0] for rank in (9, 33, 17)]
     assert inside(history).rank == 40
     history = [runs(1, capture_excess=0.0, persistence=p)[0] for p in (0.4, 0.1, 0.4)]  # one is not above
@@ -278,7 +283,7 @@ def test_the_largest_of_the_last_analyses_counts():
     assert inside(history).action == Action.HOLD
 
 
-def test_ranks_change_by_whole_steps():
+def test_ranks_change_by_whole_steps() -> None:
     assert inside(runs(3, exact_rank=40)).rank == 40
     assert inside(runs(3, exact_rank=41)).action == Action.HOLD  # 48 is what it has
     assert inside(runs(3, exact_rank=1)).rank == 8
@@ -288,7 +293,7 @@ def test_ranks_change_by_whole_steps():
     assert inside(safe(3, **HELD_BACK), small).rank == 13
 
 
-def test_a_layer_in_cooldown_is_left_alone_but_never_kept_where_it_is_lost():
+def test_a_layer_in_cooldown_is_left_alone_but_never_kept_where_it_is_lost() -> None:
     resting = dataclasses.replace(INSIDE, cooldown=1)
     for seen, action, _ in MOVES:
         decision = inside(runs(3, **seen), resting)
@@ -298,7 +303,7 @@ def test_a_layer_in_cooldown_is_left_alone_but_never_kept_where_it_is_lost():
 
 @pytest.mark.parametrize("nothing", [None, math.nan])
 @pytest.mark.parametrize("seen", [FREE, ROOMY, HELD_BACK, LOST])
-def test_undefined_capture_moves_nothing(seen, nothing):
+def test_undefined_capture_moves_nothing(seen: dict[str, Any], nothing: float | None) -> None:
     for broken in range(3):
         history = runs(3, **seen)
         history[broken] = dataclasses.replace(history[broken], capture_excess=nothing)
@@ -306,18 +311,18 @@ def test_undefined_capture_moves_nothing(seen, nothing):
     assert inside(runs(3, **(seen | {"capture_excess": nothing}))).action == Action.HOLD
 
 
-def test_a_layer_at_the_threshold_is_kept_so_zero_never_sends_back():
+def test_a_layer_at_the_threshold_is_kept_so_zero_never_sends_back() -> None:
     assert inside(runs(3, capture_excess=0.1)).action == Action.GROW
     never = dataclasses.replace(LIMITS, capture_lost=0.0)
     assert inside(runs(3, capture_excess=0.0), thresholds=never).action == Action.GROW
 
 
-def test_negligible_directions_beyond_the_rank_are_not_known():
+def test_negligible_directions_beyond_the_rank_are_not_known() -> None:
     """``exact_rank`` is undefined where all of the k directions count."""
     assert inside([*runs(2, **ROOMY), runs(1, exact_rank=None)[0]]).action == Action.HOLD
 
 
-def test_danger_is_told_inside_factors_whatever_is_done():
+def test_danger_is_told_inside_factors_whatever_is_done() -> None:
     for seen, action, rank in MOVES:
         decision = inside(runs(3, **seen, principal_excess=0.9))
         assert decision.danger and (decision.action, decision.rank) == (action, rank)
@@ -341,7 +346,7 @@ def twin_inside(recent: list[Seen], patience: int, cooldown: int) -> tuple[Actio
     return (Action.GROW, 56) if grows else (Action.HOLD, None)
 
 
-def test_moves_inside_factors_are_those_of_the_twin():
+def test_moves_inside_factors_are_those_of_the_twin() -> None:
     moves = set()
 
     @settings(max_examples=150)
@@ -373,7 +378,7 @@ def test_moves_inside_factors_are_those_of_the_twin():
 
 
 @pytest.mark.parametrize("patience", [1, 2, 5])
-def test_patience_counts_consecutive_analyses(patience):
+def test_patience_counts_consecutive_analyses(patience: int) -> None:
     policy = ThresholdPolicy(patience=patience)
     assert decide(safe(patience), policy).action == Action.FACTORIZE
     bad = metrics(subspace_drift=0.5)
@@ -389,14 +394,14 @@ def test_patience_counts_consecutive_analyses(patience):
 # ---- danger ----------------------------------------------------------------------------------
 
 
-def test_danger_alerts_but_never_blocks_the_capture_rule():
+def test_danger_alerts_but_never_blocks_the_capture_rule() -> None:
     decision = decide(safe(3, principal_excess=0.95))
     assert decision.danger and decision.action == Action.FACTORIZE
     decision = decide(safe(3, principal_excess=0.95, **INEXACT))
     assert decision.danger and decision.action == Action.DESCEND
 
 
-def test_danger_needs_patience_and_defined_values():
+def test_danger_needs_patience_and_defined_values() -> None:
     high = {"principal_excess": 0.5}
     assert not decide(safe(2, **high)).danger
     assert decide([*safe(1), *safe(3, **high)]).danger
@@ -407,7 +412,7 @@ def test_danger_needs_patience_and_defined_values():
     assert not decide(safe(3, **high), thresholds=dataclasses.replace(T, principal_danger=0.6)).danger
 
 
-def test_the_alignment_rule_blocks_on_danger_first():
+def test_the_alignment_rule_blocks_on_danger_first() -> None:
     everything = {"principal_excess": 0.9, "subspace_drift": 0.9, "reconstruction_error": 0.9}
     for descend in (True, False):
         decision = decide(safe(3, **everything), ThresholdPolicy(rule="alignment", descend=descend))
@@ -416,7 +421,7 @@ def test_the_alignment_rule_blocks_on_danger_first():
         assert decision.blocker.threshold == pytest.approx(T.minor_safe)
 
 
-def test_the_alignment_rule_does_not_ask_for_capture():
+def test_the_alignment_rule_does_not_ask_for_capture() -> None:
     assert decide(safe(3, capture_excess=None), ThresholdPolicy(rule="alignment")).action == Action.FACTORIZE
 
 
@@ -461,7 +466,7 @@ def twin(policy: ThresholdPolicy, layer: LayerInfo, history: list[LayerMetrics],
     return Action.FACTORIZE if exact(history[-1]) else Action.DESCEND
 
 
-def test_decisions_are_those_of_the_twin():
+def test_decisions_are_those_of_the_twin() -> None:
     moves = set()
 
     @settings(max_examples=300)
@@ -488,7 +493,7 @@ def test_decisions_are_those_of_the_twin():
 
 
 @given(st.floats(0, 1), st.sampled_from([T, Thresholds.phase1_proposed()]))
-def test_danger_and_minor_safe_exclude_each_other(excess, thresholds):
+def test_danger_and_minor_safe_exclude_each_other(excess: float, thresholds: Thresholds) -> None:
     policy = ThresholdPolicy(rule="alignment", patience=1)
     decision = decide(safe(1, principal_excess=excess), policy, thresholds=thresholds)
     minor = next(c for c in decision.conditions if c.name == "minor_safe")
@@ -498,7 +503,7 @@ def test_danger_and_minor_safe_exclude_each_other(excess, thresholds):
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans())
-def test_a_condition_holds_exactly_on_its_side(value, threshold, above, or_equal):
+def test_a_condition_holds_exactly_on_its_side(value: float, threshold: float, above: bool, or_equal: bool) -> None:
     condition = Condition(name="x", value=value, threshold=threshold, above=above, or_equal=or_equal, margin=0.05)
     assert condition.holds == ((value == threshold and or_equal) or (value > threshold if above else value < threshold))
     assert (condition.distance >= 0) if condition.holds else (condition.distance <= 0)
@@ -506,7 +511,7 @@ def test_a_condition_holds_exactly_on_its_side(value, threshold, above, or_equal
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-def test_break_even_is_where_factors_stop_being_smaller(m, n):
+def test_break_even_is_where_factors_stop_being_smaller(m: int, n: int) -> None:
     k = largest_useful_rank(m, n)
     assert k * (m + n + 1) < m * n or k == 0
     assert (k + 1) * (m + n + 1) >= m * n

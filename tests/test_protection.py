@@ -121,7 +121,8 @@ def test_the_block_does_not_move_and_everything_else_does(base: str, where: str,
     assert not any(row.protected for row in optimizer.why())
 
 
-@pytest.mark.parametrize("where", slow_except("factors", of=["dense", "factors"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["dense", "factors"])
 def test_without_protection_the_same_steps_move_the_block(where: str) -> None:
     model, optimizer = wrapped("adamw")
     train(model, optimizer, 10)
@@ -213,7 +214,8 @@ def test_protection_in_factors_lasts_while_the_spans_would_turn_away(base: str, 
     assert optimizer.why()[0].protected and not told(optimizer, "release", "decomposition_failed")
 
 
-@pytest.mark.parametrize("base", slow_except("adamw", of=["adamw", "muon"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["adamw", "muon"])
 def test_in_factors_a_part_of_the_core_can_be_protected(base: str) -> None:
     model, optimizer = wrapped(base)
     train(model, optimizer, 10)
@@ -414,7 +416,8 @@ def test_factors_that_cannot_hold_a_protected_block_are_refused() -> None:
     assert optimizer.factorize_("all", rank=9) == ["up", "mid"]
 
 
-@pytest.mark.parametrize("action", slow_except(Action.DESCEND, of=[Action.DESCEND, Action.FACTORIZE]))
+@pytest.mark.slow
+@pytest.mark.parametrize("action", [Action.DESCEND, Action.FACTORIZE])
 def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
     class Eager:
         def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
@@ -432,6 +435,7 @@ def test_no_policy_takes_a_protected_layer_into_factors(action: Action) -> None:
     assert set(factorized(model)) == {"up", "mid"}
 
 
+@pytest.mark.slow
 def test_a_protected_core_keeps_its_rank() -> None:
     class Shrinker:
         def decide(self, layer, state, history, thresholds):  # type: ignore[no-untyped-def]
@@ -523,20 +527,18 @@ def resumable(seed: int, where: str, dtype: torch.dtype = torch.float32) -> tupl
     return model, SubspaceAwareOptimizer(DECAYING["adamw"](model), model, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "dtype", "order"),
-    slow_except(
+    [
+        ("dense", torch.float32, "model first"),
+        ("dense", torch.float32, "optimizer first"),
         ("factors", torch.float32, "model first"),
-        of=[
-            ("dense", torch.float32, "model first"),
-            ("dense", torch.float32, "optimizer first"),
-            ("factors", torch.float32, "model first"),
-            ("factors", torch.float32, "optimizer first"),
-            ("factors", torch.bfloat16, "optimizer first"),
-            ("danger", torch.bfloat16, "model first"),
-            ("danger", torch.float32, "optimizer first"),
-        ],
-    ),
+        ("factors", torch.float32, "optimizer first"),
+        ("factors", torch.bfloat16, "optimizer first"),
+        ("danger", torch.bfloat16, "model first"),
+        ("danger", torch.float32, "optimizer first"),
+    ],
 )
 def test_a_run_resumed_during_protection_is_bitwise_the_straight_one(
     where: str, dtype: torch.dtype, order: str

@@ -63,7 +63,9 @@ def orthonormality(Q: Tensor) -> float:
 
 
 @given(shapes(), SEEDS, STEPS, st.sampled_from([1e-12, 1.0, 1e12]))
-def test_the_block_is_what_it_was_after_any_step(shape, seed, step, scale):
+def test_the_block_is_what_it_was_after_any_step(
+    shape: tuple[int, int, int], seed: int, step: float, scale: float
+) -> None:
     m, n, k = shape
     W = random(seed, m, n) * scale
     anchor = anchor_dense(W, *leading(W, k))
@@ -75,7 +77,7 @@ def test_the_block_is_what_it_was_after_any_step(shape, seed, step, scale):
 
 
 @given(shapes(), SEEDS)
-def test_the_block_of_an_ordinary_step_is_restored_to_one_in_a_million(shape, seed):
+def test_the_block_of_an_ordinary_step_is_restored_to_one_in_a_million(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     W = random(seed, m, n)
     anchor = anchor_dense(W, *leading(W, k))
@@ -85,7 +87,9 @@ def test_the_block_of_an_ordinary_step_is_restored_to_one_in_a_million(shape, se
 
 
 @given(shapes(), SEEDS, STEPS)
-def test_everything_outside_the_block_is_as_the_step_left_it(shape, seed, step):
+def test_everything_outside_the_block_is_as_the_step_left_it(
+    shape: tuple[int, int, int], seed: int, step: float
+) -> None:
     m, n, k = shape
     W = random(seed, m, n)
     U, V = leading(W, k)
@@ -100,7 +104,7 @@ def test_everything_outside_the_block_is_as_the_step_left_it(shape, seed, step):
         assert norm(left @ (W.double() - stepped) @ right) <= 1e-6 * norm(stepped)
 
 
-def test_restoring_twice_is_restoring_once():
+def test_restoring_twice_is_restoring_once() -> None:
     W = random(0, 20, 15)
     anchor = anchor_dense(W, *leading(W, 5))
     W += random(1, 20, 15)
@@ -110,7 +114,7 @@ def test_restoring_twice_is_restoring_once():
     torch.testing.assert_close(W, once, rtol=0, atol=2e-6)
 
 
-def test_a_thousand_steps_leave_the_block_where_it_was():
+def test_a_thousand_steps_leave_the_block_where_it_was() -> None:
     """Weight decay included, which alone would take the block to a third."""
     W = random(0, 24, 18)
     anchor = anchor_dense(W, *leading(W, 6))
@@ -122,7 +126,7 @@ def test_a_thousand_steps_leave_the_block_where_it_was():
     assert norm(W - start) > 0.3 * norm(start)
 
 
-def test_restoring_gives_the_nearest_matrix_with_the_anchored_block():
+def test_restoring_gives_the_nearest_matrix_with_the_anchored_block() -> None:
     """Whatever else has the anchored block lies farther from the stepped weight."""
     W = random(0, 12, 9, dtype=torch.float64)
     U, V = leading(W, 4)
@@ -137,7 +141,7 @@ def test_restoring_gives_the_nearest_matrix_with_the_anchored_block():
         assert norm(other - stepped) > norm(nearest - stepped)
 
 
-def test_an_anchor_does_not_move_with_what_it_was_taken_from():
+def test_an_anchor_does_not_move_with_what_it_was_taken_from() -> None:
     W = random(0, 8, 6)
     U, V = leading(W, 3)
     anchor = anchor_dense(W, U, V)
@@ -164,7 +168,9 @@ def turned(factors: Basis, seed: int, step: float) -> Basis:
 
 
 @given(shapes(), st.integers(0, 40), SEEDS, STEPS, st.sampled_from([1e-12, 1.0, 1e12]))
-def test_the_block_is_that_of_the_old_factors_after_any_step(shape, fewer, seed, step, scale):
+def test_the_block_is_that_of_the_old_factors_after_any_step(
+    shape: tuple[int, int, int], fewer: int, seed: int, step: float, scale: float
+) -> None:
     """Also where little of what is protected is left in the spans; and the weight is no larger than its parts."""
     m, n, k = shape
     start = exact_basis(random(seed, m, n) * scale, k)
@@ -182,7 +188,7 @@ def test_the_block_is_that_of_the_old_factors_after_any_step(shape, fewer, seed,
 
 
 @given(shapes(), SEEDS)
-def test_in_float64_the_block_is_exact(shape, seed):
+def test_in_float64_the_block_is_exact(shape: tuple[int, int, int], seed: int) -> None:
     m, n, k = shape
     start = exact_basis(random(seed, m, n, dtype=torch.float64), k)
     anchor = anchor_factors(start)
@@ -192,7 +198,7 @@ def test_in_float64_the_block_is_exact(shape, seed):
 
 @pytest.mark.parametrize("p", [2, 4, 6])
 @pytest.mark.parametrize("weakest", [1.0, 1e-3])
-def test_small_steps_that_leave_the_block_alone_are_nearly_taken_as_they_are(p, weakest):
+def test_small_steps_that_leave_the_block_alone_are_nearly_taken_as_they_are(p: int, weakest: float) -> None:
     start = exact_basis(random(0, 30, 20, dtype=torch.float64), 6)
     start = Basis(start.U, start.S * torch.linspace(0, 1, 6).double().mul(math.log(weakest)).exp(), start.V)
     anchor = anchor_factors(start.leading(p))
@@ -206,7 +212,7 @@ def test_small_steps_that_leave_the_block_alone_are_nearly_taken_as_they_are(p, 
 
 
 @pytest.mark.parametrize("S", [[3.0, 2.0, 1.0], [3.0, 1e-2, 1e-4]])
-def test_steps_that_go_on_in_one_direction_are_followed_far_from_where_they_began(S):
+def test_steps_that_go_on_in_one_direction_are_followed_far_from_where_they_began(S: list[float]) -> None:
     """Until next to nothing of the protected directions is left in the spans."""
     Q, R = torch.linalg.qr(random(0, 12, 12))[0], torch.linalg.qr(random(1, 10, 10))[0]
     factors = Basis(Q[:, :3], torch.tensor(S), R[:, :3])
@@ -220,13 +226,13 @@ def test_steps_that_go_on_in_one_direction_are_followed_far_from_where_they_bega
     assert norm(product(factors) - goal) < 0.5 * norm(goal)
 
 
-def test_factors_that_have_not_moved_stay_the_same_matrix():
+def test_factors_that_have_not_moved_stay_the_same_matrix() -> None:
     start = exact_basis(random(0, 15, 12), 5)
     restored = restored_factors(start, anchor_factors(start), start)
     assert norm(product(restored) - product(start)) < 2e-6 * norm(start.S)
 
 
-def test_shrinking_of_the_core_is_undone():
+def test_shrinking_of_the_core_is_undone() -> None:
     start = exact_basis(random(0, 15, 12), 5)
     anchor = anchor_factors(start)
     decayed = Basis(start.U, 0.9 * start.S, start.V)
@@ -234,7 +240,7 @@ def test_shrinking_of_the_core_is_undone():
 
 
 @pytest.mark.slow
-def test_a_thousand_steps_in_factors_leave_the_block_where_it_was():
+def test_a_thousand_steps_in_factors_leave_the_block_where_it_was() -> None:
     factors = exact_basis(random(0, 24, 18), 5)
     anchor = anchor_factors(factors)
     for step in range(1000):
@@ -247,7 +253,7 @@ def directions(seed: int, m: int, k: int) -> Tensor:
     return torch.linalg.qr(random(seed, m, m))[0][:, :k]
 
 
-def test_a_weight_that_somebody_has_edited_comes_back_to_the_block():
+def test_a_weight_that_somebody_has_edited_comes_back_to_the_block() -> None:
     start = exact_basis(random(0, 15, 12), 5)
     anchor = anchor_factors(start)
     edited = exact_basis(product(start).float() + 0.3 * random(1, 15, 12), 5)
@@ -258,7 +264,7 @@ def test_a_weight_that_somebody_has_edited_comes_back_to_the_block():
 
 
 @pytest.mark.parametrize(("p", "found"), [(2, True), (5, True), (6, False)])
-def test_factors_with_an_anchored_block_are_near_the_best_ones_without(p, found):
+def test_factors_with_an_anchored_block_are_near_the_best_ones_without(p: int, found: bool) -> None:
     W = random(0, 20, 15)
     anchor = anchor_dense(W, *leading(random(0, 20, 15) + 0.5 * random(1, 20, 15), p))
     near = factors_with(anchor, exact_basis(W, 5))
@@ -269,7 +275,7 @@ def test_factors_with_an_anchored_block_are_near_the_best_ones_without(p, found)
 
 
 @pytest.mark.parametrize("nonzero", [0, 2])
-def test_directions_in_which_there_is_nothing_are_not_protected(nonzero):
+def test_directions_in_which_there_is_nothing_are_not_protected(nonzero: int) -> None:
     """They are free for what is trained."""
     S = torch.tensor([3.0, 2.0, 1e-7, 0.0]) * (nonzero > 0)
     start = Basis(directions(0, 9, 4), S, directions(1, 7, 4))
@@ -281,7 +287,7 @@ def test_directions_in_which_there_is_nothing_are_not_protected(nonzero):
     assert orthonormality(restored.U) < 5e-6 and orthonormality(restored.V) < 5e-6
 
 
-def test_an_anchor_of_a_dense_weight_is_carried_into_factors_without_its_noise():
+def test_an_anchor_of_a_dense_weight_is_carried_into_factors_without_its_noise() -> None:
     W = product(exact_basis(random(0, 12, 10), 3)).float()
     dense = anchor_dense(W, directions(1, 12, 5), directions(2, 10, 5))
     anchor = carried(dense)

@@ -342,6 +342,7 @@ def test_a_return_to_dense_takes_its_room_from_those_that_want_to_grow() -> None
     assert factorized(model) == ["held"] and model.held.rank == 10
 
 
+@pytest.mark.slow
 def test_a_rank_that_the_user_gave_does_not_grow() -> None:
     model = Parallel(0, noise=0.0, a=12)
     config = quick(thresholds=CHANGING, cooldown_steps=40, budget=0.9, overrides={"a": LayerOverride(rank=3)})

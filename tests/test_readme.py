@@ -32,7 +32,8 @@ INLINE = re.findall(r"`([^`]+)`", PROSE)
 LINKS = re.findall(r"\]\(([^)\s]+)\)", README) + re.findall(r'src="([^"]+)"', README)
 FILES = {link for link in LINKS if "://" not in link}
 REQUIRED = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "benchmarks/README.md",
-            "examples/pictures/run.png", "examples/quickstart.py", "examples/teaching.py"}  # fmt: skip
+            "examples/pictures/run.png", "examples/quickstart.py", "examples/teaching.py",
+            "examples/lightning_averaging.py"}  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:
@@ -69,14 +70,16 @@ def test_each_python_block_runs_by_itself(block: str, reader: dict[str, Any]) ->
     exec(compile(block, "README.md", "exec"), reader)
 
 
-def test_the_listeners_that_it_adds_tell_of_the_run(reader: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_listeners_that_the_readme_adds_tell_of_the_run(
+    reader: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     exec(next(block for block in blocks("python") if "add_listener" in block), reader)
     train(reader["model"], reader["optimizer"], 200)
     assert "analysis 10 " in capsys.readouterr().out
     assert len(read_log(Path("runs/log.jsonl"))) == 10
 
 
-def test_the_checkpoint_that_it_saves_is_the_run(reader: dict[str, Any]) -> None:
+def test_the_checkpoint_that_the_readme_saves_is_the_run(reader: dict[str, Any]) -> None:
     train(reader["model"], reader["optimizer"], 3)
     exec(next(block for block in blocks("python") if "save_checkpoint" in block), reader)
     assert reader["extra"] == {"step": 100}
@@ -113,7 +116,7 @@ def test_the_api_at_a_glance_has_all_public_names_and_no_other_methods() -> None
     assert own - methods <= {"param_groups", "state", "defaults"}
 
 
-def test_the_modules_that_it_names_can_be_imported() -> None:
+def test_the_modules_that_the_readme_names_can_be_imported() -> None:
     modules = set(re.findall(r"svd_optim\.[a-z]+", " ".join(INLINE)))
     assert {"svd_optim.console", "svd_optim.factors", "svd_optim.records", "svd_optim.storage"} <= modules
     for module in modules:
@@ -165,7 +168,7 @@ def test_each_command_exists(words: list[str]) -> None:
         assert words in [*venv, ["python", "-m", "pytest"]]
 
 
-def test_it_has_the_two_commands_that_install_and_run_and_install_and_test() -> None:
+def test_the_readme_has_the_two_commands_that_install_and_run_and_install_and_test() -> None:
     install = "python3.11 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e"
     assert f"{install} . && python examples/train_gpt.py\n" in blocks("bash")
     assert f'{install} ".[dev]" && python -m pytest\n' in blocks("bash")
@@ -174,7 +177,7 @@ def test_it_has_the_two_commands_that_install_and_run_and_install_and_test() -> 
 # ---- the page ----------------------------------------------------------------------------------------
 
 
-def test_it_can_be_read_in_five_minutes() -> None:
+def test_the_readme_can_be_read_in_five_minutes() -> None:
     assert 8_000 <= len(README.encode()) <= 10_240
     assert len(re.findall(r"^\|.*\|$", README, re.MULTILINE)) <= 12  # rows of tables
 

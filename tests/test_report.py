@@ -53,7 +53,7 @@ def row(lines: list[str], start: str) -> list[str]:
     return next(line for line in lines if line.startswith(start)).split()
 
 
-def test_140_columns_hold_every_name_and_value():
+def test_140_columns_hold_every_name_and_value() -> None:
     lines = show(layer_table(summary(*map(layer, GPT)), 140), 140)
     rows = [line.split() for line in lines if line.startswith("blocks.")]
     assert [r[0] for r in rows] == GPT  # whole, and in model order
@@ -61,7 +61,7 @@ def test_140_columns_hold_every_name_and_value():
     assert rows[0][1:] == ["dense", "128x512", "42", *values, "capture", ".31<.40"]
 
 
-def test_80_columns_keep_what_decisions_rest_on():
+def test_80_columns_keep_what_decisions_rest_on() -> None:
     lines = show(layer_table(summary(*map(layer, GPT)), 80), 80)
     rows = [line.split() for line in lines if line.startswith("blocks.")]
     assert [r[0] for r in rows] == GPT
@@ -71,7 +71,7 @@ def test_80_columns_keep_what_decisions_rest_on():
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 99, 100, 140])
-def test_rows_are_single_lines_and_long_names_stay_apart(width):
+def test_rows_are_single_lines_and_long_names_stay_apart(width: int) -> None:
     lines = show(layer_table(summary(*map(layer, LONG)), width), width)
     start = next(i for i, line in enumerate(lines) if line.startswith("──")) + 1
     rows = lines[start : start + len(LONG)]
@@ -82,7 +82,7 @@ def test_rows_are_single_lines_and_long_names_stay_apart(width):
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_text(name, width):
+def test_hostile_names_are_text(name: str, width: int) -> None:
     one = summary(layer(name), skipped=(Skipped(name=name, shape=(1,), reason=name),))
     event = Event(step=1, layer=name, kind="descend", reason=name, numbers={name: 1.0})
     for what in (layer_table(one, width), summary_renderable(one, width), event_line(event)):
@@ -94,7 +94,7 @@ def test_hostile_names_are_text(name, width):
         assert "\r" not in printed and "\u202e" not in printed
 
 
-def test_undefined_values_are_dashes():
+def test_undefined_values_are_dashes() -> None:
     lines = show(layer_table(summary(layer("a", **dict.fromkeys(METRICS))), 140), 140)
     assert row(lines, "a ")[4:] == ["–"] * 8 + ["drift", "–"]
     never = replace(layer("b"), metrics=None, decision=None)
@@ -102,7 +102,7 @@ def test_undefined_values_are_dashes():
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_absurd_values_are_printed(width):
+def test_absurd_values_are_printed(width: int) -> None:
     absurd = layer("a", principal_excess=math.nan, subspace_drift=math.inf, reconstruction_error=-1e300)
     absurd = replace(absurd, rank=10**9)
     values = row(show(layer_table(summary(absurd), width), width), "a ")
@@ -114,7 +114,7 @@ def test_absurd_values_are_printed(width):
     assert "0 dense" in show(summary_renderable(summary(), width), width)[0]
 
 
-def test_near_values_are_marked_without_color():
+def test_near_values_are_marked_without_color() -> None:
     lines = show(layer_table(summary(layer("near", capture_excess=0.37), layer("far")), 140), 140)
     assert row(lines, "near")[11:] == ["~0.370", "~capture", ".37<.40"]
     assert "~" not in " ".join(row(lines, "far"))
@@ -131,14 +131,16 @@ def test_near_values_are_marked_without_color():
         ("[b]", None, 0.5, True, "[b] –"),
     ],
 )
-def test_decision_column_names_the_blocker(name, value, threshold, above, text):
+def test_decision_column_names_the_blocker(
+    name: str, value: float | None, threshold: float, above: bool, text: str
+) -> None:
     condition = Condition(name=name, value=value, threshold=threshold, above=above)
     held = Decision(action=Action.HOLD, reason="r", conditions=(condition,))
     lines = show(layer_table(summary(replace(layer("a"), decision=held)), 80), 80)
     assert next(line for line in lines if line.startswith("a ")).endswith(" " + text)
 
 
-def test_decision_column_names_the_state_of_other_layers():
+def test_decision_column_names_the_state_of_other_layers() -> None:
     danger = Decision(action=Action.HOLD, reason="", danger=True)
     factorized = layer("f", LayerState.FACTORIZED)
     layers = [layer("d", capture_excess=0.9), layer("e", LayerState.DESCENDING), factorized]
@@ -148,7 +150,7 @@ def test_decision_column_names_the_state_of_other_layers():
 
 
 @pytest.mark.parametrize(("width", "name"), [(140, "dense"), (80, "dense"), (140, "factorized"), (80, "factorized")])
-def test_protected_layers_are_marked_without_color(width, name):
+def test_protected_layers_are_marked_without_color(width: int, name: str) -> None:
     state = LayerState(name)
     layers = [layer("free", state), replace(layer("masters", state), protected=True)]
     lines = show(layer_table(summary(*layers), width), width)
@@ -167,7 +169,7 @@ def test_protected_layers_are_marked_without_color(width, name):
         (Action.HOLD, None, "factorized"),
     ],
 )
-def test_decision_column_names_the_move_inside_factors(action, rank, text):
+def test_decision_column_names_the_move_inside_factors(action: Action, rank: int | None, text: str) -> None:
     decision = Decision(action=action, reason="r", rank=rank)
     one = replace(layer("a", LayerState.FACTORIZED), decision=decision)
     for width in (80, 140):
@@ -184,7 +186,9 @@ def test_decision_column_names_the_move_inside_factors(action, rank, text):
         ("in_time", 0.0, 1, True, "too late", "too few steps"),
     ],
 )
-def test_decision_column_names_what_keeps_a_layer_out(name, value, threshold, above, text, why):
+def test_decision_column_names_what_keeps_a_layer_out(
+    name: str, value: float, threshold: int, above: bool, text: str, why: str
+) -> None:
     condition = Condition(name=name, value=value, threshold=threshold, above=above, or_equal=True)
     decision = Decision(action=Action.HOLD, reason=f"{name}: {why}", conditions=(condition,))
     one = summary(replace(layer("a"), decision=decision))
@@ -207,7 +211,7 @@ def plan(*layers: PlannedLayer, budget: float = 0.5) -> Plan:
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_the_plan_table_holds_every_name_and_value(width):
+def test_the_plan_table_holds_every_name_and_value(width: int) -> None:
     state = LayerState.DESCENDING
     layers = [planned(name) for name in GPT]
     layers[1] = planned(GPT[1], None, missed=0.0)
@@ -225,7 +229,7 @@ def test_the_plan_table_holds_every_name_and_value(width):
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_the_last_line_of_the_plan_sums_up(width):
+def test_the_last_line_of_the_plan_sums_up(width: int) -> None:
     lines = show(plan_table(plan(planned("a", 16), planned("b", None)), width), width)
     now, whole = 16 * 641 + 65536, 2 * 65536
     assert lines[-3] == f"{now:,} of {whole:,} parameters kept: {now / whole:.1%} (budget 50.0%)"
@@ -241,14 +245,14 @@ def test_the_last_line_of_the_plan_sums_up(width):
     assert "! above the budget by 1:" in " ".join(show(plan_table(just, width), width))
 
 
-def test_a_plan_for_no_layers_keeps_no_parameters():
+def test_a_plan_for_no_layers_keeps_no_parameters() -> None:
     lines = show(plan_table(plan(), 80), 80)
     assert lines[-2] == "0 of 0 parameters kept: 0.0% (budget 50.0%)"
 
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_in_a_plan_are_text(name, width):
+def test_hostile_names_in_a_plan_are_text(name: str, width: int) -> None:
     file = io.StringIO()
     table = plan_table(plan(planned(name, fixed=name)), width)
     Console(file=file, width=width, force_terminal=True, color_system="truecolor").print(table)
@@ -259,7 +263,7 @@ def test_hostile_names_in_a_plan_are_text(name, width):
 
 
 @pytest.mark.parametrize("width", [30, 50, 80, 99, 100, 140])
-def test_rows_of_a_plan_are_single_lines_and_long_names_stay_apart(width):
+def test_rows_of_a_plan_are_single_lines_and_long_names_stay_apart(width: int) -> None:
     layers = [planned(name, 10**9, shape=(10**6, 10**6), fixed="explicit " + "x" * 80) for name in LONG]
     lines = show(plan_table(plan(*layers), width), width)
     start = next(i for i, line in enumerate(lines) if line.startswith("──")) + 1
@@ -272,14 +276,14 @@ def test_rows_of_a_plan_are_single_lines_and_long_names_stay_apart(width):
         assert all("1000000x1000000" in line and "1000000000" in line for line in rows)
 
 
-def test_a_plan_table_without_a_width_uses_the_terminals(monkeypatch):
+def test_a_plan_table_without_a_width_uses_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     for width in (80, 140):
         monkeypatch.setattr("rich.get_console", lambda width=width: Console(file=io.StringIO(), width=width))
         whole = plan(*map(planned, GPT))
         assert show(plan_table(whole), 140) == show(plan_table(whole, width), 140)
 
 
-def test_the_plan_of_a_real_optimizer_can_be_printed():
+def test_the_plan_of_a_real_optimizer_can_be_printed() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 48))
     optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -303,7 +307,7 @@ EVENTS = {  # kind -> before, after, numbers, as printed
 
 
 @pytest.mark.parametrize("kind", EVENTS)
-def test_every_kind_of_event_has_its_line(kind):
+def test_every_kind_of_event_has_its_line(kind: str) -> None:
     before, after, numbers, text = EVENTS[kind]
     states = {key: LayerState(s) if s else None for key, s in (("before", before), ("after", after))}
     line = event_line(Event(step=7, layer="a[/b]", kind=kind, reason="held", numbers=numbers, **states))
@@ -313,13 +317,13 @@ def test_every_kind_of_event_has_its_line(kind):
     assert show(line, 140)[0] == line.plain
 
 
-def test_events_that_the_log_warns_of_are_red_in_the_terminal():
+def test_events_that_the_log_warns_of_are_red_in_the_terminal() -> None:
     for kind in WARNINGS:
         line = event_line(Event(step=7, layer="a", kind=kind, reason="r"))
         assert any("red" in str(span.style) for span in line.spans), kind
 
 
-def test_an_event_line_has_states_reason_and_numbers():
+def test_an_event_line_has_states_reason_and_numbers() -> None:
     event = Event(
         step=20,
         layer="blocks.0",
@@ -336,7 +340,7 @@ def test_an_event_line_has_states_reason_and_numbers():
     assert event_line(run).plain == "step 9  run  stalled  nothing acted"
 
 
-def test_summary_counts_sizes_and_time():
+def test_summary_counts_sizes_and_time() -> None:
     alone = tuple(Skipped(name=f"norm{i}", shape=(8,), reason="not a matrix") for i in range(9))
     whole = summary(layer("a"), layer("b", LayerState.FACTORIZED), skipped=alone)
     lines = show(summary_renderable(whole, 140), 140)
@@ -351,7 +355,7 @@ def test_summary_counts_sizes_and_time():
     assert "not a matrix (9): norm0, norm1, norm2, norm3 and 5 more" in text
 
 
-def test_summary_says_why_layers_did_not_switch():
+def test_summary_says_why_layers_did_not_switch() -> None:
     unknown = Condition(name="base_supported", value=0.0, threshold=1, above=True, or_equal=True)
     odd = Decision(action=Action.HOLD, reason="base_supported: LBFGS has no moments", conditions=(unknown,))
     layers = [
@@ -372,7 +376,7 @@ def test_summary_says_why_layers_did_not_switch():
     assert not any(line.startswith("c ") for line in why)
 
 
-def test_summary_says_when_nothing_acted():
+def test_summary_says_when_nothing_acted() -> None:
     def said(*rows: LayerReport, **kwargs: object) -> str:
         return " ".join(show(summary_renderable(summary(*rows, **kwargs), 140), 140))
 
@@ -389,7 +393,7 @@ def test_summary_says_when_nothing_acted():
     assert "acted" not in said(*layers, mode="observe").lower()  # it never does
 
 
-def test_console_report_prints_tables_now_and_then_and_on_rank_0_only(monkeypatch):
+def test_console_report_prints_tables_now_and_then_and_on_rank_0_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
 
     def printed(every: int) -> list[str]:
@@ -409,7 +413,7 @@ def test_console_report_prints_tables_now_and_then_and_on_rank_0_only(monkeypatc
     assert len(printed(3)) == 4
 
 
-def test_console_report_survives_an_ascii_terminal(monkeypatch):
+def test_console_report_survives_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, "ascii")
@@ -421,12 +425,12 @@ def test_console_report_survives_an_ascii_terminal(monkeypatch):
 
 
 @pytest.mark.parametrize(("every", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
-def test_console_report_names_the_bad_value(every, error):
+def test_console_report_names_the_bad_value(every: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"ConsoleReport.every .*{every}"):
         ConsoleReport(every)
 
 
-def test_tables_without_a_width_use_the_terminals(monkeypatch):
+def test_tables_without_a_width_use_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = summary(*map(layer, GPT))
     for width in (80, 140):
         monkeypatch.setattr("rich.get_console", lambda width=width: Console(file=io.StringIO(), width=width))
@@ -437,7 +441,7 @@ def test_tables_without_a_width_use_the_terminals(monkeypatch):
 
 
 @pytest.mark.slow
-def test_metrics_are_one_flat_dict_of_the_last_analysis():
+def test_metrics_are_one_flat_dict_of_the_last_analysis() -> None:
     model, optimizer = make("adamw", quick())
     assert set(optimizer.metrics()) == {"svd/parameters", "svd/factorized", "svd/overhead"}
     assert optimizer.metrics()["svd/parameters"] == 1.0
@@ -453,7 +457,7 @@ def test_metrics_are_one_flat_dict_of_the_last_analysis():
     assert not any(key.endswith("/step") for key in values)
 
 
-def test_history_is_each_metric_over_the_analyses():
+def test_history_is_each_metric_over_the_analyses() -> None:
     model, optimizer = make("muon", quick())
     assert all(len(values) == 0 for values in optimizer.history("up").values())
     train(model, optimizer, 100)
@@ -469,7 +473,7 @@ def test_history_is_each_metric_over_the_analyses():
         optimizer.history("down")
 
 
-def test_records_show_themselves_in_a_terminal_and_in_a_notebook():
+def test_records_show_themselves_in_a_terminal_and_in_a_notebook() -> None:
     end = summary(*map(layer, GPT), layer("x[/y]<b>&\x1b[2J"))
     assert show(end, 140) == show(summary_renderable(end, 140), 140)
     page = end._repr_html_()

@@ -84,7 +84,7 @@ def test_a_section_says_where_and_by_which_commands(tmp_path: Path, monkeypatch:
         assert part in text
 
 
-def test_the_main_job(tmp_path: Path) -> None:
+def test_the_main_job_has_its_table(tmp_path: Path) -> None:
     def job(mode: str, seed: int, bpb: float, ratio: float, **others: Any) -> dict[str, Any]:
         figures = {"parameters": 100, "layers": 4, "factorized": 0, "largest_jump_percent": 0.0, "replay": {}}
         times = {"ratio_to_bare": ratio, "ratio_to_bare_at_the_end": ratio / 2}
@@ -163,7 +163,7 @@ def test_faults_are_in_the_campaigns_order(tmp_path: Path) -> None:
     assert "Minutes in all: 3." in text
 
 
-def test_speed(tmp_path: Path) -> None:
+def test_speed_has_its_table(tmp_path: Path) -> None:
     def step(row: str, tokens: int = 512, **others: Any) -> dict[str, Any]:
         figures = {"ratio": 1.0, "slowest": 1.1, "shares": {}, "peak": 2_000_000}
         return {"optimizer": "adamw", "width": 256, "tokens": tokens, "row": row, **figures, **others}
@@ -184,7 +184,7 @@ def test_speed(tmp_path: Path) -> None:
     assert list(table["AdamW, 256, 4096"].values()) == ["", "", "", "1.10", "", "", "", ""]
 
 
-def test_layers_and_kernels(tmp_path: Path) -> None:
+def test_layers_and_kernels_have_their_tables(tmp_path: Path) -> None:
     def line(part: str, kernel: str, way: str, seconds: float, bound: float | None = None, **errors: float) -> Any:
         made = kernel_time.Line(kernel, "8 × 8, k = 2", way, seconds, (0, 0), seconds / 0.002, bound, errors)
         return {"part": part, **asdict(made)}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT, script, slow_except
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD
@@ -22,27 +20,17 @@ from torch.optim import SGD
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.records import Action, Decision, LayerInfo, LayerMetrics, LayerState
 
-PATH = Path(__file__).parents[1] / "examples" / "teaching.py"
+PATH = ROOT / "examples" / "teaching.py"
+teaching = script("examples/teaching.py")
 NAMES = ("principal_alignment", "principal_excess", "tangent_capture", "capture_excess", "subspace_drift")
 F32, F64 = torch.float32, torch.float64
 TOLERANCE = {F32: 1e-5, F64: 1e-9}  # of weights, relative; of orthonormality
 OF_METRICS = {F32: 3e-5, F64: 1e-6}  # the library gives seven digits
 
 over_types = pytest.mark.parametrize("dtype", [F32, F64])
-over_seeds = pytest.mark.parametrize("seed", range(4))
+over_seeds = pytest.mark.parametrize("seed", slow_except(0, of=range(4)))
 # (m, n, k): so small that the library too takes an exact SVD wherever a basis has moved.
 over_shapes = pytest.mark.parametrize("shape", [(20, 28, 8), (28, 20, 8), (24, 24, 6)])
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("teaching", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-teaching = load()
 
 
 class Regression:
@@ -88,8 +76,10 @@ def relative(W: Tensor, expected: Tensor) -> float:
 @over_types
 @over_seeds
 @over_shapes
-@pytest.mark.parametrize("interval", [10, 20])
-def test_metrics(interval: int, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("interval", slow_except(10, of=[10, 20]))
+def test_metrics_of_the_example_are_those_of_the_library(
+    interval: int, shape: tuple[int, int, int], seed: int, dtype: torch.dtype
+) -> None:
     problem = Regression(seed, shape, dtype)
     layer, optimizer = problem.wrapped(lr=0.6, mode="observe", analyze_every=interval, measure_every=interval)
     basis = teaching.leading(layer.weight, problem.k)
@@ -110,7 +100,9 @@ def test_metrics(interval: int, shape: tuple[int, int, int], seed: int, dtype: t
 @over_seeds
 @over_shapes
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_tangent_steps(weight_decay: float, shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> None:
+def test_tangent_steps_of_the_example_are_those_of_the_library(
+    weight_decay: float, shape: tuple[int, int, int], seed: int, dtype: torch.dtype
+) -> None:
     problem = Regression(seed, shape, dtype)
     lr = 2.0
     layer, optimizer = problem.wrapped(lr, weight_decay, mode="manual")
@@ -147,7 +139,7 @@ class AtLittleDrift:
 @over_types
 @over_seeds
 @over_shapes
-def test_from_dense_to_factors(
+def test_a_layer_goes_from_dense_to_factors_as_in_the_library(
     shape: tuple[int, int, int], seed: int, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
     problem = Regression(seed, shape, dtype)
@@ -175,7 +167,7 @@ def test_from_dense_to_factors(
 # ---- the file --------------------------------------------------------------------------------------
 
 
-def test_it_is_short_and_stands_alone() -> None:
+def test_the_example_is_short_and_stands_alone() -> None:
     text = PATH.read_text()
     lines = text.splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 120
@@ -186,7 +178,7 @@ def test_it_is_short_and_stands_alone() -> None:
 
 
 @pytest.mark.slow
-def test_as_a_script() -> None:
+def test_the_example_runs_as_a_script() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, str(PATH)], env=environment, capture_output=True, text=True, check=True)
     header, *rows, switch, end = run.stdout.splitlines()

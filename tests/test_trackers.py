@@ -36,7 +36,7 @@ def run_with(*listeners: Listener) -> SubspaceAwareOptimizer:
     return optimizer
 
 
-def test_tensorboard_holds_every_number_at_its_step(tmp_path: Path):
+def test_tensorboard_holds_every_number_at_its_step(tmp_path: Path) -> None:
     keep = Keep()
     with SummaryWriter(str(tmp_path)) as writer:
         optimizer = run_with(trackers.TensorBoard(writer), keep)
@@ -53,7 +53,7 @@ def test_tensorboard_holds_every_number_at_its_step(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_weights_and_biases_offline_takes_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_and_biases_offline_takes_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
