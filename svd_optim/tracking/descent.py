@@ -8,7 +8,7 @@ determined by :mod:`svd_optim.decisions.descent_schedule`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,6 @@ from ..factors.tangent_step import lr_is_zero
 from ..linalg.fallback import with_float64_fallback
 from ..records import LayerState
 from .layer import TrackedLayer
-
-
-class DescentOutcome(NamedTuple):
-    """The descents that reached their end at a step."""
-
-    layers: list[TrackedLayer]
-    bases: dict[str, linalg.Basis]  # exact ones, by name
-    errors: dict[str, float]  # relative Frobenius errors of the truncation to the rank, by name
 
 
 def exact_bases(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
@@ -73,13 +65,18 @@ def moved(layers: Sequence[TrackedLayer], param_groups: Sequence[Mapping[str, An
     return flags
 
 
-def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Mapping[str, Tensor]) -> DescentOutcome:
+def descend_(
+    layers: Sequence[TrackedLayer], step: int, interval: int, flags: Mapping[str, Tensor]
+) -> list[TrackedLayer]:
     """One step of all descents under way among ``layers``. A layer that the base optimizer did not move waits.
 
     Args:
         step: the number of the step that the base optimizer has just taken.
         interval: steps by which the end is put off where all gradients were NaN or Inf lately.
         flags: of :func:`moved`.
+
+    Returns:
+        The layers whose descents have ended.
     """
     descending: list[tuple[TrackedLayer, int]] = []  # with the remaining steps
     for layer in layers:
@@ -105,7 +102,7 @@ def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Ma
     ended = _without_idle([layer for layer, remaining in descending if remaining <= 0])
     for layer in ended:  # the minor block of this step's own update, which a factorized step would not have made
         _fade(layer, 1.0, flags[layer.name])
-    return DescentOutcome(ended, *exact_bases(ended))
+    return ended
 
 
 def _without_idle(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
