@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from helpers import make, manual, train
+from helpers import make, manual, quick, train
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from svd_optim import SubspaceAwareOptimizer, linalg
 from svd_optim.linalg import matrices
+from svd_optim.records import Action, Decision
 
 MB = 10**6
 BASES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -133,6 +134,13 @@ def test_masters_do_not_outlast_low_precision() -> None:
 # ---- dense layers ----------------------------------------------------------------------------------
 
 
+class AllDescend:
+    """A policy."""
+
+    def decide(self, *_: object) -> Decision:
+        return Decision(action=Action.DESCEND, reason="now")
+
+
 @pytest.mark.parametrize("step", ["measured", "refreshed"])
 def test_what_monitoring_needs_for_a_while_does_not_grow_with_the_number_of_layers(
     step: str, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +160,24 @@ def test_what_monitoring_needs_for_a_while_does_not_grow_with_the_number_of_laye
         replaced = before if step == "refreshed" else 0  # the release of old bases is not seen here
         needed[count] = (peak_of(optimizer.step) - replaced) / (3 * each)
     assert needed[30] < needed[6] + 1
+
+
+def test_descents_that_end_together_need_a_portion_of_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the factors that they leave, with their gradients and sketches: not the bases of all layers."""
+    for count in (6, 30):
+        model = layers(count)
+        config = quick(policy=AllDescend(), warmup_steps=0, descent_steps=10, guard_steps=0)
+        optimizer = SubspaceAwareOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config)
+        each = 4 * optimizer.layers["0"].rank * (96 + 64)
+        monkeypatch.setattr(matrices, "PORTION_BYTES", 3 * each)
+        while optimizer.layers["0"].status.descent_end != optimizer.steps + 1:
+            give_gradients(model)
+            optimizer.step()
+        give_gradients(model)
+        needed = peak_of(optimizer.step)
+        assert all(layer.factorized for layer in optimizer.layers.values())
+        left = 2 * factors_of(model) + sum(optimizer.resident_bytes().values())
+        assert needed < left + 3 * 3 * each
 
 
 def test_fading_needs_two_temporaries_of_the_size_of_a_weight() -> None:
