@@ -1,14 +1,14 @@
 """Peak memory of a training step through the life of a GPT: dense, descending, switching, factorized.
 
-    python benchmarks/peak_memory.py                         # 135 million parameters: about half an hour on two cores
+    python benchmarks/peak_memory.py                         # 135 million parameters: about 40 minutes on two cores
     python benchmarks/peak_memory.py --optimizers adamw --dtypes float32
     python benchmarks/peak_memory.py --smoke                 # the same code on a tiny model
 
-Each optimizer, with weights of each type, trains twice, in a process of its own: bare, and wrapped by a policy that
-lets all matrices descend to half of their parameters at once, so that the whole life passes within some steps. What
-is measured is the highest number of resident bytes above those before the model was built, forgotten before each half
-of each step: forward and backward, and the update, in which also all of the wrapper's work is. That is what a process
-needs of its machine: what the C library keeps of freed memory is in it. On CUDA it is what the allocator has given out.
+Each optimizer, with weights of each type, trains bare, and wrapped by a policy that lets all matrices descend to half
+of their parameters at once, so that the whole life passes within some steps. What is measured is the highest number of
+resident bytes above those before the model was built, forgotten before each step. Each run is made twice, in a process
+of its own: as it is by default, and so that the C library gives all large tensors back as soon as they are freed. By
+default it keeps much of what the dense steps have needed. On CUDA it is what the allocator has given out, in both.
 
 On a CPU it takes Linux. With ``--json`` every run is kept as soon as it is done, and none that is there is made again.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -75,8 +76,8 @@ def moment(wrapper: SubspaceAwareOptimizer, before: set[LayerState]) -> str:
     return "descending" if LayerState.DESCENDING in before else "dense"
 
 
-def run(job: Job) -> dict[str, list[int]]:
-    """Moment -> the most bytes in forward and backward, and in the update."""
+def run(job: Job) -> dict[str, int]:
+    """Moment -> bytes at the highest moment of its steps."""
     torch.manual_seed(0)
     before = settled(job.device)
     model = GPT(GPTConfig(depth=job.depth, width=job.width, heads=job.width // HEAD, sequence_length=job.tokens))
@@ -90,7 +91,7 @@ def run(job: Job) -> dict[str, list[int]]:
             analyze_every=INTERVAL, cohort_steps=INTERVAL, descent_steps=INTERVAL, measure_every=1,
         )  # fmt: skip
         first = wrapper = SubspaceAwareOptimizer(first, model, config)
-    found: dict[str, list[int]] = {}
+    found: dict[str, int] = {}
     taken = 0  # of the last moment
     for step in range(MOST):
         states = {row.state for row in wrapper.why()} if wrapper is not None else set()
@@ -98,25 +99,22 @@ def run(job: Job) -> dict[str, list[int]]:
         tokens = tokens.to(job.device)
         high_water(job.device, anew=True)
         model(tokens[:, :-1], tokens[:, 1:]).backward()
-        peaks = [high_water(job.device)]
-        high_water(job.device, anew=True)
         for optimizer in (first, *others):
             optimizer.step()
-        peaks.append(high_water(job.device))
-        for optimizer in (first, *others):
             optimizer.zero_grad()
         name = "bare" if wrapper is None else moment(wrapper, states)
-        found[name] = [max(a, b - before) for a, b in zip(found.get(name, (0, 0)), peaks, strict=True)]
+        found[name] = max(found.get(name, 0), high_water(job.device) - before)
         taken += name == MOMENTS[-1 if job.wrapped else 0]
         if taken == STEPS:
             return found
     raise RuntimeError(f"not all layers have switched within {MOST} steps")
 
 
-def in_a_process(job: Job, threads: int) -> dict[str, list[int]]:
-    """A peak is one of a process."""
+def in_a_process(job: Job, threads: int, given_back: bool) -> dict[str, int]:
+    """A peak is one of a process; ``given_back``: freed memory counts no more."""
     arguments = [sys.executable, __file__, "--threads", str(threads), "--run", json.dumps(asdict(job))]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(2**16)} if given_back else {})}
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -129,15 +127,13 @@ def by_run(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str,
 
 
 def cell(record: dict[str, Any] | None) -> str:
-    """MB of a whole step, and of its update."""
-    if record is None:
-        return ""
-    return f"{max(record['backward'], record['update']) / 1e6:,.0f} ({record['update'] / 1e6:,.0f})"
+    """MB with freed memory given back, and by default."""
+    return "" if record is None else f"{record['peak'] / 1e6:,.0f} ({record['by_default'] / 1e6:,.0f})"
 
 
 def table(records: Iterable[dict[str, Any]]) -> Table:
     """A row for each optimizer and type."""
-    made = Table("optimizer, weights", *MOMENTS, title="peak MB of a step (of its update)")
+    made = Table("optimizer, weights", *MOMENTS, title="peak MB of a step (where freed memory is kept)")
     for (optimizer, dtype), moments in by_run(records).items():
         made.add_row(f"{optimizer}, {dtype}", *(cell(moments.get(name)) for name in MOMENTS))
     return made
@@ -164,14 +160,15 @@ def main() -> int:
         print(json.dumps(run(Job(**json.loads(args.run)))))
         return 0
     sizes = {"depth": args.depth, "width": args.width, "tokens": args.tokens}
-    job = {"matrix_parameters": 12 * args.depth * args.width**2, **sizes}
-    store = open_results(parser, args.json, job, args.device)
+    parameters = {"matrix_parameters": 12 * args.depth * args.width**2}
+    store = open_results(parser, args.json, parameters | sizes, args.device)
     for dtype, optimizer, wrapped in itertools.product(args.dtypes, args.optimizers, (False, True)):
         of = {"optimizer": optimizer, "dtype": dtype}
         if store.has(**of, moment=MOMENTS[-1 if wrapped else 0]):
             continue
-        found = in_a_process(Job(**of, wrapped=wrapped, **sizes, device=args.device), args.threads)
-        store.add(*({**of, "moment": name, "backward": b, "update": u} for name, (b, u) in found.items()))
+        job = Job(**of, wrapped=wrapped, **sizes, device=args.device)
+        peak, by_default = (in_a_process(job, args.threads, given_back) for given_back in (True, False))
+        store.add(*({**of, "moment": m, "peak": peak[m], "by_default": by_default[m]} for m in peak))
     console = Console(width=120 if not sys.stdout.isatty() else None)
     console.print(table(store.records))
     console.print(about_line(store.about), highlight=False)

@@ -421,8 +421,9 @@ SECTIONS = (
     Section("Memory", "peak_memory.json", "peak_memory.py --json FILE",
         "How much memory does a step take? A GPT trains bare, and wrapped through its whole life: dense and watched, "
         "descending, in the step in which all layers switch, and factorized at half of the matrix parameters. MB that "
-        "are resident above those before the model was built, at the highest moment of all such steps, activations "
-        "and what the C library keeps of freed memory included; in brackets the highest moment of the update.",
+        "are resident above those before the model was built, activations included, at the highest moment of all such "
+        "steps: where freed memory goes back to the system at once (`MALLOC_MMAP_THRESHOLD_=65536`), and in brackets "
+        "by default, where the C library keeps much of it.",
         peaks),
     Section("A layer by itself", "kernel_time.json", "kernel_time.py --json FILE",
         "From which size on are factors faster? Forward and backward of a linear layer, and the optimizer's step "

@@ -185,9 +185,9 @@ def test_speed_has_its_table(tmp_path: Path) -> None:
     assert list(table["AdamW, 256, 4096"].values()) == ["", "", "", "1.10", "", "", "", ""]
 
 
-def test_memory_is_that_of_the_whole_step_and_of_its_update(tmp_path: Path) -> None:
-    def peak(moment: str, backward: int, update: int, dtype: str = "float32") -> dict[str, Any]:
-        return {"optimizer": "adamw", "dtype": dtype, "moment": moment, "backward": backward, "update": update}
+def test_memory_is_shown_without_and_with_what_is_kept_of_it(tmp_path: Path) -> None:
+    def peak(moment: str, peak: int, by_default: int, dtype: str = "float32") -> dict[str, Any]:
+        return {"optimizer": "adamw", "dtype": dtype, "moment": moment, "peak": peak, "by_default": by_default}
 
     folder = written(
         tmp_path, "peak_memory.json",
@@ -195,16 +195,16 @@ def test_memory_is_that_of_the_whole_step_and_of_its_update(tmp_path: Path) -> N
         peak("bare", 6_000_000_000, 0, "bfloat16"),
     )  # fmt: skip
     [table] = cells(tables.page(folder), "Memory")
-    assert list(table["AdamW, float32"].values()) == ["4 (4)", "", "", "", "3 (2)"]
+    assert list(table["AdamW, float32"].values()) == ["1 (4)", "", "", "", "3 (2)"]
     assert table["AdamW, bfloat16"]["bare"] == "6,000 (0)"
 
 
 @pytest.mark.slow
 def test_a_run_for_its_memory_passes_through_the_whole_life() -> None:
     job = {"optimizer": "muon", "dtype": "bfloat16", "depth": 1, "width": 128, "tokens": 32, "device": "cpu"}
-    assert list(peak_memory.run(peak_memory.Job(**job, wrapped=False))) == ["bare"]
-    found = peak_memory.run(peak_memory.Job(**job, wrapped=True))
-    assert list(found) == [*peak_memory.MOMENTS[1:]] and all(min(peaks) > 0 for peaks in found.values())
+    bare, found = (peak_memory.in_a_process(peak_memory.Job(**job, wrapped=w), 1, True) for w in (False, True))
+    assert list(bare) == ["bare"]
+    assert list(found) == [*peak_memory.MOMENTS[1:]] and all(peak > 0 for peak in found.values())
 
 
 def test_layers_and_kernels_have_their_tables(tmp_path: Path) -> None:
