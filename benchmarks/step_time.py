@@ -213,23 +213,30 @@ def quantile(values: list[float], q: float) -> float:
 
 def peak(case: Case, row: str) -> int:
     """Bytes above those before the model was built, at the highest moment of one interval."""
-    if case.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _train_an_interval(case, row)
-        return torch.cuda.max_memory_allocated() - before
-    warm = torch.zeros(64, 64, requires_grad=True)  # the engine's and the libraries' own buffers
-    (warm @ warm).sum().backward()
-    before = _high_water(anew=True)
+    before = settled(case.device)
     _train_an_interval(case, row)
-    return _high_water() - before
+    return high_water(case.device) - before
 
 
-def _high_water(anew: bool = False) -> int:
-    """Bytes resident at the highest moment so far; ``anew``: forget it first, so that it is what is resident now.
+def settled(device: str) -> int:
+    """Bytes resident before there is a model, but with the buffers of the engine and the libraries."""
+    warm = torch.zeros(64, 64, device=device, requires_grad=True)
+    (warm @ warm).sum().backward()
+    return high_water(device, anew=True)
 
-    That takes Linux. Elsewhere it can't be forgotten, and may be that of the process which started this one.
+
+def high_water(device: str, anew: bool = False) -> int:
+    """Bytes resident (on CUDA: given out by the allocator) at the highest moment so far.
+
+    Args:
+        device: "cpu" or a CUDA device.
+        anew: forget that moment first, so that it is now. On a CPU that takes Linux; elsewhere it can't be forgotten,
+            and may be that of the process which started this one.
     """
+    if device.startswith("cuda"):
+        if anew:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -22,6 +22,7 @@ import faults
 import forgetting
 import kernel_time
 import main_job
+import peak_memory
 import quality
 import step_time
 import thresholds
@@ -312,6 +313,18 @@ def step_times(results: Results) -> str:
     return table(columns, rows)
 
 
+# ---- peak_memory.py ----------------------------------------------------------------------------------
+
+
+def peaks(results: Results) -> str:
+    """A row for each optimizer and type, a column for each moment."""
+    rows = [
+        [f"{NAMES[optimizer]}, {dtype}", *(peak_memory.cell(moments.get(name)) for name in peak_memory.MOMENTS)]
+        for (optimizer, dtype), moments in peak_memory.by_run(results.records).items()
+    ]
+    return table(["optimizer, weights", *peak_memory.MOMENTS], rows)
+
+
 # ---- kernel_time.py ----------------------------------------------------------------------------------
 
 
@@ -414,6 +427,13 @@ SECTIONS = (
         "of the Phase 1 experiment's analysis (full SVDs) by its own. Slowest: the slowest step of an interval to "
         "the median one. Retraction is what brings factors back to rank k after a step.",
         step_times),
+    Section("Memory", "peak_memory.json", "peak_memory.py --json FILE",
+        "How much memory does a step take? A GPT trains bare, and wrapped through its whole life: dense and watched, "
+        "descending, in the step in which all layers switch, and factorized at half of the matrix parameters. MB that "
+        "are resident above those before the model was built, activations included, at the highest moment of all such "
+        "steps: where freed memory goes back to the system at once (`MALLOC_MMAP_THRESHOLD_=65536`), and in brackets "
+        "by default, where the C library keeps much of it.",
+        peaks),
     Section("A layer by itself", "kernel_time.json", "kernel_time.py --json FILE",
         "From which size on are factors faster? Forward and backward of a linear layer, and the optimizer's step "
         "with its retraction, at half the parameters: time to that of the dense layer.",

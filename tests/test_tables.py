@@ -14,9 +14,10 @@ from helpers import script
 results_file = script("benchmarks/results_file.py")  # this and the next are what the others import
 rivals = script("benchmarks/rivals.py")
 loaded = {name: script(f"benchmarks/{name}.py") for name in (
-    "faults", "forgetting", "kernel_time", "main_job", "quality", "step_time", "thresholds", "tables")}  # fmt: skip
+    "faults", "forgetting", "kernel_time", "main_job", "quality", "step_time", "peak_memory", "thresholds",
+    "tables")}  # fmt: skip
 faults, kernel_time, quality = loaded["faults"], loaded["kernel_time"], loaded["quality"]
-thresholds, tables = loaded["thresholds"], loaded["tables"]
+peak_memory, thresholds, tables = loaded["peak_memory"], loaded["thresholds"], loaded["tables"]
 
 Cells = dict[str, dict[str, str]]  # by the first cell of the row, then by column
 
@@ -182,6 +183,28 @@ def test_speed_has_its_table(tmp_path: Path) -> None:
         "3.3 %", "1.0 %", "9.0 %", "1.10, 1.20, 3.00", "× 0.85", "20.0 %", "× 1.05", "2, 3, 4",
     ]  # fmt: skip
     assert list(table["AdamW, 256, 4096"].values()) == ["", "", "", "1.10", "", "", "", ""]
+
+
+def test_memory_is_shown_without_and_with_what_is_kept_of_it(tmp_path: Path) -> None:
+    def peak(moment: str, peak: int, by_default: int, dtype: str = "float32") -> dict[str, Any]:
+        return {"optimizer": "adamw", "dtype": dtype, "moment": moment, "peak": peak, "by_default": by_default}
+
+    folder = written(
+        tmp_path, "peak_memory.json",
+        peak("factorized", 3_000_000, 2_000_000), peak("bare", 1_000_000, 4_000_000),
+        peak("bare", 6_000_000_000, 0, "bfloat16"),
+    )  # fmt: skip
+    [table] = cells(tables.page(folder), "Memory")
+    assert list(table["AdamW, float32"].values()) == ["1 (4)", "", "", "", "3 (2)"]
+    assert table["AdamW, bfloat16"]["bare"] == "6,000 (0)"
+
+
+@pytest.mark.slow
+def test_a_run_for_its_memory_passes_through_the_whole_life() -> None:
+    job = {"optimizer": "muon", "dtype": "bfloat16", "depth": 1, "width": 128, "tokens": 32, "device": "cpu"}
+    bare, found = (peak_memory.in_a_process(peak_memory.Job(**job, wrapped=w), 1, True) for w in (False, True))
+    assert list(bare) == ["bare"]
+    assert list(found) == [*peak_memory.MOMENTS[1:]] and all(peak > 0 for peak in found.values())
 
 
 def test_layers_and_kernels_have_their_tables(tmp_path: Path) -> None:

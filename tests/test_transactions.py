@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import everything, make, manual, quick, same_bits, train
+from helpers import THRESHOLDS, check_factors, everything, factorized, make, manual, quick, same_bits, train
 from torch import Tensor, nn
 
 from svd_optim import Listener, SubspaceAwareOptimizer, SubspaceConfig, load_checkpoint, save_checkpoint
 from svd_optim.decisions import Alert
 from svd_optim.factors import factorize_, merge_, restore_structure_
+from svd_optim.linalg import matrices
 from svd_optim.records import Event
 from svd_optim.storage import CheckpointError
 from svd_optim.tracking import loading, switching
@@ -124,6 +126,43 @@ def test_nobody_is_told_of_a_switch_that_was_undone(monkeypatch: pytest.MonkeyPa
     assert not optimizer._controller.lifecycle.acted
     optimizer.factorize_("all")
     assert [event.layer for event in told.events] == ["up", "mid"]
+
+
+@pytest.mark.parametrize("reason", ["descent done", "decided"])
+def test_a_portion_that_fails_leaves_those_before_it_and_is_tried_again(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrices, "PORTION_BYTES", 1)  # each layer is a portion
+    all_exact = dataclasses.replace(THRESHOLDS, reconstruction_safe=1.0)  # which no layer has to descend for
+    config = quick(thresholds=THRESHOLDS if reason == "descent done" else all_exact)
+    told = Told()
+    model, optimizer = make("adamw", config)
+    optimizer.add_listener(told)
+    whole = switching.to_factors_
+
+    def second_fails(layer: Any, *args: Any) -> Any:
+        if layer.name == "mid":
+            raise RuntimeError("no memory left")
+        return whole(layer, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory left"):
+        patch.setattr(switching, "to_factors_", second_fails)
+        train(model, optimizer, 100)
+    taken = optimizer.steps
+    assert factorized(model) == ["up"] and optimizer.layers["up"].factorized and not optimizer.layers["mid"].factorized
+    save_checkpoint(tmp_path, model, optimizer)
+    train(model, optimizer, range(taken, taken + 25))
+    assert factorized(model) == ["up", "mid"]
+    check_factors(model)
+    switches = [event for event in told.events if event.kind == "factorize"]
+    assert [event.layer for event in switches] == ["up", "mid"]
+    assert all((event.reason == "descent done") == (reason == "descent done") for event in switches)
+    assert told.events == optimizer.events
+
+    other, its_optimizer = make("adamw", config, seed=9)
+    load_checkpoint(tmp_path, other, its_optimizer)
+    train(other, its_optimizer, range(taken, taken + 25))
+    same_bits(everything(model, optimizer), everything(other, its_optimizer))
 
 
 # ---- resuming --------------------------------------------------------------------------------------

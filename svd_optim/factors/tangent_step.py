@@ -16,7 +16,7 @@ layer's weights, gradients and optimizer state take three quarters of dense with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +47,7 @@ def float32_factors(module: FactorizedLinear, masters: Basis | None) -> Basis:
             no longer their rounding (they were loaded or edited) take precedence.
     """
     current = Basis(module.U.detach(), module.S.detach(), module.V.detach())
-    if current.U.dtype in (torch.float32, torch.float64):
+    if not _in_low_precision(module):
         return current
     if masters is None or masters.U.shape != current.U.shape:
         return Basis(*(p.float() for p in current))
@@ -133,29 +133,56 @@ def update_scales(
 
 
 class FactorBatch(NamedTuple):
-    """Layers of equal shape, dtype and state keys whose parameters hold K (under low precision 0) and 0 at present."""
+    """Layers of equal shape, dtype and state keys whose parameters hold K (under low precision 0) and 0 at present.
+
+    All batches wait for the base optimizer's step together, so they hold only what it overwrites: K follows from U and
+    S, and under low precision the masters are a copy already.
+    """
 
     layers: list[FactorState]
     scales: Scales
-    U: Tensor  # (b, m, k)
-    S: Tensor  # (b, k)
-    V: Tensor  # (b, n, k)
-    K: Tensor  # (b, m, k), as the base optimizer gets it
+    copies: Basis | None  # (b, m, k), (b, k), (b, n, k); None: they are the masters
     finite: Tensor  # (b,) bool: layers whose gradients are finite
     gradients: dict[Tensor, Tensor]  # original gradients of the parameters to whose gradients decay was added
+
+    def factors(self) -> Basis:
+        """U (b, m, k), S (b, k), V (b, n, k) from before the base optimizer's step."""
+        return _stacked(x.masters for x in self.layers if x.masters) if self.copies is None else self.copies
 
     def restore_(self) -> None:
         """Put U, S, V and the gradients back, to undo :func:`enter_factors_`."""
         self.restore_gradients_()
-        for i, layer in enumerate(self.layers):
-            layer.module.U.copy_(self.U[i])
-            layer.module.S.copy_(self.S[i])
-            layer.module.V.copy_(self.V[i])
+        for layer, *factors in zip(self.layers, *self.factors(), strict=True):
+            for parameter, values in zip((layer.module.U, layer.module.S, layer.module.V), factors, strict=True):
+                parameter.copy_(values)
 
     def restore_gradients_(self) -> None:
         """Put the gradients without decay back."""
         for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
+
+
+def _stacked(factors: Iterable[Basis]) -> Basis:
+    return Basis(*(torch.stack(f) for f in zip(*factors, strict=True)))
+
+
+def _in_low_precision(module: FactorizedLinear) -> bool:
+    return module.U.dtype not in (torch.float32, torch.float64)
+
+
+def _batches(
+    layers: Iterable[FactorState], base: torch.optim.Optimizer, groups: Mapping[Tensor, Any]
+) -> Iterator[list[FactorState]]:
+    """Those that the base optimizer is to step on, in batches of equal layers and bounded size."""
+    equal: dict[Any, list[FactorState]] = {}
+    for layer in layers:
+        U, V = layer.module.U, layer.module.V
+        if U.grad is None or V.grad is None or U not in groups or lr_is_zero(groups[U]):
+            continue
+        keys = tuple(base.state[U]) if U in base.state else ()
+        equal.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
+    for batch in equal.values():
+        yield from linalg.portions(batch, lambda x: linalg.compute_bytes(x.module.U, x.module.V))
 
 
 def _zero_nonfinite_(layers: Sequence[FactorState]) -> Tensor:
@@ -173,15 +200,16 @@ def _zero_nonfinite_(layers: Sequence[FactorState]) -> Tensor:
     return finite
 
 
-def _note_deviations(layers: Sequence[FactorState], factors: Basis) -> None:
+def _note_deviations(layers: Sequence[FactorState], factors: Sequence[Basis]) -> None:
     """How far the columns are from unit vectors, before a retraction hides it. No host-device synchronization.
 
     They are some way off where something else has written to U and V, such as an optimizer around this one that
     averages them: an average of factors is not the average of their products.
     """
-    off = torch.maximum(*((Q.square().sum(-2) - 1).abs().amax(-1) for Q in (factors.U, factors.V)))  # (b,)
-    for layer, value in zip(layers, off, strict=True):
-        layer.deviation = value.clone() if layer.deviation is None else torch.maximum(layer.deviation, value)
+    for layer, (U, _, V) in zip(layers, factors, strict=True):
+        norms = torch.cat([torch.linalg.vector_norm(Q, dim=0) for Q in (U, V)])
+        off = (norms.square_() - 1).abs_().amax()
+        layer.deviation = off if layer.deviation is None else torch.maximum(layer.deviation, off)
 
 
 def enter_factors_(
@@ -204,38 +232,36 @@ def enter_factors_(
     Returns:
         The batches, for :func:`leave_factors_`. On an error nothing was changed but gradients zeroed.
     """
-    batches: dict[Any, list[FactorState]] = {}
-    for layer in layers:
-        U, V = layer.module.U, layer.module.V
-        if U.grad is None or V.grad is None or U not in groups or lr_is_zero(groups[U]):
-            continue
-        keys = tuple(base.state[U]) if U in base.state else ()
-        batches.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
     entered: list[FactorBatch] = []
     with_decay: dict[Tensor, Tensor] = {}  # parameter -> its gradient with decay added
-    for (U_shape, V_shape, *_), batch in batches.items():
-        first = batch[0].module.U
-        state = base.state.get(first, {})
-        scales = update_scales(base, groups[first], state, (U_shape[0], V_shape[0], U_shape[1]))
-        factors = Basis(
-            *(torch.stack(f) for f in zip(*(float32_factors(x.module, x.masters) for x in batch), strict=True))
-        )
+    for batch in _batches(layers, base, groups):
+        first = batch[0].module
+        m, k, n = *first.U.shape, len(first.V)
+        scales = update_scales(base, groups[first.U], base.state.get(first.U, {}), (m, n, k))
+        factors = [float32_factors(x.module, x.masters) for x in batch]
         _note_deviations(batch, factors)
         finite = _zero_nonfinite_(batch)
-        K = factors.U * factors.S.unsqueeze(-2)
         gradients: dict[Tensor, Tensor] = {}
-        if first.dtype != K.dtype:
-            if (rate := _coupled_decay(base, groups[first])) is not None:
-                gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
-                with_decay |= {
-                    p: (G + rate * K_p).to(G.dtype) for (p, G), K_p in zip(gradients.items(), K, strict=True)
-                }
-            K = torch.zeros_like(K)
-        entered.append(FactorBatch(batch, scales, *factors, K, finite, gradients))
+        if _in_low_precision(first) and (rate := _coupled_decay(base, groups[first.U])) is not None:
+            gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
+            with_decay |= {
+                p: (G + rate * (U * S)).to(G.dtype)
+                for (p, G), (U, S, _) in zip(gradients.items(), factors, strict=True)
+            }
+        in_masters = _in_low_precision(first) and all(layer.masters for layer in batch)
+        if in_masters:  # which are the same afterwards, but where somebody has edited a parameter
+            for layer, current in zip(batch, factors, strict=True):
+                layer.masters = current
+        copies = None if in_masters else _stacked(factors)
+        entered.append(FactorBatch(batch, scales, copies, finite, gradients))
     for entered_batch in entered:  # last, when nothing can fail any more
-        for layer, K_layer in zip(entered_batch.layers, entered_batch.K, strict=True):
-            layer.module.U.copy_(K_layer)
-            layer.module.V.zero_()
+        for layer in entered_batch.layers:
+            module = layer.module
+            if _in_low_precision(module):
+                module.U.zero_()
+            else:
+                module.U.mul_(module.S)
+            module.V.zero_()
     for parameter, gradient in with_decay.items():
         parameter.grad = gradient
     return entered
@@ -251,21 +277,21 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
         Each layer, and whether its retraction succeeded.
     """
     batch.restore_gradients_()
-    K, L = _scaled_update(batch)
-    new, rotations, finite, failed = _retract_by_gram(K, L, batch) or _retract_by_qr(K, L, batch)
+    old = batch.factors()
+    new, rotations, finite, failed = _retracted(batch, old)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
-            old = Basis(batch.U[i], batch.S[i], batch.V[i])
-            restored = _with_block(Basis(*(factor[i] for factor in new)), layer.anchor, old)
+            before = Basis(*(factor[i] for factor in old))
+            restored = _with_block(Basis(*(factor[i] for factor in new)), layer.anchor, before)
             if restored is None:
                 failed.add(i)
-                restored = old
+                restored = before
             for factor, values in zip(new, restored, strict=True):
                 factor[i].copy_(values)
             rotations = None
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
-    transport_(states_K, states_L, (batch.U, batch.V), (new.U, new.V), rotations)
+    transport_(states_K, states_L, (old.U, old.V), (new.U, new.V), rotations)
     for i, layer in enumerate(batch.layers):
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
         skipped = (~finite[i]).to(torch.int64)
@@ -273,15 +299,15 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
     return [(layer, i not in failed) for i, layer in enumerate(batch.layers)]
 
 
-def _scaled_update(batch: FactorBatch) -> tuple[Tensor, Tensor]:
+def _scaled_update(batch: FactorBatch, old: Basis) -> tuple[Tensor, Tensor]:
     """K (b, m, k) and L (b, n, k) after the base optimizer's step, with its updates scaled."""
-    K1 = torch.stack([layer.module.U.to(batch.U.dtype) for layer in batch.layers])
-    L1 = torch.stack([layer.module.V.to(batch.U.dtype) for layer in batch.layers])
+    K1 = torch.stack([layer.module.U.to(old.U.dtype) for layer in batch.layers])
+    L1 = torch.stack([layer.module.V.to(old.U.dtype) for layer in batch.layers])
     # The update without decay, which must not be scaled.
     scale_K, scale_L, decay = batch.scales
-    dK = K1.sub_(batch.K * (1.0 - decay))
-    K = (batch.U * batch.S.unsqueeze(-2)).mul_(1.0 - decay).add_(dK, alpha=scale_K)
-    return K, L1.mul_(scale_L)
+    decayed = (old.U * old.S.unsqueeze(-2)).mul_(1.0 - decay)
+    dK = K1 if _in_low_precision(batch.layers[0].module) else K1.sub_(decayed)
+    return decayed.add_(dK, alpha=scale_K), L1.mul_(scale_L)
 
 
 class _Retracted(NamedTuple):
@@ -293,25 +319,33 @@ class _Retracted(NamedTuple):
     failed: set[int]  # indices of layers whose retraction failed
 
 
-def _retract_by_gram(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted | None:
-    """By Cholesky-QR, if that is accurate for the whole batch. On a CPU only, where reading the result is free."""
+def _retracted(batch: FactorBatch, old: Basis) -> _Retracted:
+    K, L = _scaled_update(batch, old)
+    return _retract_by_gram(K, L, old, batch.finite) or _retract_by_qr(K, L, old, batch.finite)
+
+
+def _retract_by_gram(K: Tensor, L: Tensor, old: Basis, finite: Tensor) -> _Retracted | None:
+    """By Cholesky-QR, if that is accurate for the whole batch. On a CPU only, where reading the result is free.
+
+    Args:
+        finite: (b,) bool, layers whose gradients are finite.
+    """
     if K.device.type != "cpu" or K.dtype != torch.float32:
         return None
     with suppress(LinAlgError):
-        squared_condition = float((batch.S[:, 0] / batch.S[:, -1]).square().max())
+        squared_condition = float((old.S[:, 0] / old.S[:, -1]).square().max())
         core = torch.float32 if squared_condition <= MAX_AMPLIFICATION else torch.float64
-        quick = quick_retract(K, L, batch.U, batch.V, core)
+        quick = quick_retract(K, L, old.U, old.V, core)
         accurate = quick.amplification <= MAX_AMPLIFICATION  # False if K or L is not finite
-        if bool((accurate & batch.finite).all()):
+        if bool((accurate & finite).all()):
             return _Retracted(quick.basis, (quick.of_U, quick.of_V), accurate, set())
     return None
 
 
-def _retract_by_qr(K: Tensor, L: Tensor, batch: FactorBatch) -> _Retracted:
+def _retract_by_qr(K: Tensor, L: Tensor, old: Basis, finite: Tensor) -> _Retracted:
     """By QR. A layer keeps its factors if its K or L is not finite, or if its retraction fails."""
-    old = Basis(batch.U, batch.S, batch.V)
     L = project_off(L, old.V)  # Adam's update of L has a component in span(V)
-    finite = batch.finite & linalg.finite(K) & linalg.finite(L)  # (b,)
+    finite = finite & linalg.finite(K) & linalg.finite(L)  # (b,)
     mask = finite[:, None, None]
     K, L = torch.where(mask, K, old.U * old.S.unsqueeze(-2)), torch.where(mask, L, 0.0)
     new, failed = _retract_with_fallback(K, L, old)
@@ -354,8 +388,7 @@ def write_(layer: FactorState, factors: Basis) -> None:
     module = layer.module
     for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
         parameter.copy_(factor)
-    low_precision = module.U.dtype not in (torch.float32, torch.float64)
-    layer.masters = Basis(*(f.clone() for f in factors)) if low_precision else None
+    layer.masters = Basis(*(f.clone() for f in factors)) if _in_low_precision(module) else None
 
 
 def all_lr_zero(param_groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -29,7 +29,7 @@ from .energies import (
     projection_energies,
     projections,
 )
-from .matrices import complement, energy, finite, project_off, to_compute_dtype
+from .matrices import complement, compute_bytes, energy, finite, portions, project_off, to_compute_dtype
 from .precision import full_precision
 from .retraction import Retraction, quick_retract, retract
 
@@ -41,6 +41,7 @@ __all__ = [
     "alignments",
     "chance_corrected",
     "complement",
+    "compute_bytes",
     "energy",
     "exact_basis",
     "factored_gradient_energies",
@@ -50,6 +51,7 @@ __all__ = [
     "full_precision",
     "gradient_energies",
     "left_residual",
+    "portions",
     "project_off",
     "projection_energies",
     "projections",

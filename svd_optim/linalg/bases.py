@@ -152,4 +152,5 @@ def fade_minor_(W: Tensor, U: Tensor, V: Tensor, share: float | Tensor) -> None:
     """W <- W - share (I - U U^T) W (I - V V^T), in place: one step of a descent. W (m, n), U (m, k), V (n, k)."""
     A = U.mT @ W  # (k, n)
     B = W @ V - U @ (A @ V)  # (m, k) = (I - U U^T) W V
-    W.sub_((W - U @ A - B @ V.mT).mul_(share))
+    minor = torch.sub(W, U @ A)  # in place from here on: a second temporary of this size at most
+    W.sub_(minor.sub_(B @ V.mT).mul_(share))

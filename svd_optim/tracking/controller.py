@@ -6,8 +6,9 @@ reason; where there is none, the decision names the condition that blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from .. import linalg
 from ..decisions.descent_schedule import too_late
 from ..decisions.lifecycle import GUARD
 from ..decisions.machine import Trigger
@@ -18,7 +19,7 @@ from ..linalg.fallback import IN_A_ROW
 from ..records import Action, Condition, Decision, LayerState, Plan
 from ..records.progress import tracked
 from . import budget, measuring, refreshing
-from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
+from .descent import descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, guard_changes, tripped
 from .layer import TrackedLayer
 from .protecting import protect, release
@@ -122,7 +123,8 @@ class Controller(TrackedRun):
         self._stop_barred_descents()
         with self.journal.clock("descend"):
             ended = descend_(layers, self.steps, self.config.analyze_every, self.moves)
-        self._conclude_descents(ended)
+        for portion in self._portions(ended):
+            self._conclude_descents(portion)
         with self.journal.clock("refresh"):
             refreshing.refresh(self._eligible_for_refresh(), self.steps, self.config)
         if self.steps % self.interval == 0:
@@ -152,27 +154,25 @@ class Controller(TrackedRun):
                 reason = f"its decomposition failed {layer.failures} times in a row, also in float64: old basis kept"
                 self.lifecycle.note(self.steps, name, "decomposition_failed", reason, {"basis_step": layer.basis_step})
 
-    def _conclude_descents(self, ended: DescentOutcome) -> None:
+    def _conclude_descents(self, ended: list[TrackedLayer]) -> None:
         """Install the factors of layers whose descent is exact; extend or fail the descents of the others."""
-        if not ended.layers:
-            return
-        outcomes = {
-            layer.name: self.lifecycle.descent_outcome(layer, ended.errors[layer.name]) for layer in ended.layers
-        }
-        for layer in ended.layers:
+        with self.journal.clock("descend"):
+            bases, errors = exact_bases(ended)
+        outcomes = {layer.name: self.lifecycle.descent_outcome(layer, errors[layer.name]) for layer in ended}
+        for layer in ended:
             if outcomes[layer.name] == Trigger.DESCENT_EXTENDED:
                 until = self.steps + self.config.analyze_every
-                self.lifecycle.extend_descent(layer, self.steps, until, ended.errors[layer.name])
-                keep_bases([layer], ended.bases, self.steps)
-        for layer in ended.layers:
+                self.lifecycle.extend_descent(layer, self.steps, until, errors[layer.name])
+                keep_bases([layer], bases, self.steps)
+        for layer in ended:
             if outcomes[layer.name] == Trigger.DESCENT_FAILED:
-                self.lifecycle.fail_descent(layer, self.steps, ended.errors[layer.name])
-        unsupported = self.unsupported(ended.layers)
+                self.lifecycle.fail_descent(layer, self.steps, errors[layer.name])
+        unsupported = self.unsupported(ended)
         ready = {}
-        for layer in ended.layers:
+        for layer in ended:
             if outcomes[layer.name] == Trigger.DESCENT_EXACT and not self._stop_if_unsupported(layer, unsupported):
-                ready[layer.name] = ended.bases[layer.name]
-        switch(self, Changes("descent done", ready, ended.errors, Trigger.DESCENT_EXACT))
+                ready[layer.name] = bases[layer.name]
+        switch(self, Changes("descent done", ready, errors, Trigger.DESCENT_EXACT))
 
     # ---- every interval ------------------------------------------------------------------------------
 
@@ -283,11 +283,23 @@ class Controller(TrackedRun):
         guard_changes(self.guard, requests[Action.DESCEND], self.steps, self.config)
         unsupported = self.unsupported(requests[Action.FACTORIZE])
         smaller = [x for x in requests[Action.FACTORIZE] if not self.lifecycle.beyond_break_even(x, x.rank)]
-        bases, errors = exact_bases([layer for layer in smaller if layer.name not in unsupported])
-        bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
         merges = requests[Action.MERGE]
         ranks, outgrown = budget.new_ranks(self.plan(), requests[Action.SHRINK], requests[Action.GROW], merges)
         merge = dict.fromkeys((layer.name for layer in (*merges, *outgrown)), Trigger.MERGE)
+        portions = self._portions(layer for layer in smaller if layer.name not in unsupported)
+        last = portions.pop() if portions else []
+        for portion in portions:
+            self._switch(portion, {}, {})
+        self._switch(last, merge, ranks)
+
+    def _portions(self, layers: Iterable[TrackedLayer]) -> list[list[TrackedLayer]]:
+        """Layers that go into factors together, as many as fit into memory well: until then they are there twice."""
+        return list(linalg.portions(layers, refreshing.basis_bytes))
+
+    def _switch(self, factorize: list[TrackedLayer], merge: Mapping[str, Trigger], ranks: Mapping[str, int]) -> None:
+        """What was decided, but for layers that can't be decomposed."""
+        bases, errors = exact_bases(factorize)
+        bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
         switch(self, Changes("decided", bases, errors, merge=merge, ranks=ranks))
 
     def _limit_overhead(self) -> None:

@@ -8,7 +8,7 @@ determined by :mod:`svd_optim.decisions.descent_schedule`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,6 @@ from ..linalg.fallback import with_float64_fallback
 from ..records import LayerState
 from ..records.progress import tracked
 from .layer import TrackedLayer
-
-
-class DescentOutcome(NamedTuple):
-    """The descents that reached their end at a step."""
-
-    layers: list[TrackedLayer]
-    bases: dict[str, linalg.Basis]  # exact ones, by name
-    errors: dict[str, float]  # relative Frobenius errors of the truncation to the rank, by name
 
 
 def exact_bases(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
@@ -75,13 +67,18 @@ def moved(layers: Sequence[TrackedLayer], param_groups: Sequence[Mapping[str, An
     return flags
 
 
-def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Mapping[str, Tensor]) -> DescentOutcome:
+def descend_(
+    layers: Sequence[TrackedLayer], step: int, interval: int, flags: Mapping[str, Tensor]
+) -> list[TrackedLayer]:
     """One step of all descents under way among ``layers``. A layer that the base optimizer did not move waits.
 
     Args:
         step: the number of the step that the base optimizer has just taken.
         interval: steps by which the end is put off where all gradients were NaN or Inf lately.
         flags: of :func:`moved`.
+
+    Returns:
+        The layers whose descents have ended.
     """
     descending: list[tuple[TrackedLayer, int]] = []  # with the remaining steps
     for layer in layers:
@@ -99,14 +96,15 @@ def descend_(layers: Sequence[TrackedLayer], step: int, interval: int, flags: Ma
         descending.append((layer, status.descent_end - step))
     # One step before the end the basis is made exact: fading against an outdated one would leave a rank of up to 2k.
     last = [layer for layer, remaining in descending if remaining == 1]
-    keep_bases(last, exact_bases(last)[0], step)
+    for layer in last:  # one after the other, as each has its old basis until then
+        keep_bases([layer], exact_bases([layer])[0], step)
     for layer, remaining in descending:
         if remaining > 0:
             _fade(layer, 1.0 if layer.status.extensions else 1.0 / remaining, flags[layer.name])
     ended = _without_idle([layer for layer, remaining in descending if remaining <= 0])
     for layer in ended:  # the minor block of this step's own update, which a factorized step would not have made
         _fade(layer, 1.0, flags[layer.name])
-    return DescentOutcome(ended, *exact_bases(ended))
+    return ended
 
 
 def _without_idle(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:

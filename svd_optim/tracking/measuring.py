@@ -14,7 +14,7 @@ from ..factors.linear import FactorizedLinear
 from ..linalg import to_compute_dtype
 from ..linalg.fallback import with_float64_fallback
 from .layer import TrackedLayer
-from .refreshing import update_energy_rank
+from .refreshing import basis_bytes, update_energy_rank
 from .sketches import private_generator
 
 
@@ -43,14 +43,15 @@ def measure(layers: Iterable[TrackedLayer]) -> None:
     """Project the layers' present gradients onto their bases and add the energies to the running sums.
 
     No host-device synchronization. A zero gradient adds nothing; one with NaN or Inf is only counted. Layers of equal
-    shape and rank are measured together; no temporary is as large as a weight.
+    shape and rank are measured together, in portions; no temporary of a layer is as large as its weight.
     """
-    batches: dict[tuple[Any, ...], list[TrackedLayer]] = {}
+    equal: dict[tuple[Any, ...], list[TrackedLayer]] = {}
     for layer in layers:
         if _measurable(layer):
             key = (not layer.factorized, layer.shape, layer.rank, layer.weight.dtype, layer.weight.device)
-            batches.setdefault(key, []).append(layer)
-    for (dense, *_), batch in batches.items():
+            equal.setdefault(key, []).append(layer)
+    for batch in (part for group in equal.values() for part in linalg.portions(group, basis_bytes)):
+        dense = not batch[0].factorized
         e, usable, outside = _dense_energies(batch) if dense else _factored_energies(batch)
         finite = torch.isfinite(e.left + e.right).all(-1)  # without the sketch, which may be stale
         usable = usable & finite & (e.total > 0) & torch.isfinite(e.total)

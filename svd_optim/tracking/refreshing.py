@@ -49,8 +49,7 @@ class _BasisCheck(NamedTuple):
     """The residual of a dense weight with respect to its cached basis; both are transposed if the weight is tall."""
 
     transposed: bool
-    W: Tensor  # (m, n), m <= n
-    basis: Basis  # (m, q), (q,), (n, q)
+    basis: Basis  # (m, q), (q,), (n, q), m <= n
     image: Tensor  # (m, q) = W V, which is also the first product of a refresh
     angle: Tensor  # radians, between W V and span(U); ()
     drift: Tensor  # energy-weighted sine; ()
@@ -96,16 +95,20 @@ def update_energy_ranks_(layers: Sequence[TrackedLayer]) -> None:
 def refresh(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -> None:
     """Refresh the layers' bases, and store the results in ``pending`` for the next analysis.
 
-    A layer whose weight contains NaN or Inf keeps its basis. One host-device synchronization in total, and one more for
-    each decomposition, to check that its result is finite.
+    A layer whose weight contains NaN or Inf keeps its basis. One host-device synchronization for each portion of the
+    layers, and one more for each decomposition, to check that its result is finite.
     """
-    layers = [layer for layer in layers if layer.factorized or layer.cached is not None]
-    if not layers:
-        return
-    checks = [_check_basis(layer) for layer in layers]
-    flags = torch.stack([flags for _, flags in checks]).tolist()
-    for layer, (check, _), values in zip(layers, checks, flags, strict=True):
-        layer.pending = _refresh_one(layer, check, _CheckFlags(*values), step, config)
+    known = (layer for layer in layers if layer.factorized or layer.cached is not None)
+    for portion in linalg.portions(known, basis_bytes):
+        checks = [_check_basis(layer) for layer in portion]
+        flags = torch.stack([flags for _, flags in checks]).tolist()
+        for layer, (check, _), values in zip(portion, checks, flags, strict=True):
+            layer.pending = _refresh_one(layer, check, _CheckFlags(*values), step, config)
+
+
+def basis_bytes(layer: TrackedLayer) -> int:
+    """Bytes of the leading triplets of a layer, by which layers are put into portions."""
+    return 4 * layer.rank * sum(layer.shape)
 
 
 def _check_basis(layer: TrackedLayer) -> tuple[_BasisCheck | None, Tensor]:
@@ -122,7 +125,7 @@ def _check_basis(layer: TrackedLayer) -> tuple[_BasisCheck | None, Tensor]:
     image = W @ basis.V
     angle, drift = linalg.left_residual(image, basis.U, layer.rank)
     usable = torch.isfinite(drift) & (basis.S[0] > 0)
-    check = _BasisCheck(transposed, W, basis, image, angle, drift)
+    check = _BasisCheck(transposed, basis, image, angle, drift)
     # Nothing of the weight leaves a basis of the whole shorter side, however the longer side turns.
     holds = usable & (drift < HOLDS) if len(basis.S) < min(W.shape) else torch.zeros_like(usable)
     return check, torch.stack([linalg.finite(W), usable, holds, drift > FAR])
@@ -203,10 +206,11 @@ def _refresh_one(
 
 
 def _refreshed(layer: TrackedLayer, check: _BasisCheck, flags: _CheckFlags) -> Basis | None:
-    """The basis of ``check.W``; ``None`` if the decomposition failed, and the old one stays."""
+    """The basis of the weight; ``None`` if the decomposition failed, and the old one stays."""
+    weight = layer.module.weight.detach()
 
     def decompose(dtype: torch.dtype) -> Basis:
-        W, image = check.W.to(dtype), check.image.to(dtype)
+        W, image = (weight.mT if check.transposed else weight).to(dtype), check.image.to(dtype)
         old = Basis(*(factor.to(dtype) for factor in check.basis))
         if flags.basis_accurate:
             return linalg.ritz_basis(image, old)
@@ -214,7 +218,7 @@ def _refreshed(layer: TrackedLayer, check: _BasisCheck, flags: _CheckFlags) -> B
             return linalg.exact_basis(W, len(old.S))
         return linalg.refresh_basis(W, old, image)
 
-    new = with_float64_fallback(decompose, check.W.dtype)
+    new = with_float64_fallback(decompose, check.image.dtype)
     layer.count_decomposition(new is not None)
     return new
 

@@ -72,6 +72,7 @@ class StepInProgress:
             with torch.no_grad(), full_precision():
                 self.controller.leave_factors(self.batches)
         self._factors_left = True
+        self._before.clear()  # with it the bases that a refresh replaces
 
     def advance(self) -> None:
         """Once the layers have their new weights: descend, analyze, act."""

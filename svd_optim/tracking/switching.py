@@ -38,7 +38,11 @@ class Changes:
 
 
 def switch(run: TrackedRun, changes: Changes) -> None:
-    """Carry out ``changes``. On an error model, optimizer and run are restored, and no event is emitted."""
+    """Carry out ``changes``. On an error model, optimizer and run are restored, and no event is emitted.
+
+    Until all is done both forms of the layers are in memory. A run's own switches therefore go in portions; what the
+    user asks for in one call is one switch.
+    """
     names = (*changes.install, *changes.merge, *changes.ranks)
     if not names:
         return
