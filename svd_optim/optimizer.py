@@ -16,7 +16,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import SubspaceConfig
-from .linalg import full_precision
 from .records import Events, LayerMetrics, LayerReports, Plan, Summary, clean
 from .tracking import inventory, loading, manual
 from .tracking.controller import Controller
@@ -24,7 +23,6 @@ from .tracking.layer import TrackedLayer
 from .tracking.listeners import Listener
 from .tracking.selection import select_layers
 from .tracking.step import BaseCall, StepInProgress
-from .tracking.transactions import transaction
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +212,8 @@ class SubspaceAwareOptimizer(Optimizer):
         """Load the result of :meth:`state_dict`, or a state dict of the bare base optimizer.
 
         Layers are factorized or made dense as in the saved state; if the model was not loaded before, by truncating
-        its present weights. Then :meth:`step` raises until the saved factors are there.
+        its present weights. Then :meth:`step` raises until the saved factors are there. A state without the wrapper's
+        own part loads into the base optimizer alone; where that loses a run's measurements, a warning says so.
 
         Raises:
             ValueError: the state has other layers or another version; nothing was changed.
@@ -225,14 +224,9 @@ class SubspaceAwareOptimizer(Optimizer):
         own = state_dict.get("svd_optim")
         if own is None:
             self.base_optimizer.load_state_dict(base_state)
+            loading.warn_of_missing_run(self._controller, base_state)
         else:
-            run = self._controller
-            loading.check_saved(run, own, base_state)
-            modules = [layer.module for layer in self.layers.values()]
-            with full_precision(), transaction(modules, [run.base], run.records(), [run.journal]):
-                loading.restore_layers(run, loading.saved_ranks(own))
-                run.base.load_state_dict(base_state)
-                loading.load_run(run, own)
+            loading.restore_run(self._controller, own, base_state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

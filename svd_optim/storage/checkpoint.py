@@ -11,9 +11,9 @@ names, :func:`export_safetensors` the file of it.
 
 What plain PyTorch saves works too. ``model.state_dict()`` and ``optimizer.state_dict()`` hold tensors and plain values
 only; they load, also with ``torch.load(..., weights_only=True)``, into a freshly built, dense model and optimizer. A
-model without a wrapped optimizer needs :func:`svd_optim.factors.restore_on_load_` first. Of
-``torch.distributed.checkpoint.state_dict`` call ``set_model_state_dict`` and then ``set_optimizer_state_dict``: the
-joint ``set_state_dict`` looks at the names before the structure is restored. What was measured does not travel so.
+model without a wrapped optimizer needs :func:`svd_optim.factors.restore_on_load_` first. The helpers of
+``torch.distributed.checkpoint.state_dict`` leave out what was measured and decided: :class:`svd_optim.storage.RunState`
+saves it beside model and optimizer.
 """
 
 from __future__ import annotations

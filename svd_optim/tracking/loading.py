@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from .protecting import drop_protection, release_unless_held
 from .replacement import Replacement, replace_parameters_, to_dense_, to_factors_
 from .run import TrackedRun
 from .saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, load, save
+from .transactions import transaction
+
+logger = logging.getLogger(__name__)
 
 
 def restore_structure(run: TrackedRun, model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
@@ -105,8 +109,38 @@ def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
     forget_found(run)
 
 
-def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless ``saved`` and the base optimizer's state fit this run."""
+@full_precision()
+def restore_run(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[str, Any] | None = None) -> None:
+    """Load what :func:`save_run` gave, and the base optimizer's state if it is given, or change nothing.
+
+    Raises:
+        ValueError: it does not fit this run.
+    """
+    _check_saved(run, saved, base_state)
+    modules = [layer.module for layer in run.layers.values()]
+    with transaction(modules, [run.base], run.records(), [run.journal]):
+        restore_layers(run, saved_ranks(saved))
+        if base_state is not None:
+            run.base.load_state_dict(dict(base_state))
+        load_run(run, saved)
+
+
+def warn_of_missing_run(run: TrackedRun, base_state: Mapping[str, Any]) -> None:
+    """Warn that a new run was given the state of a base optimizer that has taken steps, and no state of its own."""
+    if run.steps or not base_state.get("state") or not run.layers:
+        return
+    names = ", ".join(list(run.layers)[:3]) + (", ..." if len(run.layers) > 3 else "")
+    logger.warning(
+        "the loaded optimizer state has no part of svd_optim's: %s (%d layers) begin anew, without measurements, and "
+        "without the descents, the protection and the float32 masters that a saved run may have had. That is right if "
+        "a bare optimizer was saved. PyTorch's helpers for distributed checkpoints leave it out: save "
+        "svd_optim.storage.RunState(optimizer) beside the model and the optimizer",
+        names,
+        len(run.layers),
+    )
+
+
+def _check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[str, Any] | None) -> None:
     if saved["version"] != STATE_VERSION:
         age = "a newer" if saved["version"] > STATE_VERSION else "an older"
         raise ValueError(f"saved by {age} svd_optim: state version {saved['version']}, this one reads {STATE_VERSION}")
@@ -123,6 +157,8 @@ def check_saved(run: TrackedRun, saved: Mapping[str, Any], base_state: Mapping[s
                 f"mode='observe' replaces nothing, but layer {name!r} was "
                 f"{DENSE if ranks[name] is None else FACTORIZED} when it was saved"
             )
+    if base_state is None:
+        return
     group_of = {p: i for i, group in enumerate(run.base.param_groups) for p in group["params"]}
     sizes = [len(group["params"]) for group in run.base.param_groups]
     for name, layer in run.layers.items():
