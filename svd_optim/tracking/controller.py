@@ -231,10 +231,11 @@ class Controller(TrackedRun):
     def _revert(self, risen: Condition | None) -> None:
         """Layers that trip a guard become dense again at once, not at a cohort boundary; descents are canceled."""
         trips = tripped(list(self.layers.values()), risen, self.config)
+        kept = {layer.name for layer, _ in trips if layer.factorized and layer.hooked}
         for layer, trip in trips:
-            reason = f"{trip.reason}; it stays in factors, as these have hooks" if layer.hooked else trip.reason
+            reason = f"{trip.reason}; it stays in factors, as these have hooks" if layer.name in kept else trip.reason
             self.lifecycle.note(self.steps, layer.name, trip.kind, reason, trip.numbers)
-        trips = [(layer, trip) for layer, trip in trips if not layer.hooked]
+        trips = [(layer, trip) for layer, trip in trips if layer.name not in kept]
         merge = {layer.name: trip.trigger for layer, trip in trips if layer.factorized}
         for layer, trip in trips:
             if not layer.factorized:
