@@ -67,8 +67,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
     Args:
         base_optimizer: any ``torch.optim.Optimizer``. If its state can't be moved into factors, layers are measured
-            but never factorized, and ``why()`` reports it
-            (:mod:`svd_optim.factors.moments`).
+            but never factorized, and ``why()`` reports it (:mod:`svd_optim.factors.moments`).
         model: the module whose ``nn.Linear`` layers it trains, all or some of them.
         config: see :class:`SubspaceConfig`.
         listeners: see :class:`Listener`; :class:`ConsoleReport` prints tables.
@@ -124,9 +123,8 @@ class SubspaceAwareOptimizer(Optimizer):
                 raise ValueError(
                     f"none of the optimizer's parameters is in the model: {examples}. Is it the right model?"
                 )
-            logger.warning(
-                "%d parameters of the optimizer are not in the model: %s", len(selection.unknown), clean(examples)
-            )
+            message = "%d parameters of the optimizer are not in the model: %s"
+            logger.warning(message, len(selection.unknown), clean(examples))
         self._controller.track(selection)
         unused = [glob for glob in self.config.overrides if not any(fnmatchcase(name, glob) for name in self.layers)]
         if first and self.layers and unused:
@@ -313,7 +311,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode, or the base optimizer's state can't be moved into factors.
-            TypeError: ``rank`` is not an integer.
+            TypeError: ``rank`` is not an integer, or ``layers`` are not names.
             ValueError: no layer matches, a rank is out of range, not below break-even or too low for a protected
                 block, or a weight contains NaN or Inf. Nothing was changed.
         """
@@ -330,6 +328,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode.
+            TypeError: ``layers`` are not names.
             ValueError: no layer matches.
         """
         return self._when_told(manual.merge(self._controller, layers))
@@ -353,7 +352,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode.
-            TypeError: ``rank`` is not an integer.
+            TypeError: ``rank`` is not an integer, or ``layers`` are not names.
             ValueError: no layer matches, a rank is out of range, or a weight contains NaN or Inf. Nothing was changed.
         """
         return self._when_told(manual.protect(self._controller, layers, rank))
@@ -371,6 +370,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode.
+            TypeError: ``layers`` are not names.
             ValueError: no layer matches.
         """
         return self._when_told(manual.release_layers(self._controller, layers))
