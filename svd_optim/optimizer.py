@@ -63,7 +63,9 @@ class SubspaceAwareOptimizer(Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has two parameters in
     them, U (m, k) and V (n, k), in place of its weight (m, n); global gradient clipping keeps its meaning
-    (:mod:`svd_optim.factors.linear`).
+    (:mod:`svd_optim.factors.linear`). While it lives, the step of any other ``torch.optim.Optimizer`` on factors, the
+    base optimizer's own ``step()`` included, raises ``RuntimeError``. What is not of that class can't be seen: it would
+    get the gradients of K and L, and never move S.
 
     Args:
         base_optimizer: any ``torch.optim.Optimizer``. If its state can't be moved into factors, layers are measured
@@ -116,13 +118,11 @@ class SubspaceAwareOptimizer(Optimizer):
     def _track_layers(self, first: bool) -> None:
         """Select the layers to track; those already tracked stay as they are."""
         selection = select_layers(self.model, self.param_groups, self.config)
-        total = sum(len(group["params"]) for group in self.param_groups)
         if first and selection.unknown:
             examples = "; ".join(selection.unknown[:5]) + ("; ..." if len(selection.unknown) > 5 else "")
-            if len(selection.unknown) == total:
-                raise ValueError(
-                    f"none of the optimizer's parameters is in the model: {examples}. Is it the right model?"
-                )
+            if len(selection.unknown) == sum(len(group["params"]) for group in self.param_groups):
+                message = f"none of the optimizer's parameters is in the model: {examples}. Is it the right model?"
+                raise ValueError(message)
             message = "%d parameters of the optimizer are not in the model: %s"
             logger.warning(message, len(selection.unknown), clean(examples))
         self._controller.track(selection)
