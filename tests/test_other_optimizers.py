@@ -122,6 +122,19 @@ def test_other_parameters_are_free() -> None:
     assert {name for name in before if torch.equal(before[name], after[name])} == {"up.U", "up.S", "up.V"}
 
 
+def test_neither_a_copy_of_the_model_nor_another_model_in_factors_is_concerned() -> None:
+    models = [net(seed) for seed in (0, 1)]
+    optimizers = [in_factors(model, both(model)) for model in models]
+    average = copy.deepcopy(models[0])
+    plain = torch.optim.SGD(average.parameters(), lr=0.1)
+    for step in range(4, 8):
+        before = [weights(model) for model in (*models, average)]
+        for model, optimizer in zip((*models, average), (*optimizers, plain), strict=True):
+            train(model, optimizer, [step])
+        after = [weights(model) for model in (*models, average)]
+        assert not any(torch.equal(a[name], b[name]) for a, b in zip(before, after, strict=True) for name in a)
+
+
 def test_another_optimizer_may_go_on_with_what_was_merged() -> None:
     model, optimizer = make("sgd", manual())
     optimizer.factorize_("up", rank=5)
