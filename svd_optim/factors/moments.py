@@ -48,12 +48,13 @@ Pair = tuple[Tensor, Tensor]
 
 def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
     """Why a parameter's optimizer state can't be transferred to factors; empty if it can."""
-    cannot = "which svd_optim can't move into factors"
+    cannot = "which svd_optim can't move into factors; wrap one that keeps moments only, as AdamW, Muon and SGD do"
     for key, value in state.items():
         if isinstance(value, Tensor):
             known = key in FIRST or key in SECOND
             if value.numel() > 1 and not (known and value.shape == weight.shape):
-                return f"the optimizer keeps {key!r} of shape {tuple(value.shape)}, {cannot}"
+                shape = "" if value.shape == weight.shape else " in another shape than the weight's"
+                return f"the optimizer keeps {key!r}{shape}, {cannot}"
         elif not isinstance(value, (int, float, bool, str, type(None))):
             return f"the optimizer keeps {key!r}, a {type(value).__name__}, {cannot}"
     return ""
