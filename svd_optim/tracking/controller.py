@@ -18,6 +18,7 @@ from ..records import Action, Condition, LayerState, Plan
 from . import budget, measuring, refreshing
 from .descent import DescentOutcome, descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, guard_changes, tripped
+from .hindrances import warn_of_hindrances, warn_of_missing_loss
 from .layer import TrackedLayer
 from .protecting import protect, release
 from .run import NO_GROUP, TrackedRun
@@ -50,6 +51,8 @@ class Controller(TrackedRun):
                 self.attachment.adopt(layer, found.module, self.steps)
         budget.follow_plan_(self.layers, self.config, self.steps)
         self.skipped = [*selection.skipped, *self.given_up.values()]
+        if not self.steps:
+            warn_of_hindrances(self)
 
     # ---- every step ----------------------------------------------------------------------------------
 
@@ -112,6 +115,8 @@ class Controller(TrackedRun):
         with self.journal.clock("descend"):
             ended = descend_(layers, self.steps, self.config.analyze_every, self.moves)
         self._conclude_descents(ended)
+        if self.steps == 1:  # what a base optimizer keeps for a weight is known now
+            warn_of_hindrances(self)
         with self.journal.clock("refresh"):
             refreshing.refresh(self._eligible_for_refresh(), self.steps, self.config)
         if self.steps % self.interval == 0:
@@ -167,6 +172,7 @@ class Controller(TrackedRun):
 
     def analyze(self) -> None:
         """Compute the metrics, decide, act, notify the listeners."""
+        warn_of_hindrances(self)
         boundary = self.lifecycle.begin_analysis(self.steps)
         with self.journal.clock("refresh"):
             metrics = refreshing.analyze(self.layers.values(), self.steps, self.config)
@@ -177,6 +183,7 @@ class Controller(TrackedRun):
             self._revert(risen)
             if boundary:
                 self._act()
+            warn_of_missing_loss(self)
         if boundary or self.steps < self.config.warmup_steps:
             budget.revise_ranks_(self.layers, self.config, self.steps)
         self.lifecycle.note_stall(self.steps)
