@@ -22,8 +22,10 @@ optimizer.add_listener(report)
 for _ in range(60):
     for batch in train[torch.randperm(len(train))].split(64):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
         optimizer.step()
+        optimizer.observe_loss(loss)  # a change that raises it is undone
 
 report.finish(optimizer.summary())  # the table and the summary
 with torch.no_grad():

@@ -60,8 +60,10 @@ def train(folder: Path, steps: int) -> None:
         for _ in range(steps):
             x = torch.randn(128, 64)
             optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), x @ target).backward()
+            loss = nn.functional.mse_loss(model(x), x @ target)
+            loss.backward()
             optimizer.step()
+            optimizer.observe_loss(loss)
 
 
 def main() -> int:

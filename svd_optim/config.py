@@ -223,8 +223,9 @@ class SubspaceConfig:
     """
 
     mode: Literal["auto", "manual", "observe"] = "auto"
-    """``"auto"`` measures, decides and acts; ``"manual"`` acts only when ``factorize_`` and the like are called;
-    ``"observe"`` never changes anything: training is bitwise identical to the bare optimizer's."""
+    """``"auto"`` measures, decides and acts, or says in one warning at the start why it never can; ``"manual"`` acts
+    only when ``factorize_`` and the like are called; ``"observe"`` never changes anything: training is bitwise that of
+    the bare optimizer."""
 
     rule: Literal["stability", "alignment"] = "stability"
     """``"stability"`` factorizes layers whose drift is small and whose capture is at least ``capture_safe``;
@@ -289,7 +290,7 @@ class SubspaceConfig:
     guard_steps: int = 200
     """From the start of a descent to so many steps after the switch, a training loss (given by the closure or to
     ``optimizer.observe_loss``) above what its noise explains sends the layers that changed last back to dense, or
-    calls their descent off; 0, or where no loss is given: no such guard."""
+    calls their descent off; 0, or where no loss is given (a warning says so): no such guard."""
 
     cooldown_steps: int = 500
     """Steps for which a layer does not change again after its rank changed or it became dense again; doubled with each

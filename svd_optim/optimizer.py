@@ -60,12 +60,13 @@ class SubspaceAwareOptimizer(Optimizer):
 
     ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. A factorized layer has two parameters in
     them, U (m, k) and V (n, k), in place of its weight (m, n); global gradient clipping keeps its meaning
-    (:mod:`svd_optim.factors.linear`).
+    (:mod:`svd_optim.factors.linear`). While it lives, the step of any other ``torch.optim.Optimizer`` on factors, the
+    base optimizer's own ``step()`` included, raises ``RuntimeError``. What is not of that class can't be seen: it would
+    get the gradients of K and L, and never move S.
 
     Args:
         base_optimizer: any ``torch.optim.Optimizer``. If its state can't be moved into factors, layers are measured
-            but never factorized, and ``why()`` reports it
-            (:mod:`svd_optim.factors.moments`).
+            but never factorized, and ``why()`` reports it (:mod:`svd_optim.factors.moments`).
         model: the module whose ``nn.Linear`` layers it trains, all or some of them.
         config: see :class:`SubspaceConfig`.
         listeners: see :class:`Listener`; :class:`ConsoleReport` prints tables.
@@ -117,16 +118,13 @@ class SubspaceAwareOptimizer(Optimizer):
     def _track_layers(self, first: bool) -> None:
         """Select the layers to track; those already tracked stay as they are."""
         selection = select_layers(self.model, self.param_groups, self.config)
-        total = sum(len(group["params"]) for group in self.param_groups)
         if first and selection.unknown:
             examples = "; ".join(selection.unknown[:5]) + ("; ..." if len(selection.unknown) > 5 else "")
-            if len(selection.unknown) == total:
-                raise ValueError(
-                    f"none of the optimizer's parameters is in the model: {examples}. Is it the right model?"
-                )
-            logger.warning(
-                "%d parameters of the optimizer are not in the model: %s", len(selection.unknown), clean(examples)
-            )
+            if len(selection.unknown) == sum(len(group["params"]) for group in self.param_groups):
+                message = f"none of the optimizer's parameters is in the model: {examples}. Is it the right model?"
+                raise ValueError(message)
+            message = "%d parameters of the optimizer are not in the model: %s"
+            logger.warning(message, len(selection.unknown), clean(examples))
         self._controller.track(selection)
         unused = [glob for glob in self.config.overrides if not any(fnmatchcase(name, glob) for name in self.layers)]
         if first and self.layers and unused:
@@ -296,7 +294,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode, or the base optimizer's state can't be moved into factors.
-            TypeError: ``rank`` is not an integer.
+            TypeError: ``rank`` is not an integer, or ``layers`` are not names.
             ValueError: no layer matches, a rank is out of range, not below break-even or too low for a protected
                 block, or a weight contains NaN or Inf. Nothing was changed.
         """
@@ -313,6 +311,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode.
+            TypeError: ``layers`` are not names.
             ValueError: no layer matches.
         """
         return self._when_told(manual.merge(self._controller, layers))
@@ -336,7 +335,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode.
-            TypeError: ``rank`` is not an integer.
+            TypeError: ``rank`` is not an integer, or ``layers`` are not names.
             ValueError: no layer matches, a rank is out of range, or a weight contains NaN or Inf. Nothing was changed.
         """
         return self._when_told(manual.protect(self._controller, layers, rank))
@@ -354,6 +353,7 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Raises:
             RuntimeError: in observe mode.
+            TypeError: ``layers`` are not names.
             ValueError: no layer matches.
         """
         return self._when_told(manual.release_layers(self._controller, layers))

@@ -283,6 +283,18 @@ def test_nonfinite_gradient_of_a_factorized_layer_costs_one_step(base: str, mode
     assert "mid" in factorized(model) and optimizer.why()[1].metrics.nonfinite == 0
 
 
+@pytest.mark.parametrize("method", ["factorize_", "merge_", "protect_", "release_"])
+@pytest.mark.parametrize("layers", [5, None, ["up", 5], nn.Linear(2, 2)], ids=["5", "None", "a list", "a module"])
+def test_layers_that_are_not_names_are_refused_by_value(method: str, layers: Any) -> None:
+    model, optimizer = make("adamw", manual())
+    train(model, optimizer, 1)
+    before = everything(model, optimizer)
+    with pytest.raises(TypeError) as error:
+        getattr(optimizer, method)(layers)
+    assert f"{method}: layers must be a name or glob, several of them, or 'all', got {layers!r}" in str(error.value)
+    same_bits(before, everything(model, optimizer))
+
+
 # ---- matrices at the edge --------------------------------------------------------------------------
 
 
@@ -418,7 +430,7 @@ def test_factorize_checks_everything_before_it_changes_anything() -> None:
         same_bits(before, everything(model, optimizer), str(arguments))
     with pytest.raises(ValueError, match="'nope'"):
         optimizer.merge_(["up", "nope"])
-    with pytest.raises(TypeError, match="int"):
+    with pytest.raises(TypeError, match=r"layers must be .* got 5"):
         optimizer.factorize_(5)  # type: ignore[arg-type]
     same_bits(before, everything(model, optimizer))
     assert optimizer.factorize_("m?d") == ["mid"]

@@ -88,10 +88,10 @@ def test_what_a_file_system_lacks_is_done_without_and_said_once(
         run.save(folder)
         run.train(60).save(folder)
         path = run.save(folder, keep=2)
-        assert len(caplog.messages) == 1
-        assert all(text in caplog.messages[0] for text in (LACKS[lack], repr(str(folder)), os.strerror(number)))
+        [said] = [message for message in caplog.messages if repr(str(folder)) in message]
+        assert LACKS[lack] in said and os.strerror(number) in said
         run.save(other)
-    assert len(caplog.messages) == 2 and repr(str(other)) in caplog.messages[1]
+    assert len([message for message in caplog.messages if repr(str(other)) in message]) == 1
     assert sorted(entry.name for entry in folder.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
     assert (folder / "latest").read_text() == f"{path.name}\n" and not leftovers(folder)
     goes_on(folder, tmp_path)

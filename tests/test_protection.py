@@ -487,7 +487,7 @@ def test_bad_arguments_of_protect_and_release_change_nothing() -> None:
         (("up", 2.0), TypeError, "integer, got 2.0"),
         (("up", True), TypeError, "integer, got True"),
         (("up", "3"), TypeError, "integer, got '3'"),
-        ((5,), TypeError, "int"),
+        ((5,), TypeError, r"layers must be .* got 5"),
     ]
     for arguments, error, message in bad:
         with pytest.raises(error, match=message):

@@ -290,6 +290,24 @@ def test_only_the_descents_that_began_last_are_called_off() -> None:
     assert optimizer.layers["a"].state == LayerState.DESCENDING
 
 
+def test_a_descent_is_called_off_although_its_weight_is_frozen_and_has_hooks() -> None:
+    """Only what is in factors already has to stay there for the sake of its hooks."""
+    model = Parallel(1, a=2, b=2)
+    optimizer = wrapped("sgd", model, descent_steps=300)
+    step = 0
+    while optimizer.layers["a"].state != LayerState.DESCENDING:
+        by_closure(optimizer, model, step, 0.0)
+        step += 1
+    model.a.weight.register_post_accumulate_grad_hook(lambda p: None)
+    model.a.weight.requires_grad_(False)
+    run(by_closure, model, optimizer, range(step, step + 30), extra=1.0)
+    assert {name for name, *_ in happened(optimizer, "descent_stopped")} == {"a", "b"}
+    assert optimizer.layers["a"].state == LayerState.DENSE
+    assert {event.reason for event in optimizer.events if event.kind == "loss_rose"} == {
+        "the training loss rose after its descent began"
+    }
+
+
 def test_the_rise_of_a_descent_is_not_forgotten_when_it_lands() -> None:
     """The level that counts is that before the descent, though the switch itself changes nothing."""
     model = Parallel(1, a=2)

@@ -43,6 +43,29 @@ def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -
     return step + max(math.ceil(length / 2), min(length, config.total_steps - step))
 
 
+def first_action(config: SubspaceConfig) -> int:
+    """The first optimizer step at which a layer may act: after the warmup and ``patience`` analyses, with a cohort."""
+    every, cohort = config.analyze_every, config.cohort_steps
+    ready = every * max(config.patience, math.ceil(config.warmup_steps / every))
+    boundary = ((ready - every) // cohort + 1) * cohort  # the first one that an analysis has not passed by then
+    return math.ceil(boundary / every) * every
+
+
+def shortest(config: SubspaceConfig) -> int:
+    """The length of the shortest descent that the end of training allows, where any of the gradient is lost to it."""
+    return math.ceil(max(1, config.descent_steps // 4) / 2) if config.descent_steps else 0
+
+
+def too_short(config: SubspaceConfig) -> bool:
+    """Whether ``total_steps`` are over before any descent could be. A policy of the user's own may not mind.
+
+    Layers of which factors already hold everything need none: they may act from :func:`first_action` on.
+    """
+    if config.total_steps is None or config.policy is not None:
+        return False
+    return first_action(config) + shortest(config) > config.total_steps
+
+
 def too_late(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -> bool:
     """Whether a descent that begins after ``step`` would last beyond the end of training."""
     return config.total_steps is not None and ending(config, step, history) > config.total_steps

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from ..config import SubspaceConfig
 from ..records import Action, Decision, Event, LayerInfo, LayerState, PolicyInput, break_even_rank
-from .descent_schedule import ending
+from .descent_schedule import ending, too_short
 from .machine import LayerLife, Protection, Trigger
 from .policy import policy_of
 
@@ -155,12 +155,17 @@ class Lifecycle(Generic[L]):
         return requests
 
     def note_stall(self, step: int) -> None:
-        """Emit "stalled", with the blocking conditions, every ``stall_analyses`` analyses until a layer acts."""
+        """Emit "stalled", with the blocking conditions, every ``stall_analyses`` analyses until a layer acts.
+
+        Not where a warning at the start has said why none can (:mod:`svd_optim.tracking.hindrances`).
+        """
         every = self.config.stall_analyses
         if self.acted or not self.layers or self.config.mode != "auto" or self.analyses % every:
             return
         decided = {name: layer.decision for name, layer in self.layers.items() if layer.decision is not None}
         blockers = Counter(d.blocker.name if d.blocker else d.action.value for d in decided.values())
+        if blockers.keys() == {"base_supported"} or too_short(self.config):
+            return
         counts = ", ".join(f"{name} blocks {count}" for name, count in blockers.most_common())
         examples = "; ".join(f"{name}: {decision.reason}" for name, decision in list(decided.items())[:3])
         reason = f"{self.analyses} analyses and nothing ever acted: {counts} of {len(self.layers)} layers ({examples})"

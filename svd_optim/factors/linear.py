@@ -20,9 +20,10 @@ Derivatives of any order are those of this function. First ones are written out 
 :class:`_TangentLinear`; where autograd has to see more than that (``create_graph=True``, ``torch.func``,
 forward mode, a tracer) it gets the function itself, which takes twice the multiplications.
 
-To the rest of PyTorch it is an ordinary module: plain optimizers, ``deepcopy``, pickling, ``.to()`` and
-``torch.compile`` work (which gains nothing inside factors, and recompiles the model once for each switch). A parent
-that computes with ``layer.weight`` itself gets the product, formed at each access: right, not fast.
+To the rest of PyTorch it is an ordinary module: ``deepcopy``, pickling, ``.to()`` and ``torch.compile`` work (which
+gains nothing inside factors, and recompiles the model once for each switch), and plain optimizers where none of this
+library trains it. A parent that computes with ``layer.weight`` itself gets the product, formed at each access: right,
+not fast.
 """
 
 from __future__ import annotations

@@ -48,12 +48,13 @@ Pair = tuple[Tensor, Tensor]
 
 def unsupported_reason(state: Mapping[str, Any], weight: Tensor) -> str:
     """Why a parameter's optimizer state can't be transferred to factors; empty if it can."""
-    cannot = "which svd_optim can't move into factors"
+    cannot = "which svd_optim can't move into factors; wrap one that keeps moments only, as AdamW, Muon and SGD do"
     for key, value in state.items():
         if isinstance(value, Tensor):
             known = key in FIRST or key in SECOND
             if value.numel() > 1 and not (known and value.shape == weight.shape):
-                return f"the optimizer keeps {key!r} of shape {tuple(value.shape)}, {cannot}"
+                shape = "" if value.shape == weight.shape else " in another shape than the weight's"
+                return f"the optimizer keeps {key!r}{shape}, {cannot}"
             if value.numel() > 1 and not (type(value) is Tensor and value.is_floating_point()):
                 form = f"{type(value).__name__} of {value.dtype}"
                 return f"the optimizer keeps {key!r} as {form}, {cannot}"
@@ -70,9 +71,12 @@ def hidden_state(base: torch.optim.Optimizer) -> str:
     for name, value in vars(base).items():
         if isinstance(value, torch.optim.Optimizer):
             if value.state is not base.state:
-                return f"{type(base).__name__} is around a {type(value).__name__} with a state of its own"
+                return (
+                    f"{type(base).__name__} is around a {type(value).__name__} with a state of its own; wrap that one"
+                )
         elif name not in ("param_groups", "state", "defaults") and _holds_matrices(value):
-            return f"{type(base).__name__} keeps matrices in {name!r}, beside its state, which svd_optim can't move"
+            where = f"{type(base).__name__} keeps matrices in {name!r}, beside its state"
+            return f"{where}, which svd_optim can't move; wrap an optimizer that keeps all in its state"
     return ""
 
 

@@ -53,7 +53,7 @@ def unsupported_reason(base: Optimizer, group: Mapping[str, Any]) -> str:
     """Why the kind of weight decay prevents factorizing the layers of a param group; empty if it does not."""
     decay = decay_of(base, group)
     if decay == "other":
-        return f"a step of {type(base).__name__} depends on the weight by more than its decay"
+        return f"a step of {type(base).__name__} depends on the weight by more than its decay; wrap another optimizer"
     if decay == "unknown" and _decays(group):
         remedy = "say it in the param group: decoupled_weight_decay=True or False"
         return f"how {type(base).__name__} decays weights could not be measured; {remedy}"

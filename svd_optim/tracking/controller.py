@@ -21,6 +21,7 @@ from ..records.progress import tracked
 from . import budget, measuring, refreshing
 from .descent import descend_, exact_bases, keep_bases, moved
 from .guards import check_loss, guard_changes, tripped
+from .hindrances import warn_of_hindrances, warn_of_missing_loss
 from .layer import TrackedLayer
 from .protecting import protect, release
 from .run import NO_GROUP, TrackedRun
@@ -53,6 +54,8 @@ class Controller(TrackedRun):
                 self.attachment.adopt(layer, found.module, self.steps)
         budget.follow_plan_(self.layers, self.config, self.steps)
         self.skipped = [*selection.skipped, *self.given_up.values()]
+        if not self.steps:
+            warn_of_hindrances(self)
 
     # ---- every step ----------------------------------------------------------------------------------
 
@@ -125,6 +128,8 @@ class Controller(TrackedRun):
             ended = descend_(layers, self.steps, self.config.analyze_every, self.moves)
         for portion in self._portions(ended):
             self._conclude_descents(portion)
+        if self.steps == 1:  # what a base optimizer keeps for a weight is known now
+            warn_of_hindrances(self)
         with self.journal.clock("refresh"):
             refreshing.refresh(self._eligible_for_refresh(), self.steps, self.config)
         if self.steps % self.interval == 0:
@@ -178,6 +183,7 @@ class Controller(TrackedRun):
 
     def analyze(self) -> None:
         """Compute the metrics, decide, act, notify the listeners."""
+        warn_of_hindrances(self)
         boundary = self.lifecycle.begin_analysis(self.steps)
         with self.journal.clock("refresh"):
             metrics = refreshing.analyze(self.layers.values(), self.steps, self.config)
@@ -188,6 +194,7 @@ class Controller(TrackedRun):
             self._revert(risen)
             if boundary:
                 self._act()
+            warn_of_missing_loss(self)
         if boundary or self.steps < self.config.warmup_steps:
             budget.revise_ranks_(self.layers, self.config, self.steps)
         self.lifecycle.note_stall(self.steps)
@@ -250,10 +257,12 @@ class Controller(TrackedRun):
     def _revert(self, risen: Condition | None) -> None:
         """Layers that trip a guard become dense again at once, not at a cohort boundary; descents are canceled."""
         trips = tripped(list(self.layers.values()), risen, self.config)
+        kept = {layer.name: layer.bound for layer, _ in trips if layer.factorized and layer.bound}
         for layer, trip in trips:
-            reason = f"{trip.reason}; it stays in factors, which have {layer.bound}" if layer.bound else trip.reason
+            bound = kept.get(layer.name)
+            reason = f"{trip.reason}; it stays in factors, which have {bound}" if bound else trip.reason
             self.lifecycle.note(self.steps, layer.name, trip.kind, reason, trip.numbers)
-        trips = [(layer, trip) for layer, trip in trips if not layer.bound]
+        trips = [(layer, trip) for layer, trip in trips if layer.name not in kept]
         merge = {layer.name: trip.trigger for layer, trip in trips if layer.factorized}
         for layer, trip in trips:
             if not layer.factorized:

@@ -45,6 +45,7 @@ class LossGuard:
         self._pending: deque[Tensor] = deque(maxlen=PENDING)
         self.windows: deque[LossWindow] = deque(maxlen=REFERENCE)  # before the last change
         self.since: deque[LossWindow] | None = None  # after it; None: nothing to guard
+        self.told = False  # whether there ever was a loss in this process, usable or not
         self.lost = 0  # consecutive losses that were not finite; fewer than LEAST are tolerated
 
     @staticmethod

@@ -26,12 +26,15 @@ def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[T
 
     Raises:
         RuntimeError: in observe mode, or factors that should have been loaded are missing.
+        TypeError: ``layers`` are not names.
         ValueError: a name or glob matches no layer.
     """
     if run.config.mode == "observe":
         raise RuntimeError(f"{method}: mode='observe' changes nothing; use mode='manual' or 'auto'")
     require_found(run)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{method}: layers must be a name or glob, several of them, or 'all', got {layers!r}")
     matched: dict[str, TrackedLayer] = {}
     for pattern in patterns:
         matches = [n for n in run.layers if pattern == "all" or n == pattern or fnmatchcase(n, pattern)]

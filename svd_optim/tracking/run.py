@@ -47,6 +47,8 @@ class TrackedRun:
         self.guard = LossGuard()
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
+        self.warned = False  # of what keeps it from acting, in this process
+        self.unguarded = 0  # analyses in this process at which the loss guard had changes to judge, and no loss ever
         self.reevaluates = isinstance(base, torch.optim.LBFGS)  # calls its closure repeatedly within a step
 
     @property
@@ -77,9 +79,14 @@ class TrackedRun:
         Where some tracked layers maximize it and others minimize it, nobody can say which way is worse: then it is
         not guarded.
         """
+        if not self.guard.is_loss(loss):
+            return False
+        self.guard.told = True
         tracked = {layer.weight for layer in self.layers.values()}
         ways = {bool(g.get("maximize")) for g in self.base.param_groups if any(p in tracked for p in g["params"])}
-        return self.guard.observe(loss, maximize=True in ways) if len(ways) == 1 else self.guard.is_loss(loss)
+        if len(ways) == 1:
+            self.guard.observe(loss, maximize=True in ways)
+        return True
 
     def has_gradients(self) -> bool:
         """Whether any tracked layer has a gradient."""
@@ -107,19 +114,20 @@ class TrackedRun:
         return {name: reason for name, reason in reasons.items() if reason}
 
     def unsupported_run(self) -> str:
-        """Why no layer at all can be factorized; empty if some can."""
+        """Why no layer can be factorized in this run, whatever it is; empty if one may be."""
         if self.reevaluates:
-            return f"{type(self.base).__name__} re-evaluates its closure within a step"
+            return f"{type(self.base).__name__} re-evaluates its closure within a step; wrap another optimizer"
         if world_size() > 1:  # ranks would not switch at the same step
-            return "factorizing in a distributed run is not supported yet"
+            return "factorizing in a distributed run is not supported yet; train in one process"
         return moments.hidden_state(self.base)
 
     def _unsupported_layer(self, layer: TrackedLayer, group: dict[str, Any] | None) -> str:
         if group is None:
             return NO_GROUP
         if layer.bound and not layer.factorized:
-            shared = "its weight is in memory shared with other processes, which would go on with it"
-            return "its weight has hooks, which factors would not have" if layer.bound == "hooks" else shared
+            if layer.bound == "hooks":
+                return "its weight has hooks, which factors would not have; remove them"
+            return "its weight is in memory shared with other processes, which would go on with it"
         state = self.base.state.get(layer.weight) or {}
         if not state and self.steps == 0 and not isinstance(self.base, moments.SUPPORTED):
             return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"

@@ -165,7 +165,8 @@ class BaseCall:
         """The step without hooks. Returns the loss if there is a closure, else what the base optimizer returns."""
         self.base._opt_called = True  # type: ignore[attr-defined]  # checked by schedulers built on the base
         loss = self.evaluate() if self._closure is not None and not self._takes_closure else None
-        with self._step.controller.journal.clock("base"):
+        controller = self._step.controller
+        with controller.journal.clock("base"), controller.attachment.stepping():
             result = self._step_base()
         return result if self._closure is None or self._takes_closure else loss
 

@@ -1,0 +1,74 @@
+"""What keeps mode "auto" from acting at all: one warning per run and process, as soon as that is known.
+
+It is not saved, so a resumed run may warn once more; modes that act on request only never do. Where a layer is in
+factors already, mode "auto" can still act on it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ..decisions.descent_schedule import first_action, shortest, too_short
+from ..distributed import is_main_process
+from ..records import clean
+from .run import TrackedRun
+
+logger = logging.getLogger(__name__)
+
+MOST = 3  # reasons of layers that are listed
+
+
+def warn_of_hindrances(run: TrackedRun) -> None:
+    """Warn if no layer can be factorized: all the causes in one text, each with its way out."""
+    if run.config.mode != "auto" or run.warned:
+        return
+    if not run.layers or any(layer.factorized for layer in run.layers.values()):
+        return
+    causes, what, total = _unsupported(run), "any layer", run.config.total_steps
+    if total is not None and too_short(run.config):
+        first, least = first_action(run.config), shortest(run.config)
+        if not causes and first <= total:
+            what = "any layer that has to descend"
+        causes.append(
+            f"total_steps={total}, but the first descent can begin at step {first} and takes at least "
+            f"{least} steps; lower warmup_steps, patience, analyze_every, cohort_steps or descent_steps"
+        )
+    if causes:
+        listed = causes[0] if len(causes) == 1 else "; ".join(f"({i}) {cause}" for i, cause in enumerate(causes, 1))
+        _warn(run, f"mode='auto' can't factorize {what}: {listed}")
+
+
+def _unsupported(run: TrackedRun) -> list[str]:
+    """Why the base optimizer, or the run, lets no layer go into factors; empty if one may."""
+    if reason := run.unsupported_run():
+        return [reason]
+    trained = [layer for layer in run.layers.values() if layer.weight.requires_grad]  # others wait
+    reasons = run.unsupported(trained) if run.steps else {}  # not all is known of a base optimizer before its first
+    if len(reasons) < len(trained):
+        return []
+    causes = list(dict.fromkeys(reasons.values()))
+    return causes if len(causes) <= MOST else [*causes[:MOST], f"{len(causes) - MOST} more, see why()"]
+
+
+def warn_of_missing_loss(run: TrackedRun) -> None:
+    """At an analysis: warn if layers change, and the loss guard has no loss to judge that by.
+
+    Not at the first such analysis: the loss of a step may be told after it.
+    """
+    since = [layer.guarded_since for layer in run.layers.values() if layer.guarded_since is not None]
+    if not since or run.guard.told or run.warned:
+        return
+    run.unguarded += 1
+    if run.unguarded > 1:
+        _warn(
+            run,
+            f"layers change since step {min(since)}, and the loss guard, which reverts what raises the training loss, "
+            f"was never told one: give step a closure that returns it, or call observe_loss(loss) once per step; "
+            f"guard_steps=0 is without a guard",
+        )
+
+
+def _warn(run: TrackedRun, text: str) -> None:
+    run.warned = True
+    if is_main_process():
+        logger.warning("%s", clean(text))
