@@ -272,6 +272,13 @@ def low_rank_(layer: nn.Linear, rank: int, noise: float = 0.0, seed: int = 0) ->
 # ---- what is tried when time is short --------------------------------------------------------------
 
 
+def pretend_processes(monkeypatch: pytest.MonkeyPatch, count: int = 2, rank: int = 0) -> None:
+    """As in one of several processes, without the others."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: count > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: count)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+
 def slow_except(*fast: Any, of: Iterable[Any]) -> list[Any]:
     """The values of a parameter, all of which but these are marked slow."""
     slow = pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BASES, factorized, loss_of, low_rank_, make, net, quick, slow_except, train
+from helpers import BASES, factorized, loss_of, low_rank_, make, net, pretend_processes, quick, slow_except, train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -51,15 +51,10 @@ def everything_is_heard(caplog: Log) -> None:
     caplog.set_level(logging.WARNING, "svd_optim")
 
 
-def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-
-
 def test_what_is_known_at_the_start_is_said_there_once_and_all_of_it(
     caplog: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two_processes(monkeypatch)
+    pretend_processes(monkeypatch)
     model, optimizer = make("sgd", quick(total_steps=24, stall_analyses=2))
     [message] = caplog.messages
     assert "mode='auto' can't factorize any layer: (1) factorizing in a distributed run" in message
@@ -89,18 +84,17 @@ def test_an_optimizer_that_is_not_understood_is_said_after_its_first_step(base: 
 def test_modes_that_do_not_act_by_themselves_say_nothing(
     mode: str, caplog: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two_processes(monkeypatch)
+    pretend_processes(monkeypatch)
     model, optimizer = make("sgd", quick(mode=mode, total_steps=24))
     train(model, optimizer, 50)
     assert not caplog.messages
 
 
 def test_of_several_processes_the_first_one_says_it(caplog: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    two_processes(monkeypatch)
-    monkeypatch.setenv("RANK", "1")
+    pretend_processes(monkeypatch, rank=1)
     make("sgd")
     assert not caplog.messages
-    monkeypatch.setenv("RANK", "0")
+    pretend_processes(monkeypatch, rank=0)
     make("sgd")
     assert len(caplog.messages) == 1
 
@@ -134,7 +128,7 @@ def test_where_a_layer_is_in_factors_already_nothing_is_said(caplog: Log) -> Non
 def test_where_no_layer_is_tracked_there_is_the_one_warning_of_that(
     caplog: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two_processes(monkeypatch)
+    pretend_processes(monkeypatch)
     model, optimizer = make("sgd", quick(include=("nothing",), total_steps=5))
     train(model, optimizer, 12)
     assert len(caplog.messages) == 1 and "no layer to track" in caplog.messages[0]

@@ -23,6 +23,7 @@ from helpers import (
     make,
     manual,
     net,
+    pretend_processes,
     quick,
     same_bits,
     slow_except,
@@ -625,8 +626,7 @@ def test_unknown_state_cannot_slip_in_before_the_first_step(base: str) -> None:
 
 
 def test_a_distributed_run_is_measured_never_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    pretend_processes(monkeypatch)
     model, optimizer = make("sgd", quick())
     train(model, optimizer, 120)
     assert factorized(model) == []
