@@ -231,6 +231,13 @@ class SubspaceConfig:
     """``"stability"`` factorizes layers whose drift is small and whose capture is at least ``capture_safe``;
     ``"alignment"`` is the rule of the Phase 1 experiment (``minor_safe`` and ``drift_stable``)."""
 
+    metric: Literal["loss", "weight"] = "weight"
+    """What directions of a weight are kept. ``"weight"``: its leading singular directions. ``"loss"``: those that the
+    loss needs, by samples of the layer's inputs and gradients (:mod:`svd_optim.linalg.loss_metric`), which are taken
+    once in each interval and take two to three times the memory of the weight while it is dense; not in mode
+    ``"observe"``. Truncated at once, with ``factorize_``, that costs a small part of the other. For descents it is not
+    the default, as those of whole runs ended no better yet."""
+
     policy: Policy | None = None
     """Replaces the rules: an object with ``decide(layer, state, history, thresholds) -> Decision``, see
     :class:`Policy`."""
@@ -326,6 +333,7 @@ class SubspaceConfig:
     def __post_init__(self) -> None:
         name = "SubspaceConfig"
         _choice(name, "mode", self.mode, ("auto", "manual", "observe"))
+        _choice(name, "metric", self.metric, ("loss", "weight"))
         _choice(name, "rule", self.rule, ("stability", "alignment"))
         _choice(name, "on_danger", self.on_danger, ("alert", "protect"))
         if self.policy is not None and not callable(getattr(self.policy, "decide", None)):

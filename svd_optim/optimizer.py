@@ -147,6 +147,7 @@ class SubspaceAwareOptimizer(Optimizer):
             if layer.factorized:
                 attachment.attach(layer, self.steps)
         attachment.detach_after(self)
+        weakref.finalize(self, self._controller.taps.remove).atexit = False
 
     # ---- the interface of Optimizer ------------------------------------------------------------------
 
@@ -192,8 +193,9 @@ class SubspaceAwareOptimizer(Optimizer):
         self._track_layers(first=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and the sketches of factorized layers with them."""
+        """Reset the gradients, and with them the sketches of factorized layers and what was sampled of dense ones."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self._controller.taps.clear()
         self._controller.attachment.drop_sketches(list(self.layers.values()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,13 +283,19 @@ class SubspaceAwareOptimizer(Optimizer):
         self._controller.journal.raise_deferred()  # of listeners
         return names
 
-    def factorize_(self, layers: str | Iterable[str] = "all", rank: int | None = None) -> list[str]:
+    def factorize_(
+        self, layers: str | Iterable[str] = "all", rank: int | None = None, *, max_loss_increase: float | None = None
+    ) -> list[str]:
         """Factorize layers now, whatever the policy decides: by truncation, without a descent.
 
         Args:
             layers: names or globs, or ``"all"``; layers that are already factorized stay as they are.
             rank: replaces the layers' target ranks. It must be large enough for the block of a protected layer, which
                 is preserved.
+            max_loss_increase: the lowest ranks in all that are predicted to raise the loss by no more than this share
+                of it: a last line of a training script. Layers where no rank below break-even does, or whose state
+                can't be moved, stay dense. Predicted as of a likelihood, such as cross-entropy, averaged over all
+                positions (:mod:`svd_optim.linalg.loss_metric`).
 
         Returns:
             The names of the layers that were factorized.
@@ -296,9 +304,10 @@ class SubspaceAwareOptimizer(Optimizer):
             RuntimeError: in observe mode, or the base optimizer's state can't be moved into factors.
             TypeError: ``rank`` is not an integer, or ``layers`` are not names.
             ValueError: no layer matches, a rank is out of range, not below break-even or too low for a protected
-                block, or a weight contains NaN or Inf. Nothing was changed.
+                block, a weight contains NaN or Inf, or ``max_loss_increase`` is given before a loss was told or the
+                layers were sampled. Nothing was changed.
         """
-        return self._when_told(manual.factorize(self._controller, layers, rank))
+        return self._when_told(manual.factorize(self._controller, layers, rank, max_loss_increase))
 
     def merge_(self, layers: str | Iterable[str] = "all") -> list[str]:
         """Make factorized layers dense again now, with their moments; a descent in progress is canceled.

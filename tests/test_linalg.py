@@ -15,6 +15,7 @@ from svd_optim.linalg import (
     OVERSAMPLING,
     Basis,
     GradientEnergies,
+    Projectors,
     alignments,
     chance_corrected,
     complement,
@@ -620,7 +621,7 @@ def test_fading_scales_the_minor_block_and_touches_nothing_else(
     m, n, k = shape
     W, U, V = random(seed, m, n) * scale, orthonormal(seed + 1, m, k), orthonormal(seed + 2, n, k)
     before = blocks(W, U, V)
-    fade_minor_(W, U, V, share)
+    fade_minor_(W, Projectors.orthogonal(U, V), share)
     after = blocks(W, U, V)
     size = float(torch.linalg.vector_norm(sum(before.values())))
     for name, block in before.items():
@@ -633,14 +634,14 @@ def test_fading_by_one_over_the_steps_left_is_even_and_ends_at_zero() -> None:
     start = float(torch.linalg.vector_norm(blocks(W, U, V)["minor"]))
     steps = 20
     for left in range(steps, 0, -1):
-        fade_minor_(W, U, V, 1 / left)
+        fade_minor_(W, Projectors.orthogonal(U, V), 1 / left)
         size = float(torch.linalg.vector_norm(blocks(W, U, V)["minor"]))
         assert math.isclose(size, start * (left - 1) / steps, abs_tol=1e-5 * start)
 
 
 def test_the_rank_after_a_fade_is_at_most_twice_k() -> None:
     W, U, V = random(0, 30, 25), orthonormal(1, 30, 4), orthonormal(2, 25, 4)
-    fade_minor_(W, U, V, 1.0)
+    fade_minor_(W, Projectors.orthogonal(U, V), 1.0)
     S = torch.linalg.svdvals(W.double())
     assert float(S[8] / S[0]) < 1e-5 < 0.1 < float(S[7] / S[0])
 

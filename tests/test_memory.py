@@ -181,5 +181,5 @@ def test_descents_that_end_together_need_a_portion_of_bases(monkeypatch: pytest.
 
 
 def test_fading_needs_two_temporaries_of_the_size_of_a_weight() -> None:
-    W, U, V = torch.randn(300, 200), torch.randn(300, 4), torch.randn(200, 4)
-    assert peak_of(lambda: linalg.fade_minor_(W, U, V, 0.1)) < 2.1 * size([W])
+    W, P = torch.randn(300, 200), linalg.Projectors.orthogonal(torch.randn(300, 4), torch.randn(200, 4))
+    assert peak_of(lambda: linalg.fade_minor_(W, P, 0.1)) < 2.1 * size([W])

@@ -203,6 +203,7 @@ def test_decision_column_names_what_keeps_a_layer_out(
 
 def planned(name: str = "a", rank: int | None = 16, **values: object) -> PlannedLayer:
     defaults = {"shape": (128, 512), "state": LayerState.DENSE, "fixed": "", "missed": 0.21234}
+    defaults |= {"predicted_increase": 0.0 if rank is None else 0.012345}
     return PlannedLayer(name=name, rank=rank, **(defaults | values))
 
 
@@ -218,14 +219,15 @@ def test_the_plan_table_holds_every_name_and_value(width: int) -> None:
     layers[2] = planned(GPT[2], 40, state=state, fixed="descending", missed=math.nan)
     lines = show(plan_table(plan(*layers), width), width)
     assert lines[0] == "step 1200 · plan: budget 50.0%"
-    assert row(lines, "layer") == ["layer", "shape", "state", "rank", "share", "missed", "fixed"]
+    assert row(lines, "layer") == ["layer", "shape", "state", "rank", "share", "missed", "loss", "fixed"]
     rows = [line.split() for line in lines if line.startswith("blocks.")]
     assert [r[0] for r in rows] == GPT  # whole, and in model order
-    assert rows[0][1:] == ["128x512", "dense", "16", f"{16 * 641 / 128 / 512:.1%}", "0.212"]
-    assert rows[1][1:] == ["128x512", "dense", "dense", "100.0%", "0"]
+    assert rows[0][1:] == ["128x512", "dense", "16", f"{16 * 641 / 128 / 512:.1%}", "0.212", "0.012"]
+    assert rows[1][1:] == ["128x512", "dense", "dense", "100.0%", "0", "0"]
     short = "descending" if width == 140 else "desc"
-    assert rows[2][1:] == ["128x512", short, "40", f"{40 * 641 / 128 / 512:.1%}", "nan", "descending"]
+    assert rows[2][1:] == ["128x512", short, "40", f"{40 * 641 / 128 / 512:.1%}", "nan", "0.012", "descending"]
     assert any("share: of its parameters" in line for line in lines)
+    assert f"all of it at once would raise the loss by {0.012345 * (len(GPT) - 1):.2g}" in " ".join(lines)
 
 
 @pytest.mark.parametrize("width", [80, 140])

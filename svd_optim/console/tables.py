@@ -263,9 +263,13 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
         Strip("rank", ["dense" if row.rank is None else str(row.rank) for row in rows], 4),
         Strip("share", [f"{row.parameters / max(1, row.parameters_dense):.1%}" for row in rows], 3),
         Strip("missed", [number(row.missed) for row in rows], 2),
+        Strip("loss", [number(row.predicted_increase) for row in rows], 2),
         Strip("fixed", [shorten(clean(row.fixed), 22, 21) for row in rows], ALWAYS, left=True),
     ]  # fmt: skip
-    caption = Text("share: of its parameters  missed: of the gradient's energy, expected", style="dim")
+    legend = "share: of its parameters  missed: of the gradient's energy, expected"
+    caption = Text(f"{legend}  loss: increase if truncated at once, predicted", style="dim")
+    if plan.predicted_increase is not None:
+        caption.append(f"\nall of it at once would raise the loss by {plan.predicted_increase:.2g}", style="not dim")
     kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
     target = "a rank or energy for each layer" if plan.budget is None else f"budget {plan.budget:.1%}"
     caption.append(f"\n{kept} ({target})", style="not dim")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,7 +31,8 @@ from ..records import break_even_rank, largest_useful_rank, parameter_count
 
 QUANTUM = 8  # ranks of large layers are multiples of it: faster kernels, and plans that change less often
 TRUST = 0.25  # weight of the measured capture in the damage
-FLOOR = 0.9  # no layer gets less than this share of its rank in a uniform plan
+FLOOR = 0.9  # no layer gets less than this share of its rank in a uniform plan,
+LOWEST = 0.5  # or less than this where the loss says so
 
 
 class Choice(NamedTuple):
@@ -48,6 +49,7 @@ class Candidate:
 
     name: str
     shape: tuple[int, int]
+    increases: Sequence[float] = ()  # predicted increase of the loss at ranks 1, 2, ...; empty: not known
     capture: Sequence[float] = ()  # measured tangent captures at ranks 1, 2, ...; empty: as of a random gradient
 
 
@@ -81,6 +83,8 @@ def missed(candidate: Candidate, k: int) -> float:
 
 
 def _damage(candidate: Candidate, k: int) -> float:
+    if candidate.increases:
+        return candidate.increases[k - 1]
     m, n = candidate.shape
     chance = (1 - k / m) * (1 - k / n)  # fraction missed of an isotropic gradient
     excess = max(0.0, 1.0 - missed(candidate, k) / chance) if chance > 0 else 0.0
@@ -92,10 +96,22 @@ def _choices(candidate: Candidate, share: float) -> list[Choice]:
     m, n = candidate.shape
     even = share * break_even_rank(m, n)
     step = min(quantum(m, n), max(1, math.floor(even / 2)))  # so that rounding does not lose a small share
-    least = max(1, math.floor(FLOOR * even / step) * step)
-    ranks = [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0]
+    floor = LOWEST if candidate.increases else FLOOR
+    least = max(1, math.floor(floor * even / step) * step)
+    return _at(candidate, [k for k in range(least, largest_useful_rank(m, n) + 1) if k == least or k % step == 0])
+
+
+def _at(candidate: Candidate, ranks: Iterable[int]) -> list[Choice]:
+    """These ranks and dense."""
+    m, n = candidate.shape
     choices = [Choice(k, parameter_count(m, n, k), _damage(candidate, k)) for k in ranks]
     return [*choices, Choice(None, parameter_count(m, n, None), 0.0)]
+
+
+def _all_choices(candidate: Candidate) -> list[Choice]:
+    """All multiples of the quantum, and dense."""
+    step = quantum(*candidate.shape)
+    return _at(candidate, range(step, largest_useful_rank(*candidate.shape) + 1, step))
 
 
 def _lower_hull(choices: Sequence[Choice]) -> list[Choice]:
@@ -126,6 +142,8 @@ def allocate(candidates: Sequence[Candidate], parameters: float, share: float) -
     Returns:
         The rank of each candidate by name. The minimum ranks may exceed ``parameters``.
     """
+    if not all(c.increases for c in candidates):  # damages of one kind only can be compared
+        candidates = [replace(c, increases=()) for c in candidates]
     choices = {c.name: _choices(c, share) for c in candidates}
     factors = {name: options[:-1] or options for name, options in choices.items()}
     even = {}
@@ -167,6 +185,24 @@ def _spend_remainder_(chosen: dict[str, Choice], choices: Mapping[str, Sequence[
             best = min(better, key=lambda c: c.damage)
             left -= best.cost - chosen[name].cost
             chosen[name] = best
+
+
+def cheapest(candidates: Sequence[Candidate], damage: float) -> dict[str, int | None]:
+    """Ranks with as few parameters as go with a total ``damage``, by name (``None``: stays dense).
+
+    Down the layers' hulls from dense, always by the step that costs least per parameter.
+    """
+    chosen: dict[str, int | None] = {c.name: None for c in candidates}
+    steps = [
+        (_saving(cheap, expensive), c.name, cheap, cheap.damage - expensive.damage)
+        for c in candidates
+        for cheap, expensive in pairwise(_lower_hull(_all_choices(c)))
+    ]
+    for _, name, choice, extra in sorted(steps, key=lambda step: step[:2]):
+        if extra > damage:
+            break
+        chosen[name], damage = choice.rank, damage - extra
+    return chosen
 
 
 def planned_cost(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int | None]) -> int:

@@ -104,7 +104,7 @@ class _TangentLinear(torch.autograd.Function):
         return dx, G_K, None, G_L, G_sketch, None
 
 
-def _function_is_opaque() -> bool:
+def function_is_opaque() -> bool:
     """Whether something is at work that can't look into a custom Function: torch.func, forward mode or a tracer."""
     # For the first two torch has no public question.
     return _is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -182,7 +182,7 @@ class FactorizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """U diag(S) V^T, (out_features, in_features), formed anew at each access; read-only."""
-        opaque = _function_is_opaque()
+        opaque = function_is_opaque()
         if self._takes_tangent(opaque):
             W = _Tangent.of(*self._tangent_factors(self.U.dtype)).weight()
         else:
@@ -272,7 +272,7 @@ class FactorizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        bias, opaque = self.bias, _function_is_opaque()
+        bias, opaque = self.bias, function_is_opaque()
         if not self._takes_tangent(opaque):
             y = F.linear(F.linear(x, self.V.mT) * self._scales, self.U)
         else:

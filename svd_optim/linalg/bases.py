@@ -146,11 +146,3 @@ def reconstruction_error(S: Tensor, total: Tensor) -> Tensor:
     """
     retained = S.double().square().sum(-1)
     return (1.0 - retained / total).clamp(min=0.0).sqrt()
-
-
-def fade_minor_(W: Tensor, U: Tensor, V: Tensor, share: float | Tensor) -> None:
-    """W <- W - share (I - U U^T) W (I - V V^T), in place: one step of a descent. W (m, n), U (m, k), V (n, k)."""
-    A = U.mT @ W  # (k, n)
-    B = W @ V - U @ (A @ V)  # (m, k) = (I - U U^T) W V
-    minor = torch.sub(W, U @ A)  # in place from here on: a second temporary of this size at most
-    W.sub_(minor.sub_(B @ V.mT).mul_(share))

@@ -108,6 +108,7 @@ class LayerMetrics:
     effective_rank: int | None = None  # components for 95 % of ||W||_F^2, if at most k
     exact_rank: int | None = None  # rank at which the truncation is accurate to reconstruction_safe, if at most k
     skew: float | None = None  # factorized: the larger of ||U^T U - I||_F and ||V^T V - I||_F
+    predicted_increase: float | None = None  # of the loss, by truncation to rank k at once, in its units
     nonfinite: int = 0  # gradients since the last analysis that contained NaN or Inf
 
     @property

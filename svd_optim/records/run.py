@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self, SupportsIndex, TypeVar, overload
@@ -102,6 +103,7 @@ class PlannedLayer:
     rank: int | None  # None: stays dense
     fixed: str  # why its rank is not free ("explicit", "descending", "factorized", ...); empty if it is
     missed: float  # expected fraction of ||G||^2 outside the tangent space at this rank
+    predicted_increase: float | None = None  # of the loss, by truncation at once, in its units; None: not known
 
     @property
     def parameters_dense(self) -> int:
@@ -131,6 +133,12 @@ class Plan(Renderable):
     def parameters(self) -> int:
         """Parameters that the plan keeps."""
         return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def predicted_increase(self) -> float | None:
+        """Of the loss, if all layers were truncated at once, in its units; ``None``: not known of all of them."""
+        known = [layer.predicted_increase for layer in self.layers if layer.predicted_increase is not None]
+        return max(0.0, math.fsum(known)) if known and len(known) == len(self.layers) else None
 
     @property
     def room(self) -> float:

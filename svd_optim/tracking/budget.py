@@ -14,6 +14,7 @@ from ..records import LayerState, Plan, PlannedLayer, break_even_rank, parameter
 from .layer import TrackedLayer
 from .refreshing import RANK_HYSTERESIS, update_energy_ranks_
 
+BISECTIONS = 20
 PLAN_HYSTERESIS = 0.25  # relative change below which a plan after warmup keeps a rank, and so its decision window
 
 
@@ -46,7 +47,8 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
     share = 1.0 if budget is None else budget  # without one all layers are fixed: each has its own target
     fixed = {name: entry for name, layer in layers.items() if (entry := _fixed(layer, step)) is not None}
     candidates = {
-        name: planner.Candidate(name=name, shape=layer.shape, capture=layer.capture) for name, layer in layers.items()
+        name: planner.Candidate(name=name, shape=layer.shape, capture=layer.capture, increases=layer.increases)
+        for name, layer in layers.items()
     }
     shapes = {name: layer.shape for name, layer in layers.items()}
     total = sum(m * n for m, n in shapes.values())
@@ -59,8 +61,40 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
         if name not in fixed and rank is not None and abs(rank - layer.rank) <= hysteresis * layer.rank:
             rank = min(rank, layer.rank)
         missed = 0.0 if rank is None else planner.missed(candidates[name], rank)
-        rows.append(PlannedLayer(name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed))
+        rows.append(
+            PlannedLayer(
+                name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed,
+                predicted_increase=predicted_increase(layer, rank),
+            )
+        )  # fmt: skip
     return Plan(step=step, budget=budget, layers=tuple(rows))
+
+
+def predicted_increase(layer: TrackedLayer, rank: int | None) -> float | None:
+    """Of the loss, by truncation to ``rank`` at once (``None``: by none), in its units; ``None``: not known."""
+    if rank is None or layer.factorized:
+        return 0.0
+    return layer.slopes[rank - 1] + layer.increases[rank - 1] if rank <= len(layer.increases) else None
+
+
+def ranks_within(layers: Sequence[TrackedLayer], increase: float) -> dict[str, int | None]:
+    """Ranks with the fewest parameters whose predicted increases are ``increase`` in all, by name (``None``: dense).
+
+    Layers are chosen between by the part of second order; that of first order only counts in the sum of all of them.
+    """
+    candidates = [planner.Candidate(name=x.name, shape=x.shape, increases=x.increases) for x in layers]
+
+    def found(allowed: float) -> tuple[dict[str, int | None], float]:
+        ranks = planner.cheapest(candidates, allowed)
+        return ranks, sum(predicted_increase(x, ranks[x.name]) or 0.0 for x in layers)
+
+    low, high = 0.0, increase
+    if found(high)[1] <= increase:
+        return found(high)[0]
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if found(middle)[1] <= increase else (low, middle)
+    return found(low)[0]
 
 
 def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:

@@ -18,8 +18,8 @@ from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_
 from ..linalg.fallback import IN_A_ROW
 from ..records import Action, Condition, Decision, LayerState, Plan
 from ..records.progress import tracked
-from . import budget, measuring, refreshing
-from .descent import descend_, exact_bases, keep_bases, moved
+from . import budget, loss_metric, measuring, refreshing
+from .descent import descend_, keep_bases, moved, truncations
 from .guards import check_loss, guard_changes, tripped
 from .hindrances import warn_of_hindrances, warn_of_missing_loss
 from .layer import TrackedLayer
@@ -56,6 +56,7 @@ class Controller(TrackedRun):
         self.skipped = [*selection.skipped, *self.given_up.values()]
         if not self.steps:
             warn_of_hindrances(self)
+            self.place_taps()
 
     # ---- every step ----------------------------------------------------------------------------------
 
@@ -67,15 +68,24 @@ class Controller(TrackedRun):
     def measure(self) -> None:
         """Measure the gradients at the eligible steps, before the base optimizer can modify them."""
         step = self.steps + 1
-        eligible = step % (self.config.measure_every * self.overhead.stretch) == 0 or step % self.interval == 0
         with self.journal.clock("measure"):
             layers = self._with_gradients()
             new = [layer for layer in layers if layer.cached is None and not layer.factorized]
             with self.journal.hold_events(), tracked(new, "first bases") as each:
                 for layer in each:
                     self._find_basis(layer, step)
-            if eligible:
+            if self.measures(step):
                 measuring.measure(layer for layer in layers if layer.cached is not None or layer.factorized)
+            if self.samples(step):
+                self._collect(layers)
+
+    def _collect(self, layers: Iterable[TrackedLayer]) -> None:
+        for layer in layers:
+            tap = self.taps.get(layer)
+            if tap is not None:
+                loss_metric.collect(layer, tap)
+            else:
+                loss_metric.refresh(layer)
 
     def _with_gradients(self) -> list[TrackedLayer]:
         for layer in list(self.layers.values()):
@@ -138,6 +148,8 @@ class Controller(TrackedRun):
             finally:  # also when a policy has raised
                 self.attachment.renew_sketches(list(self.layers.values()), self.steps)
         self._warn_of_failures()
+        self.taps.remove()
+        self.place_taps()
 
     def _eligible_for_refresh(self) -> list[TrackedLayer]:
         """An equal share of the layers on the step before each measured one, so that no step does all of the work.
@@ -162,7 +174,7 @@ class Controller(TrackedRun):
     def _conclude_descents(self, ended: list[TrackedLayer]) -> None:
         """Install the factors of layers whose descent is exact; extend or fail the descents of the others."""
         with self.journal.clock("descend"):
-            bases, errors = exact_bases(ended)
+            bases, errors = truncations(ended)
         outcomes = {layer.name: self.lifecycle.descent_outcome(layer, errors[layer.name]) for layer in ended}
         for layer in ended:
             if outcomes[layer.name] == Trigger.DESCENT_EXTENDED:
@@ -307,7 +319,7 @@ class Controller(TrackedRun):
 
     def _switch(self, factorize: list[TrackedLayer], merge: Mapping[str, Trigger], ranks: Mapping[str, int]) -> None:
         """What was decided, but for layers that can't be decomposed."""
-        bases, errors = exact_bases(factorize)
+        bases, errors = truncations(factorize)
         bases = {name: basis for name, basis in bases.items() if errors[name] != float("inf")}
         switch(self, Changes("decided", bases, errors, merge=merge, ranks=ranks))
 

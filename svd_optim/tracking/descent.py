@@ -1,13 +1,15 @@
 """Rank descent: a dense layer keeps training while the component of its weight that rank-k factors lose fades to zero.
 
-After each step of the base optimizer the fraction 1 / (remaining steps) of the minor block (I - U U^T) W (I - V V^T) is
-subtracted, so that it is zero at the end of the descent and installing the factors changes nothing. Its length is
-determined by :mod:`svd_optim.decisions.descent_schedule`.
+After each step of the base optimizer the fraction 1 / (remaining steps) of the minor block (I - P) W (I - Q) is
+subtracted, so that it is zero at the end of the descent and installing the factors changes nothing. P and Q project
+onto the directions that the loss needs (:mod:`svd_optim.linalg.loss_metric`); where nothing is known of it, onto the
+singular subspaces of W. The length of a descent is determined by :mod:`svd_optim.decisions.descent_schedule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,37 +20,41 @@ from ..factors.tangent_step import lr_is_zero
 from ..linalg.fallback import with_float64_fallback
 from ..records import LayerState
 from ..records.progress import tracked
+from . import loss_metric
 from .layer import TrackedLayer
 
 
-def exact_bases(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
-    """Exact bases of dense layers, and the relative Frobenius errors of the truncations to their ranks, by name.
+def truncations(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis], dict[str, float]]:
+    """Dense layers truncated to their ranks, as singular triplets, and the relative Frobenius errors, by name.
 
-    A weight that is not finite, or can't be decomposed, has no basis and an infinite error.
+    In the metric of a layer's loss where that is known; else with exact singular bases and some triplets more. A weight
+    that is not finite, or can't be decomposed, has none and an infinite error.
     """
     bases, errors = {}, {}
     with tracked(layers, "exact bases") as each:
         for layer in each:
             W = linalg.to_compute_dtype(layer.module.weight)
-            basis = _exact_basis(W, min(layer.rank + linalg.OVERSAMPLING, *layer.shape))
             errors[layer.name] = W.new_full((), torch.inf, dtype=torch.float64)
-            if bool(torch.isfinite(W).all()):
-                layer.count_decomposition(basis is not None)
+            if not bool(torch.isfinite(W).all()):  # the SVD of one with Inf may return plausible factors
+                continue
+            basis = with_float64_fallback(partial(_truncation, layer, W), W.dtype)
+            layer.count_decomposition(basis is not None)
             if basis is not None:
                 bases[layer.name] = basis
-                error = linalg.reconstruction_error(basis.S[: layer.rank], linalg.energy(W))
-                errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error)
+                kept = basis.leading(layer.rank)
+                error = linalg.energy(W - (kept.U * kept.S) @ kept.V.mT) / linalg.energy(W)
+                errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error.sqrt())
     values = torch.stack([*errors.values()]).tolist() if errors else []
     return bases, dict(zip(errors, values, strict=True))
 
 
-def _exact_basis(W: torch.Tensor, q: int) -> linalg.Basis | None:
-    # For a weight with Inf the SVD may return plausible factors without an error.
-    return (
-        with_float64_fallback(lambda dtype: linalg.exact_basis(W.to(dtype), q), W.dtype)
-        if bool(torch.isfinite(W).all())
-        else None
-    )
+def _truncation(layer: TrackedLayer, W: Tensor, dtype: torch.dtype) -> linalg.Basis:
+    metric = layer.loss_metric
+    if metric is None:
+        return linalg.exact_basis(W.to(dtype), min(layer.rank + linalg.OVERSAMPLING, *layer.shape))
+    W = W.to(dtype)
+    basis = loss_metric.decomposed(W, metric)
+    return linalg.truncated(W, linalg.projectors(basis, metric.outputs, metric.inputs, layer.rank))
 
 
 def moved(layers: Sequence[TrackedLayer], param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -97,7 +103,7 @@ def descend_(
     # One step before the end the basis is made exact: fading against an outdated one would leave a rank of up to 2k.
     last = [layer for layer, remaining in descending if remaining == 1]
     for layer in last:  # one after the other, as each has its old basis until then
-        keep_bases([layer], exact_bases([layer])[0], step)
+        keep_bases([layer], {} if layer.loss_metric else truncations([layer])[0], step)
     for layer, remaining in descending:
         if remaining > 0:
             _fade(layer, 1.0 if layer.status.extensions else 1.0 / remaining, flags[layer.name])
@@ -116,19 +122,18 @@ def _without_idle(layers: Sequence[TrackedLayer]) -> list[TrackedLayer]:
 
 
 def keep_bases(layers: Sequence[TrackedLayer], bases: dict[str, linalg.Basis], step: int) -> None:
-    """Replace the cached bases by exact ones, which the layers then fade against."""
+    """Replace what layers fade against by what is exact now."""
     for layer in layers:
-        if layer.name in bases:  # else the old one stays
+        loss_metric.refresh(layer)
+        if layer.name in bases and layer.loss_metric is None:  # else the old one stays
             layer.cached, layer.basis_step = bases[layer.name], step
 
 
 def _fade(layer: TrackedLayer, share: float, moves: Tensor) -> None:
-    assert layer.cached is not None
-    U, _, V = layer.cached.leading(layer.rank)
+    P = layer.projectors()
     W = layer.module.weight
-    faded = W if W.dtype == U.dtype else W.to(U.dtype)
-    nonfinite = ~(torch.isfinite(U).all() & torch.isfinite(V).all())  # no fading until the next refresh replaces it
-    U, V = U.masked_fill(nonfinite, 0.0), V.masked_fill(nonfinite, 0.0)
-    linalg.fade_minor_(faded, U, V, share * (moves & ~nonfinite).to(U.dtype))
+    faded = W if W.dtype == P.L.dtype else W.to(P.L.dtype)
+    finite = torch.stack([torch.isfinite(t).all() for t in P]).all()  # else no fading until the next ones
+    linalg.fade_minor_(faded, P.masked(~finite), share * (moves & finite).to(P.L.dtype))
     if faded is not W:
         W.copy_(faded)

@@ -19,6 +19,7 @@ def size(tensors: Iterable[Tensor | None]) -> int:
 def monitoring_bytes(layer: TrackedLayer) -> int:
     """Resident bytes due to monitoring a layer, besides its weight, gradient and optimizer state."""
     tensors: list[Tensor | None] = [*(layer.cached or ()), *(layer.images or ()), layer.sums, layer.outside]
+    tensors += layer.loss_metric or ()
     if layer.factors is not None:
         module = layer.factors.module
         tensors += [module.Omega, module.sketch]

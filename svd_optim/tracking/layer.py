@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,26 @@ from torch import Tensor, nn
 from ..decisions.machine import LayerLife, Trigger
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState, float32_factors
-from ..linalg import Basis, to_compute_dtype
+from ..linalg import Basis, LossBasis, Projectors, projectors, to_compute_dtype
 from ..linalg.protection import Anchor, anchor_dense, anchor_factors, restore_dense_
 from ..records import LayerState
+
+
+class LossMetric(NamedTuple):
+    """A dense weight (m, n) in the metric of its loss (:mod:`svd_optim.linalg.loss_metric`), on its device."""
+
+    outputs: Tensor  # (m, m) or (m,): running mean of g g^T, each sample's scaled to a mean eigenvalue of 1
+    inputs: Tensor  # (n, n) or (n,): running mean of x x^T
+    L: Tensor  # (m, q)
+    S: Tensor  # (q,)
+    R: Tensor  # (n, q)
+    increases: Tensor  # (3, q) float64: running means of what truncation to each rank adds to the loss, in its parts
+    samples: Tensor  # 0-d float64: their number so far
+
+    @property
+    def basis(self) -> LossBasis:
+        """The leading terms of the weight, at ranks up to the largest that makes it smaller."""
+        return LossBasis(self.L, self.S, self.R)
 
 
 @dataclass(kw_only=True)
@@ -55,8 +73,18 @@ class TrackedLayer(LayerLife):
     """Those that the host knows of: without a gradient, frozen, or with a learning rate of 0."""
     capture: list[float] = field(default_factory=list)
     """Tangent capture at every rank from 1 to k, smoothed over the last analyses."""
+    loss_metric: LossMetric | None = None
+    """Of the dense weight, where it was sampled."""
+    increases: list[float] = field(default_factory=list)
+    """Predicted increase of the loss by truncation to every rank from 1 up, at the last analysis, smoothed: the part of
+    second order."""
+    slopes: list[float] = field(default_factory=list)
+    """The part of first order, which may be negative and is noisy for a single layer."""
     spectrum: tuple[float, ...] = ()
     """S_1, S_2, S_4, ..., S_k over ||W||_F, at the last analysis."""
+
+    _projectors: tuple[LossMetric, int, Projectors] | None = None
+    """Those last asked for, and what they belong to."""
 
     factors: FactorState | None = None
     """Its state in the tangent step, while it is factorized."""
@@ -99,6 +127,18 @@ class TrackedLayer(LayerLife):
             return float32_factors(self.factors.module, self.factors.masters)
         return self.cached
 
+    def projectors(self) -> Projectors:
+        """Those onto the directions that it is to keep: in the metric of its loss where that is known."""
+        metric = self.loss_metric
+        if metric is not None:
+            if self._projectors is None or self._projectors[0] is not metric or self._projectors[1] != self.rank:
+                P = projectors(metric.basis, metric.outputs, metric.inputs, self.rank)
+                self._projectors = metric, self.rank, P
+            return self._projectors[2]
+        assert self.cached is not None
+        U, _, V = self.cached.leading(self.rank)
+        return Projectors.orthogonal(U, V)
+
     @property
     def anchor(self) -> Anchor | None:
         """The block that is held fixed while it is protected; ``None`` otherwise."""
@@ -112,7 +152,12 @@ class TrackedLayer(LayerLife):
         W = self.weight
         dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
         held = next(
-            (t for t in (*(self.cached or ()), *(self.images or ()), *(self.anchor or ())) if t is not None), None
+            (
+                t
+                for t in (*(self.loss_metric or ()), *(self.cached or ()), *(self.images or ()), *(self.anchor or ()))
+                if t is not None
+            ),
+            None,
         )
         if held is None or (held.device == W.device and held.dtype == dtype):
             return
@@ -124,7 +169,7 @@ class TrackedLayer(LayerLife):
         if self.images is not None:
             left, right = moved(self.images)
             self.images = left, right
-        self.pending = self.sums = self.outside = self.idle = None
+        self.pending = self.sums = self.outside = self.idle = self.loss_metric = None
         if self.anchor is not None:
             anchor = Anchor(*moved(self.anchor))
             if self.factors is not None:

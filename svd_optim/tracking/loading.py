@@ -107,6 +107,8 @@ def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
         if layer.factorized:
             run.attachment.attach(layer, run.steps)
     forget_found(run)
+    run.taps.remove()
+    run.place_taps()
 
 
 @full_precision()

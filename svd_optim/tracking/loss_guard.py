@@ -66,6 +66,12 @@ class LossGuard:
         self._pending.append(-value if maximize else value)
         return True
 
+    def level(self) -> float | None:
+        """The mean loss lately; ``None`` where there was none. One host-device synchronization."""
+        self._close_interval()
+        windows = self.since or self.windows
+        return windows[-1].mean if windows else None
+
     def changed(self) -> None:
         """A change has just been made: later losses are compared with earlier ones."""
         self.end()  # an earlier change may still be guarded

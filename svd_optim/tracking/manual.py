@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -12,7 +13,8 @@ from ..decisions.machine import Trigger
 from ..linalg import full_precision
 from ..records import LayerState, break_even_rank
 from ..records.progress import tracked
-from .descent import exact_bases
+from . import budget
+from .descent import truncations
 from .fingerprints import require_found
 from .layer import TrackedLayer
 from .protecting import exact_principal, keep_blocks_, protect_manually, release
@@ -46,21 +48,31 @@ def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[T
 
 
 @full_precision()
-def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) -> list[str]:
+def factorize(
+    run: TrackedRun, layers: str | Iterable[str], rank: int | None, max_loss_increase: float | None
+) -> list[str]:
     """Factorize layers now, by truncation without a descent. See ``SubspaceAwareOptimizer.factorize_``."""
     chosen = [layer for layer in by_name(run, layers, "factorize_") if not layer.factorized]
     unsupported = run.unsupported(chosen)
-    unknown = [x for x in chosen if rank is None and x.cached is None and x.energy_target is not None]
-    update_energy_ranks_(unknown)
+    if max_loss_increase is None:
+        unknown = [x for x in chosen if rank is None and x.cached is None and x.energy_target is not None]
+        update_energy_ranks_(unknown)
+        ranks = {layer.name: layer.rank if rank is None else rank for layer in chosen}
+    elif rank is not None:
+        raise ValueError(f"factorize_: give rank={rank!r} or max_loss_increase={max_loss_increase!r}, not both")
+    else:
+        chosen = [layer for layer in chosen if layer.name not in unsupported]
+        ranks = _ranks_within(run, chosen, max_loss_increase)
+        chosen = [layer for layer in chosen if layer.name in ranks]
     for layer in chosen:
-        _check_rank(layer, layer.rank if rank is None else rank)
+        _check_rank(layer, ranks[layer.name])
         if layer.name in unsupported:
             raise RuntimeError(f"factorize_: layer {layer.name!r} can't be factorized: {unsupported[layer.name]}")
     old_ranks = {layer.name: layer.rank for layer in chosen}
     for layer in chosen:
-        layer.status.rank = layer.rank if rank is None else rank
+        layer.status.rank = ranks[layer.name]
     with torch.no_grad():
-        bases, errors = exact_bases(chosen)
+        bases, errors = truncations(chosen)
         too_low = keep_blocks_(run, bases, errors)
     failed = [name for name, error in errors.items() if error == float("inf")]
     problem = ""
@@ -79,6 +91,28 @@ def factorize(run: TrackedRun, layers: str | Iterable[str], rank: int | None) ->
     for layer in chosen:
         layer.decision = None
     return list(bases)
+
+
+def _ranks_within(run: TrackedRun, layers: list[TrackedLayer], increase: object) -> dict[str, int]:
+    """The ranks that a share of the loss allows, by name, without those of layers that it keeps dense."""
+    if isinstance(increase, bool) or not isinstance(increase, (int, float)):
+        raise TypeError(f"factorize_: max_loss_increase must be a number, got {increase!r}")
+    if not (increase > 0 and math.isfinite(increase)):
+        raise ValueError(f"factorize_: max_loss_increase must be above 0, got {increase!r}")
+    loss = run.guard.level()
+    if loss is None:
+        raise ValueError(
+            "factorize_: max_loss_increase is a share of the loss, which is not known: give step a closure that "
+            "returns it, or call observe_loss(loss) once per step"
+        )
+    unknown = [layer.name for layer in layers if not layer.increases]
+    if unknown:
+        raise ValueError(
+            f"factorize_: what layer {unknown[0]!r} costs is not known yet: its inputs and gradients are sampled with "
+            f"metric='loss' in ordinary training steps, {run.config.analyze_every} to the next analysis at most"
+        )
+    ranks = budget.ranks_within(layers, increase * abs(loss))
+    return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
 def _check_rank(layer: TrackedLayer, rank: object) -> None:

@@ -88,7 +88,8 @@ def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Ba
         module.V.grad = project_off(G.mT @ U, V).to(W.dtype)
     layer.factors = FactorState(layer.name, module)
     write_(layer.factors, Basis(U, S, V))
-    layer.cached = layer.sums = None
+    layer.cached = layer.sums = layer.loss_metric = None
+    layer.increases, layer.slopes = [], []
     return Replacement([W], [module.U, module.V], ["U", "V"])
 
 

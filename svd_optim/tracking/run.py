@@ -20,6 +20,7 @@ from .attachment import Attachment
 from .journal import Journal
 from .layer import TrackedLayer
 from .loss_guard import LossGuard
+from .loss_metric import WINDOW, Taps
 from .overhead import Overhead
 
 NO_GROUP = "its weight is in none of the optimizer's param groups any more"
@@ -44,6 +45,7 @@ class TrackedRun:
         self.journal = Journal()
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)
         self.attachment = Attachment(config, base)
+        self.taps = Taps()
         self.guard = LossGuard()
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
@@ -65,6 +67,19 @@ class TrackedRun:
     def analyzes_next(self) -> bool:
         """Whether the next step that counts ends with an analysis."""
         return (self.steps + 1) % self.interval == 0
+
+    def measures(self, step: int) -> bool:
+        """Whether gradients are measured in that step."""
+        return step % (self.config.measure_every * self.overhead.stretch) == 0 or step % self.interval == 0
+
+    def samples(self, step: int) -> bool:
+        """Whether what the loss metric needs is sampled in that step: in each interval once, at first more often."""
+        return self.measures(step) and (step % self.interval == 0 or step <= WINDOW * self.config.measure_every)
+
+    def place_taps(self) -> None:
+        """Before the passes of the next step: have it sampled, if it is time."""
+        if self.config.metric == "loss" and self.config.mode != "observe" and self.samples(self.steps + 1):
+            self.taps.place(self.layers.values())
 
     def looks_for_layers(self) -> bool:
         """Whether the next step begins with a look at the model; where nothing is tracked, no step counts."""

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..decisions.machine import LayerStatus, Protection
 from ..factors.linear import SKETCH_SIZE
-from ..linalg import Basis
+from ..linalg import DIAGONAL_ABOVE, Basis
 from ..linalg.protection import Anchor
-from ..records import Event, LayerMetrics, LayerState
+from ..records import Event, LayerMetrics, LayerState, largest_useful_rank
 from . import kinds
 from .fingerprints import fingerprint
 from .kinds import Kind, or_none
-from .layer import TrackedLayer
+from .layer import LossMetric, TrackedLayer
 from .loss_guard import PENDING
 from .refreshing import SCALARS
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 
 
 class Sizes(NamedTuple):
@@ -63,6 +63,15 @@ def _set(root: Any, path: str, value: Any) -> None:
 
 def _plain(path: str, kind: Kind) -> Field:
     return Field(lambda root: _get(root, path), lambda root, value: _set(root, path, value), lambda _: kind)
+
+
+def _numbers(name: str) -> Field:
+    """One for each rank from 1 up, or none."""
+    return Field(
+        lambda x: getattr(x, name),
+        lambda x, value: setattr(x, name, [float(c) for c in value]),
+        lambda s: kinds.list_of(kinds.number, most=min(s.m, s.n)),
+    )
 
 
 def _tensor(path: str, kind: Callable[[Sizes], Kind]) -> Field:
@@ -117,6 +126,13 @@ def _save_fingerprint(layer: TrackedLayer) -> list[Tensor] | None:
     return fingerprint(layer) if layer.expected is None else layer.expected
 
 
+def _of_loss_metric(sizes: Sizes) -> Kind:
+    m, n, _ = sizes
+    q = largest_useful_rank(m, n)
+    moments = [(size,) if size > DIAGONAL_ABOVE else (size, size) for size in (m, n)]
+    return kinds.tensors(*moments, (m, q), (q,), (n, q), (3, q), ())
+
+
 def _pair(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
@@ -125,6 +141,9 @@ LAYER_FIELDS: Mapping[str, Field] = {
     "status": Field(_save_status, _load_status, lambda _: kinds.record(LayerStatus)),
     "shape": Field(lambda x: list(x.shape), lambda *_: None, lambda s: lambda value: value == [s.m, s.n]),
     "basis": _tensors("cached", Basis, lambda s: kinds.tensors((s.m, None), (None,), (s.n, None))),
+    "loss_metric": _tensors("loss_metric", LossMetric, _of_loss_metric),
+    "increases": _numbers("increases"),
+    "slopes": _numbers("slopes"),
     "images": _tensors("images", _pair, lambda s: kinds.tensors((s.m, SKETCH_SIZE), (s.n, SKETCH_SIZE))),
     "basis_step": _plain("basis_step", kinds.integer),
     "pending": _tensor("pending", lambda _: kinds.dtype_and_shape(torch.float64, (SCALARS,))),
@@ -132,11 +151,7 @@ LAYER_FIELDS: Mapping[str, Field] = {
     "outside": _tensor("outside", lambda s: kinds.tensor(s.m, SKETCH_SIZE)),
     "idle": _tensor("idle", lambda _: kinds.dtype_and_shape(torch.int64, ())),
     "idle_known": _plain("idle_known", kinds.integer),
-    "capture": Field(
-        lambda x: x.capture,
-        lambda x, value: setattr(x, "capture", [float(c) for c in value]),
-        lambda s: kinds.list_of(kinds.number, most=min(s.m, s.n)),
-    ),
+    "capture": _numbers("capture"),
     "history": Field(
         lambda x: [vars(metrics) for metrics in x.history],
         _load_history,

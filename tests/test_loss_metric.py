@@ -1,0 +1,361 @@
+"""The metric of the loss, against its plain definition in float64; and what is sampled of a run."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import factorized, loss_of, make, manual, quick, same_bits, train, weights
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from svd_optim import SubspaceConfig
+from svd_optim.linalg import (
+    Projectors,
+    exact_basis,
+    fade_minor_,
+    loss_basis,
+    predicted_increases,
+    projectors,
+    second_moment,
+    truncated,
+)
+from svd_optim.linalg.loss_metric import DAMPING
+from svd_optim.tracking import loss_metric
+from svd_optim.tracking.loss_metric import Tap, collect
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
+    m, n = draw(st.integers(2, 14)), draw(st.integers(2, 14))
+    return m, n, draw(st.integers(1, min(m, n)))
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment(seed: int, size: int) -> Tensor:
+    """A second moment whose eigenvalues span some magnitudes."""
+    X = random(seed, 4 * size, size) * torch.logspace(0, -2, size, dtype=torch.float64)
+    return second_moment(X)
+
+
+def symmetric_root(C: Tensor) -> Tensor:
+    """The symmetric square root of the damped moment, by eigenvectors."""
+    eigenvalues, Q = torch.linalg.eigh(C)
+    return (Q * (eigenvalues.clamp(min=0) + DAMPING * eigenvalues.mean()).sqrt()) @ Q.mT
+
+
+def best(W: Tensor, outputs: Tensor, inputs: Tensor, k: int) -> Tensor:
+    """The definition: the truncated full SVD of A W B with symmetric roots, mapped back."""
+    A, B = symmetric_root(outputs), symmetric_root(inputs)
+    U, S, Vh = torch.linalg.svd(A @ W @ B)
+    return torch.linalg.inv(A) @ (U[:, :k] * S[:k]) @ Vh[:k] @ torch.linalg.inv(B)
+
+
+def ours(W: Tensor, outputs: Tensor, inputs: Tensor, k: int) -> Tensor:
+    basis = loss_basis(W, outputs, inputs, min(W.shape))
+    U, S, V = truncated(W, projectors(basis, outputs, inputs, k))
+    return (U * S) @ V.mT
+
+
+def cost(D: Tensor, outputs: Tensor, inputs: Tensor) -> float:
+    """tr(A D S D^T), of the damped moments."""
+    return float(torch.linalg.matrix_norm(symmetric_root(outputs) @ D @ symmetric_root(inputs)) ** 2)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-7) -> bool:
+    return bool(torch.linalg.vector_norm(a - b) <= tolerance * (1e-9 + torch.linalg.vector_norm(b)))
+
+
+# ---- truncation --------------------------------------------------------------------------------------
+
+
+@given(shapes(), SEEDS)
+def test_a_truncation_is_the_best_one_by_definition(shape: tuple[int, int, int], seed: int) -> None:
+    m, n, k = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    assert close(ours(W, outputs, inputs, k), best(W, outputs, inputs, k), 1e-6)
+
+
+@given(shapes(), SEEDS)
+def test_no_other_weight_of_the_rank_is_cheaper(shape: tuple[int, int, int], seed: int) -> None:
+    m, n, k = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    W_k = ours(W, outputs, inputs, k)
+    least = cost(W - W_k, outputs, inputs)
+    U, S, V = exact_basis(W, k)
+    near, _, _ = exact_basis(W_k + 0.1 * random(seed + 3, m, n), k)
+    for other in ((U * S) @ V.mT, near @ (near.mT @ W)):
+        assert least <= cost(W - other, outputs, inputs) * (1 + 1e-9) + 1e-20 * cost(W, outputs, inputs)
+
+
+@given(shapes(), SEEDS)
+def test_all_of_the_rank_keeps_the_weight_and_the_cost_falls_with_the_rank(
+    shape: tuple[int, int, int], seed: int
+) -> None:
+    m, n, _ = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    costs = [cost(W - ours(W, outputs, inputs, k), outputs, inputs) for k in range(1, min(m, n) + 1)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] < 1e-12 * cost(W, outputs, inputs)
+
+
+@given(shapes(), SEEDS)
+def test_without_preferences_it_is_the_singular_value_decomposition(shape: tuple[int, int, int], seed: int) -> None:
+    m, n, k = shape
+    W = random(seed, m, n)
+    U, S, V = exact_basis(W, k)
+    for eye in (lambda size: torch.eye(size, dtype=W.dtype), lambda size: torch.ones(size, dtype=W.dtype)):
+        assert close(ours(W, eye(m), 3.0 * eye(n), k), (U * S) @ V.mT, 1e-6)
+
+
+@given(shapes(), SEEDS)
+def test_a_diagonal_stands_for_the_diagonal_moment(shape: tuple[int, int, int], seed: int) -> None:
+    m, n, k = shape
+    W, a, b = random(seed, m, n), moment(seed + 1, m).diagonal(), moment(seed + 2, n).diagonal()
+    assert close(ours(W, a, b, k), ours(W, torch.diag(a), torch.diag(b), k), 1e-6)
+
+
+@given(shapes(), SEEDS)
+def test_turning_inputs_and_outputs_turns_the_truncation(shape: tuple[int, int, int], seed: int) -> None:
+    m, n, k = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    P, Q = torch.linalg.qr(random(seed + 3, m, m))[0], torch.linalg.qr(random(seed + 4, n, n))[0]
+    turned = ours(P @ W @ Q.mT, P @ outputs @ P.mT, Q @ inputs @ Q.mT, k)
+    assert close(turned, P @ ours(W, outputs, inputs, k) @ Q.mT, 1e-6)
+
+
+@given(shapes(), SEEDS)
+def test_projectors_project(shape: tuple[int, int, int], seed: int) -> None:
+    m, n, k = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    P = projectors(loss_basis(W, outputs, inputs, min(m, n)), outputs, inputs, k)
+    eye = torch.eye(k, dtype=W.dtype)
+    assert close(P.L_dual.mT @ P.L, eye) and close(P.R.mT @ P.R_dual, eye)
+    assert close(P.L @ (P.L_dual.mT @ W), (W @ P.R_dual) @ P.R.mT, 1e-6)  # both are the truncation
+
+
+@given(shapes(), SEEDS, st.integers(1, 9))
+def test_a_descent_ends_at_the_truncation(shape: tuple[int, int, int], seed: int, steps: int) -> None:
+    m, n, k = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    expected = ours(W, outputs, inputs, k)
+    P = projectors(loss_basis(W, outputs, inputs, min(m, n)), outputs, inputs, k)
+    for left in range(steps, 0, -1):
+        fade_minor_(W, P, 1 / left)
+    assert close(W, expected, 1e-6)
+
+
+# ---- prediction --------------------------------------------------------------------------------------
+
+
+@given(shapes(), SEEDS, st.integers(1, 5), st.integers(1, 6))
+def test_predictions_are_those_of_the_definition(shape: tuple[int, int, int], seed: int, e: int, t: int) -> None:
+    m, n, _ = shape
+    W, outputs, inputs = random(seed, m, n), moment(seed + 1, m), moment(seed + 2, n)
+    x, g = random(seed + 3, e, t, n), random(seed + 4, e, t, m)
+    basis = loss_basis(W, outputs, inputs, min(m, n))
+    first, second, pieces = predicted_increases(W, basis.L, basis.R * basis.S, x, g)
+    gradients = g.mT @ x  # (e, m, n)
+    p = math.gcd(t, 16 // e)
+    pieces_of = [part for example in g[..., None] * x[..., None, :] for part in example.view(p, t // p, m, n).sum(1)]
+    for k in range(1, min(m, n) + 1):
+        D = ours(W, outputs, inputs, k) - W
+        changes = (gradients * D).sum((1, 2))
+        of_pieces = (torch.stack(pieces_of) * D).sum((1, 2))
+        assert math.isclose(float(first[k - 1]), float(changes.sum()), abs_tol=1e-6)
+        assert math.isclose(float(second[k - 1]), float(changes.square().sum() / 2), rel_tol=1e-6, abs_tol=1e-9)
+        assert math.isclose(float(pieces[k - 1]), float(of_pieces.square().sum() / 2), rel_tol=1e-6, abs_tol=1e-9)
+
+
+def softmax_regression(seed: int, rows: int) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A model that predicts its own labels as well as anything could: there Fisher information is the Hessian."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Linear(12, 8, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(8, 12, generator=generator) / 2)
+    x = torch.randn(rows, 12, generator=generator).double() * torch.logspace(0, -1, 12)
+    y = torch.multinomial(model(x).softmax(-1), 1, generator=generator)[:, 0]
+    return model, x, y
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_prediction_is_near_what_truncation_does_to_the_loss(seed: int) -> None:
+    model, x, y = softmax_regression(seed, 1000)
+    tap = Tap()
+    handle = model.register_forward_hook(tap)
+    model(x).log_softmax(-1).gather(1, y[:, None]).mean().neg().backward()
+    handle.remove()
+    W, q = model.weight.detach(), 8
+    inputs, outputs = second_moment(tap.samples[0].x.flatten(0, 1)), second_moment(tap.samples[0].g.flatten(0, 1))
+    basis = loss_basis(W, outputs, inputs, q)
+    (sample,) = tap.samples
+    first, second, _ = predicted_increases(W, basis.L, basis.R * basis.S, sample.x, sample.g)
+
+    def loss(weight: Tensor) -> float:
+        return float(-(x @ weight.mT).log_softmax(-1).gather(1, y[:, None]).mean())
+
+    for k in (3, 4, 5):
+        U, S, V = truncated(W, projectors(basis, outputs, inputs, k))
+        found = loss((U * S) @ V.mT) - loss(W)
+        assert found > 0 and 0.6 < float(first[k - 1] + tap.rows * second[k - 1]) / found < 1.7, k
+
+
+# ---- sampling ----------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_of_whole_examples_and_counts_them_all() -> None:
+    layer = nn.Linear(6, 4)
+    tap = Tap()
+    layer.register_forward_hook(tap)
+    x = torch.randn(40, 100, 6)
+    G = torch.randn(40, 100, 4)
+    layer(x).backward(G)
+    (sample,) = tap.samples
+    assert (sample.examples, sample.rows, tap.rows) == (40, 4000, 4000)
+    assert sample.x.shape == (10, 100, 6) and sample.g.shape == (10, 100, 4)
+    for rows, gradients in zip(sample.x, sample.g, strict=True):
+        [i] = [i for i in range(40) if torch.equal(x[i], rows)]
+        assert torch.equal(G[i], gradients)
+
+
+def test_only_passes_that_train_the_layer_are_sampled() -> None:
+    layer = nn.Linear(6, 4)
+    tap = Tap()
+    layer.register_forward_hook(tap)
+    x = torch.randn(3, 6, requires_grad=True)
+    with torch.no_grad():
+        layer(x)
+    layer(x)  # never goes back
+    layer.requires_grad_(False)
+    layer(x).sum().backward()
+    layer.requires_grad_(True)
+    torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, (x.detach(),)).sum())(
+        layer.weight.detach()
+    )
+    assert tap.samples == [] and tap.rows == 0
+    layer(x).sum().backward()
+    copied = copy.deepcopy(layer)
+    copied(x).sum().backward()
+    assert tap.rows == 3 and len(tap.samples) == 1
+    assert [hook.samples for hook in copied._forward_hooks.values()] == [[]]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_layers_have_hooks_only_for_the_steps_that_are_sampled() -> None:
+    model, optimizer = make("adamw", manual(metric="loss", analyze_every=10, measure_every=5))
+    seen = []
+    for step in range(1, 81):
+        seen += [step] if hooks(model) else []
+        train(model, optimizer, [step])
+    assert seen == [*range(5, 51, 5), 60, 70, 80]
+    for config in (manual(metric="weight"), SubspaceConfig(mode="observe", metric="loss", min_size=8)):
+        model, optimizer = make("adamw", config)
+        train(model, optimizer, 25)
+        assert hooks(model) == 0 and all(layer.loss_metric is None for layer in optimizer.layers.values())
+
+
+def test_a_wrapper_that_is_gone_leaves_no_hooks() -> None:
+    model, optimizer = make("adamw", manual(metric="loss", measure_every=1))
+    assert hooks(model) == 2
+    del optimizer
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_is_bitwise_what_it_is_without_sampling(dtype: torch.dtype) -> None:
+    runs = []
+    for metric in ("loss", "weight"):
+        model, optimizer = make("adamw", manual(metric=metric, measure_every=1), dtype=dtype)
+        train(model, optimizer, 30)
+        runs.append(weights(model))
+    same_bits(*runs)
+
+
+def test_zero_and_nonfinite_gradients_change_no_metric() -> None:
+    model, optimizer = make("sgd", manual(metric="loss", measure_every=1, patience=1))
+    train(model, optimizer, 3)
+    before = optimizer.layers["up"].loss_metric
+    for factor in (0.0, math.nan, math.inf):
+        optimizer.zero_grad()
+        (loss_of(model, 3) * factor).backward()
+        layer = optimizer.layers["up"]
+        collect(layer, optimizer._controller.taps.get(layer))
+        same_bits([layer.loss_metric.outputs, layer.loss_metric.inputs, layer.loss_metric.increases],
+                  [before.outputs, before.inputs, before.increases])  # fmt: skip
+
+
+def test_predictions_are_in_the_metrics_and_right_in_proportion() -> None:
+    model, optimizer = make("adamw", manual(metric="loss", rank=6, overrides={}, analyze_every=10, measure_every=2))
+    train(model, optimizer, 120)
+    for name in ("up", "mid"):
+        increases = optimizer.layers[name].increases
+        assert all(x >= 0 for x in increases) and increases[0] > increases[-1]
+        assert float(optimizer.history(name)["predicted_increase"][-1]) >= 0  # NaN: not known
+
+
+# ---- acting in it -------------------------------------------------------------------------------------
+
+
+def lost_by(metric: str, seed: int) -> float:
+    """By truncation at once, in the loss on batches that were not trained on."""
+
+    def held_out() -> float:
+        with torch.no_grad():
+            return sum(float(loss_of(model, step, size=512)) for step in range(1000, 1010))
+
+    model, optimizer = make("adamw", manual(metric=metric, analyze_every=10, measure_every=2), seed=seed)
+    train(model, optimizer, 300)
+    before = held_out()
+    optimizer.factorize_("all", rank=8)
+    assert factorized(model) == ["up", "mid"]
+    return held_out() - before
+
+
+def test_factorizing_in_it_costs_less_than_by_singular_values() -> None:
+    pairs = [(lost_by("loss", seed), lost_by("weight", seed)) for seed in range(3)]
+    assert all(ours < theirs for ours, theirs in pairs), pairs
+
+
+def test_factors_need_no_metric() -> None:
+    model, optimizer = make("adamw", manual(metric="loss"))
+    train(model, optimizer, 20)
+    with_metric = optimizer.resident_bytes()
+    assert optimizer.layers["up"].loss_metric is not None
+    optimizer.factorize_("all")
+    assert optimizer.layers["up"].loss_metric is None and optimizer.layers["up"].increases == []
+    assert sum(optimizer.resident_bytes().values()) < sum(with_metric.values())
+
+
+def test_the_end_of_a_descent_installs_the_truncation_it_led_to() -> None:
+    model, optimizer = make("adamw", quick(metric="loss"))
+    train(model, optimizer, 120)
+    errors = [e.numbers["reconstruction_error"] for e in optimizer.events if e.kind == "factorize"]
+    assert len(errors) == 2 and max(errors) < 0.01
+
+
+def test_orthogonal_projectors_are_those_of_the_singular_vectors() -> None:
+    W = random(0, 9, 7)
+    U, S, V = exact_basis(W, 3)
+    truncation = truncated(W, Projectors.orthogonal(U, V))
+    assert close((truncation.U * truncation.S) @ truncation.V.mT, (U * S) @ V.mT)
+
+
+def test_each_sample_counts_and_the_means_forget() -> None:
+    model, optimizer = make("sgd", manual(metric="loss", measure_every=1, analyze_every=1))
+    train(model, optimizer, 2 * loss_metric.WINDOW)
+    metric = optimizer.layers["up"].loss_metric
+    assert int(metric.samples) == 2 * loss_metric.WINDOW
+    with torch.no_grad():
+        optimizer.layers["up"].loss_metric = metric._replace(inputs=1e6 * metric.inputs)
+    train(model, optimizer, range(20, 20 + 20 * loss_metric.WINDOW))
+    assert float(optimizer.layers["up"].loss_metric.inputs.diagonal().mean()) < 10
