@@ -258,6 +258,28 @@ def predictions(results: Results) -> str:
     return f"{'; '.join(counts)}.\n\n{table(columns, rows)}\n\n{table(heads, verdicts)}"
 
 
+# ---- loss_metric.py ----------------------------------------------------------------------------------
+
+
+def truncations(results: Results) -> str:
+    """A line for each way and target, the mean over seeds."""
+    heads = ["", "target"]
+    kinds = [kind for kind in NAMES if any(record["optimizer"] == kind for record in results.records)]
+    for kind in kinds:
+        heads += [f"{NAMES[kind]}: kept", "found, %", "predicted, %"]
+    rows = []
+    for row, target in dict.fromkeys((record["row"], record["target"]) for record in results.records):
+        cells = [row, f"{target:g}"]
+        for kind in kinds:
+            alike = [r for r in results.records if (r["optimizer"], r["row"], r["target"]) == (kind, row, target)]
+            found, predicted = (mean(r[name] for r in alike) for name in ("found", "predicted"))
+            cells += [number(mean(r["share"] for r in alike), ".1%")]
+            cells += ["" if value is None else signed(100 * value) for value in (found, predicted)]
+        rows.append(cells)
+    seeds = joined(record["seed"] for record in results.records)
+    return f"Seeds: {seeds}.\n\n{table(heads, rows)}"
+
+
 # ---- faults.py ---------------------------------------------------------------------------------------
 
 
@@ -414,6 +436,13 @@ SECTIONS = (
         "where sizes do not help. Positive: more of it, more damage. The second table has the mean damage of what "
         "each rule would let through and of what it would block.",
         predictions),
+    Section("The metric of the loss", "loss_metric.json", "loss_metric.py --json FILE",
+        "What does truncating a trained model at once cost, without any training afterwards, and is that predicted? "
+        "By the leading singular values of the weight, in the metric of the layer's inputs alone, in that of the "
+        "loss with the same share of each layer, and with the ranks of `optimizer.plan()`; then the smallest that "
+        "`factorize_(max_loss_increase=...)` finds within a share of the loss. Found and predicted: the rise of "
+        "validation loss, and of training loss as the wrapper sees it, in percent.",
+        truncations),
     Section("Faults", "faults.json", "faults.py --json FILE",
         "What survives? Real runs of a small network through its whole life, and what can happen to them. Lost is "
         "whatever ends otherwise than it should: another run's bytes, an error that does not say what is wrong, "

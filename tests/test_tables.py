@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from helpers import script
+from helpers_runs import faults, results_file  # with all that they import
 
-results_file = script("benchmarks/results_file.py")  # this and the next are what the others import
-rivals = script("benchmarks/rivals.py")
+rivals = script("benchmarks/rivals.py")  # which others import
 loaded = {name: script(f"benchmarks/{name}.py") for name in (
-    "faults", "forgetting", "kernel_time", "main_job", "quality", "step_time", "peak_memory", "thresholds",
+    "forgetting", "kernel_time", "main_job", "quality", "step_time", "peak_memory", "thresholds",
     "tables")}  # fmt: skip
-faults, kernel_time, quality = loaded["faults"], loaded["kernel_time"], loaded["quality"]
+kernel_time, quality = loaded["kernel_time"], loaded["quality"]
 peak_memory, thresholds, tables = loaded["peak_memory"], loaded["thresholds"], loaded["tables"]
 
 Cells = dict[str, dict[str, str]]  # by the first cell of the row, then by column
@@ -263,3 +263,18 @@ def test_the_check_fails_until_the_page_is_written(elsewhere: Callable[..., int]
     written(tmp_path, "quality.json", run("dense", 0.002, 1, 2.4))
     assert elsewhere("--check") == 1
     assert "2.2000" not in (tmp_path / "README.md").read_text()
+
+
+def test_truncations_are_means_over_seeds_with_what_was_predicted(tmp_path: Path) -> None:
+    about = {"optimizer": "muon", "row": "loss", "target": 0.5, "share": 0.49, "bpb": 2.5, "dense": 2.4}
+    written(
+        tmp_path,
+        "loss_metric.json",
+        about | {"seed": 0, "found": 0.01, "predicted": 0.03},
+        about | {"seed": 1, "found": 0.02, "predicted": 0.05},
+        about | {"seed": 0, "row": "weight", "found": -0.001, "predicted": None},
+    )
+    text = tables.truncations(results_file.read_results(tmp_path / "loss_metric.json"))
+    assert "| loss | 0.5 | 49.0% | +1.50 | +4.00 |" in text
+    assert "| weight | 0.5 | 49.0% | −0.10 |  |" in text
+    assert text.startswith("Seeds: 0, 1.")
