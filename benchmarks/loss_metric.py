@@ -25,18 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from corpus import batches, load_corpus, split, validation_batches
+from corpus import batches
 from gpt import GPT
-from results_file import about_line, open_results, output_file
+from main_job import open_job
+from results_file import about_line
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.decisions.planner import uniform_rank
+from svd_optim.tracking import budget as planning
 from train_gpt import base_optimizers, bits_per_byte, warm_down
 
 LRS = {"muon": 0.02, "adamw": 2e-3}
@@ -74,14 +75,13 @@ def truncated(trained: Trained, metric: str, budget: float) -> tuple[GPT, float 
     model, wrapper = copy.deepcopy(trained)
     ranks = {layer.name: uniform_rank(*layer.shape, budget) for layer in wrapper.plan().layers}
     if metric == "loss, planned":
-        wrapper._controller.config = SubspaceConfig(mode="manual", metric="loss", budget=budget)
-        plan = wrapper.plan()
+        plan = planning.plan(wrapper.layers, SubspaceConfig(budget=budget), wrapper.steps)
         ranks = {layer.name: layer.rank for layer in plan.layers if layer.rank is not None}
         predicted = plan.predicted_increase
     else:
-        found = [layer.slopes[ranks[name] - 1] + layer.increases[ranks[name] - 1] for name, layer in tracked(wrapper)]
+        found = [layer.predicted_increase(ranks[name]) for name, layer in wrapper.layers.items()]
         predicted = max(0.0, math.fsum(found)) if metric == "loss" else None
-    for name, layer in tracked(wrapper):
+    for name, layer in wrapper.layers.items():
         if metric == "weight":
             layer.loss_metric = None
         if metric == "inputs" and layer.loss_metric is not None:
@@ -89,11 +89,6 @@ def truncated(trained: Trained, metric: str, budget: float) -> tuple[GPT, float 
         if name in ranks:
             wrapper.factorize_(name, rank=ranks[name])
     return model, predicted
-
-
-def tracked(wrapper: SubspaceAwareOptimizer) -> Iterable[tuple[str, Any]]:
-    """The layers by name."""
-    return wrapper.layers.items()
 
 
 def parameters(model: GPT) -> int:
@@ -143,22 +138,8 @@ def result_table(records: Iterable[dict[str, Any]]) -> Table:
 def main() -> int:
     """Run what is missing, print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--optimizers", nargs="+", choices=tuple(LRS), default=tuple(LRS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=output_file, help="keep all figures here, and go on from those that are there")
-    parser.add_argument("--smoke", action="store_true", help="a tiny job, as CI runs it")
-    args = parser.parse_args()
-    args.depth, args.width, args.sequence_length = (1, 64, 128) if args.smoke else (4, 256, 512)
-    if args.smoke:
-        args.steps, args.threads = 60, 1
-    torch.set_num_threads(args.threads)
-    console = Console(width=160 if not sys.stdout.isatty() else None)
-    job = {name: getattr(args, name) for name in ("steps", "depth", "width", "sequence_length")}
-    store = open_results(parser, args.json, job)
-    training, held_out = split(load_corpus(None))
-    validation = validation_batches(held_out, args.sequence_length)
+    args, console, store, (training, validation) = open_job(parser, smoke_steps=60)
     with Progress(console=console) as progress:
         for kind in args.optimizers:
             for seed in range(args.seeds):

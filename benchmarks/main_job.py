@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT
-from results_file import about_line, open_results, output_file
+from results_file import ResultFile, about_line, open_results, output_file
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.decisions import ThresholdPolicy
 from svd_optim.records import Action, LayerInfo, LayerMetrics, LayerState, Summary
@@ -205,11 +205,9 @@ def replay_table(records: list[dict[str, Any]]) -> Table:
     return table
 
 
-def main() -> int:
-    """Run what is missing, print all."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def open_job(parser: argparse.ArgumentParser, smoke_steps: int) -> tuple[argparse.Namespace, Console, ResultFile, Data]:
+    """What benchmarks on this job have in common: options beside the parser's own, console, results, data."""
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=("muon", "adamw"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=output_file, help="keep all figures here, and go on from those that are there")
@@ -217,13 +215,20 @@ def main() -> int:
     args = parser.parse_args()
     args.depth, args.width, args.sequence_length = (1, 64, 128) if args.smoke else (4, 256, 512)
     if args.smoke:
-        args.steps, args.seeds, args.threads = 120, 1, 1
+        args.steps, args.seeds, args.threads = smoke_steps, 1, 1
     torch.set_num_threads(args.threads)
     console = Console(width=160 if not sys.stdout.isatty() else None)
     job = {name: getattr(args, name) for name in ("steps", "depth", "width", "sequence_length")}
     store = open_results(parser, args.json, job)
     training, held_out = split(load_corpus(None))
-    data = (training, validation_batches(held_out, args.sequence_length))
+    return args, console, store, (training, validation_batches(held_out, args.sequence_length))
+
+
+def main() -> int:
+    """Run what is missing, print all."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=2)
+    args, console, store, data = open_job(parser, smoke_steps=120)
     with Progress(console=console) as progress:
         for kind in args.optimizers:
             for seed in range(args.seeds):

@@ -226,9 +226,7 @@ def test_the_plan_follows_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(planner, "FLOOR", 0.3)
     model = Parallel(0, noise=0.02, a=2, b=48)
     model.teachers["b"] = isotropic(0)
-    optimizer = SubspaceAwareOptimizer(
-        PARALLEL["adamw"](model), model, quick(budget=0.5, warmup_steps=1000, metric="weight")
-    )
+    optimizer = SubspaceAwareOptimizer(PARALLEL["adamw"](model), model, quick(budget=0.5, warmup_steps=1000))
     start = weights(model)
     ends = []
     for steps in (range(40), range(40, 100)):

@@ -56,9 +56,7 @@ class Regression:
             layer.weight.copy_(self.W)
         model = nn.Sequential(layer)
         base = SGD(model.parameters(), lr, weight_decay=weight_decay)
-        return layer, SubspaceAwareOptimizer(
-            base, model, SubspaceConfig(rank=self.k, min_size=1, metric="weight", **settings)
-        )
+        return layer, SubspaceAwareOptimizer(base, model, SubspaceConfig(rank=self.k, min_size=1, **settings))
 
 
 def step(layer: nn.Linear, optimizer: SubspaceAwareOptimizer, x: Tensor, y: Tensor) -> None:

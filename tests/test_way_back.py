@@ -293,7 +293,7 @@ def test_only_the_descents_that_began_last_are_called_off() -> None:
 def test_a_descent_is_called_off_although_its_weight_is_frozen_and_has_hooks() -> None:
     """Only what is in factors already has to stay there for the sake of its hooks."""
     model = Parallel(1, a=2, b=2)
-    optimizer = wrapped("sgd", model, descent_steps=300, metric="weight")
+    optimizer = wrapped("sgd", model, descent_steps=300)
     step = 0
     while optimizer.layers["a"].state != LayerState.DESCENDING:
         by_closure(optimizer, model, step, 0.0)

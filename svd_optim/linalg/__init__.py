@@ -18,6 +18,7 @@ from .bases import (
     refresh_basis,
     ritz_basis,
     subspace_change,
+    truncation_error,
 )
 from .energies import (
     GradientEnergies,
@@ -82,4 +83,5 @@ __all__ = [
     "subspace_change",
     "to_compute_dtype",
     "truncated",
+    "truncation_error",
 ]

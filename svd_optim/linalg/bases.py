@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .matrices import column_energies, magnitude
+from .matrices import column_energies, energy, magnitude
 
 OVERSAMPLING = 8  # extra columns of a cached basis, which accelerate the convergence of the k leading ones
 EXACT_BELOW = 512  # min(m, n) up to which a first basis comes from a full SVD
@@ -146,3 +146,9 @@ def reconstruction_error(S: Tensor, total: Tensor) -> Tensor:
     """
     retained = S.double().square().sum(-1)
     return (1.0 - retained / total).clamp(min=0.0).sqrt()
+
+
+def truncation_error(W: Tensor, truncation: Basis) -> Tensor:
+    """Relative Frobenius error of any low-rank stand-in for W (m, n), 0-d float64. NaN where W is zero."""
+    U, S, V = truncation
+    return (energy(W - (U * S) @ V.mT) / energy(W)).sqrt()

@@ -11,8 +11,7 @@ of rank k in this metric is the truncated SVD of M, mapped back (weighted low-ra
 that of SVD-LLM, arXiv:2403.07378). It does not depend on which square roots A and B are: these are Cholesky factors.
 
 As an estimate of the cost that formula is far too low, as tokens with large gradients are not those with average
-inputs. The truncation to rank k changes the loss L of N
-independent examples by about
+inputs. The truncation to rank k changes the loss L of N independent examples by about
 
     <G, D> + N/2 Var <G_i, D>,     G_i: the gradient of the mean loss that comes from example i,
 
@@ -89,10 +88,6 @@ class _Root(NamedTuple):
         C = damped(C)
         return cls(C.sqrt() if C.ndim == 1 else torch.linalg.cholesky(C))
 
-    def times(self, X: Tensor) -> Tensor:
-        """A X."""
-        return self.A[:, None] * X if self.A.ndim == 1 else self.A @ X
-
     def transposed_times(self, X: Tensor) -> Tensor:
         """A^T X."""
         return self.A[:, None] * X if self.A.ndim == 1 else self.A.mT @ X
@@ -104,13 +99,6 @@ class _Root(NamedTuple):
         return torch.linalg.solve_triangular(self.A.mT, X, upper=True)
 
 
-def _leading_eigenvectors(M: Tensor, q: int) -> tuple[Tensor, Tensor]:
-    """(singular values (q,), left singular vectors (m, q)) of M (m, n), m <= n, through M M^T: in float64 only."""
-    eigenvalues, U = torch.linalg.eigh(M @ M.mT)
-    order = torch.arange(len(U) - 1, len(U) - 1 - q, -1, device=M.device)
-    return eigenvalues[order].clamp(min=0.0).sqrt(), U[:, order]
-
-
 def loss_basis(W: Tensor, outputs: Tensor, inputs: Tensor, q: int) -> LossBasis:
     """The q leading terms of W (m, n) in the metric of its loss.
 
@@ -118,16 +106,15 @@ def loss_basis(W: Tensor, outputs: Tensor, inputs: Tensor, q: int) -> LossBasis:
         outputs: E[g g^T] of the gradients at the layer's outputs, (m, m) or (m,); its scale does not matter.
         inputs: E[x x^T] of its inputs, (n, n) or (n,).
     """
+    m, n = W.shape
+    if m > n:  # the shorter side is cheaper to decompose
+        R, S, L = loss_basis(W.mT, inputs, outputs, q)
+        return LossBasis(L, S, R)
     A, B = _Root.of(outputs), _Root.of(inputs)
     M = B.transposed_times(A.transposed_times(W.double()).mT).mT  # A^T W B
-    if len(M) <= M.shape[1]:
-        S, U = _leading_eigenvectors(M, q)
-        V = M.mT @ U
-    else:
-        S, V = _leading_eigenvectors(M.mT, q)
-        U = M @ V
-    other = 1.0 / torch.where(S > 0, S, torch.inf)
-    U, V = (U, V * other) if len(M) <= M.shape[1] else (U * other, V)
+    eigenvalues, U = torch.linalg.eigh(M @ M.mT)  # ascending; accurate enough in float64 only
+    S, U = eigenvalues.flip(0)[:q].clamp(min=0.0).sqrt(), U.flip(1)[:, :q]
+    V = M.mT @ U / torch.where(S > 0, S, torch.inf)
     return LossBasis(*(t.to(W.dtype) for t in (A.solve_transposed(U), S, B.solve_transposed(V))))
 
 

@@ -14,7 +14,7 @@ from ..records import LayerState, Plan, PlannedLayer, break_even_rank, parameter
 from .layer import TrackedLayer
 from .refreshing import RANK_HYSTERESIS, update_energy_ranks_
 
-BISECTIONS = 20
+BISECTIONS = 20  # of what the part of second order may be, so that both are within a tolerance
 PLAN_HYSTERESIS = 0.25  # relative change below which a plan after warmup keeps a rank, and so its decision window
 
 
@@ -64,17 +64,10 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
         rows.append(
             PlannedLayer(
                 name=name, shape=layer.shape, state=layer.state, rank=rank, fixed=why, missed=missed,
-                predicted_increase=predicted_increase(layer, rank),
+                predicted_increase=layer.predicted_increase(rank),
             )
         )  # fmt: skip
     return Plan(step=step, budget=budget, layers=tuple(rows))
-
-
-def predicted_increase(layer: TrackedLayer, rank: int | None) -> float | None:
-    """Of the loss, by truncation to ``rank`` at once (``None``: by none), in its units; ``None``: not known."""
-    if rank is None or layer.factorized:
-        return 0.0
-    return layer.slopes[rank - 1] + layer.increases[rank - 1] if rank <= len(layer.increases) else None
 
 
 def ranks_within(layers: Sequence[TrackedLayer], increase: float) -> dict[str, int | None]:
@@ -86,15 +79,21 @@ def ranks_within(layers: Sequence[TrackedLayer], increase: float) -> dict[str, i
 
     def found(allowed: float) -> tuple[dict[str, int | None], float]:
         ranks = planner.cheapest(candidates, allowed)
-        return ranks, sum(predicted_increase(x, ranks[x.name]) or 0.0 for x in layers)
+        return ranks, sum(x.predicted_increase(ranks[x.name]) or 0.0 for x in layers)
 
+    best, total = found(increase)
+    if total <= increase:
+        return best
     low, high = 0.0, increase
-    if found(high)[1] <= increase:
-        return found(high)[0]
+    best, _ = found(low)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if found(middle)[1] <= increase else (low, middle)
-    return found(low)[0]
+        ranks, total = found(middle)
+        if total <= increase:
+            best, low = ranks, middle
+        else:
+            high = middle
+    return best
 
 
 def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:

@@ -41,9 +41,8 @@ def truncations(layers: Sequence[TrackedLayer]) -> tuple[dict[str, linalg.Basis]
             layer.count_decomposition(basis is not None)
             if basis is not None:
                 bases[layer.name] = basis
-                kept = basis.leading(layer.rank)
-                error = linalg.energy(W - (kept.U * kept.S) @ kept.V.mT) / linalg.energy(W)
-                errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error.sqrt())
+                error = linalg.truncation_error(W, basis.leading(layer.rank))
+                errors[layer.name] = torch.where(basis.S[0] == 0, 0.0, error)
     values = torch.stack([*errors.values()]).tolist() if errors else []
     return bases, dict(zip(errors, values, strict=True))
 

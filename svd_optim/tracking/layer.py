@@ -127,6 +127,12 @@ class TrackedLayer(LayerLife):
             return float32_factors(self.factors.module, self.factors.masters)
         return self.cached
 
+    def predicted_increase(self, rank: int | None) -> float | None:
+        """Of the loss, by truncation to ``rank`` at once (``None``: by none), in its units; ``None``: not known."""
+        if rank is None or self.factorized:
+            return 0.0
+        return self.slopes[rank - 1] + self.increases[rank - 1] if rank <= len(self.increases) else None
+
     def projectors(self) -> Projectors:
         """Those onto the directions that it is to keep: in the metric of its loss where that is known."""
         metric = self.loss_metric
@@ -151,14 +157,8 @@ class TrackedLayer(LayerLife):
         """
         W = self.weight
         dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-        held = next(
-            (
-                t
-                for t in (*(self.loss_metric or ()), *(self.cached or ()), *(self.images or ()), *(self.anchor or ()))
-                if t is not None
-            ),
-            None,
-        )
+        measured = (self.loss_metric, self.cached, self.images, self.anchor)
+        held = next((t for tensors in measured for t in tensors or ()), None)
         if held is None or (held.device == W.device and held.dtype == dtype):
             return
 

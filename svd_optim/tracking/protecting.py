@@ -101,6 +101,5 @@ def keep_blocks_(run: TrackedRun, bases: dict[str, linalg.Basis], errors: dict[s
             too_low.append(name)
             continue
         W = linalg.to_compute_dtype(layer.module.weight)
-        lost = linalg.energy(W - (factors.U * factors.S) @ factors.V.mT) / linalg.energy(W)
-        bases[name], errors[name] = factors, float(lost.sqrt().nan_to_num())
+        bases[name], errors[name] = factors, float(linalg.truncation_error(W, factors).nan_to_num())
     return too_low

@@ -144,14 +144,15 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
     if not layers:
         return {}
     rows = [_row(layer) for layer in layers]
-    values = iter(torch.cat(rows).tolist())
-    results = [list(islice(values, len(row))) for row in rows]
-    predictions = _predictions(layers, results)
+    increases = [_increases(layer) for layer in layers]
+    values = iter(torch.cat([*rows, *increases]).tolist())
+    read = [list(islice(values, len(row))) for row in (*rows, *increases)]
+    predictions = _predictions(layers, read[len(rows) :])
     metrics = {}
-    for layer, result, predicted in zip(layers, results, predictions, strict=True):
-        S, (*others, idle) = result[: layer.rank], result[layer.rank : _length(layer)]
+    for layer, row, predicted in zip(layers, read[: len(rows)], predictions, strict=True):
+        S, (*results, idle) = row[: layer.rank], row[layer.rank :]
         layer.count_idle(int(idle))
-        metrics[layer.name] = _metrics(layer, others, predicted, step)
+        metrics[layer.name] = _metrics(layer, results, predicted, step)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
         length = max(HISTORY, config.patience)
         layer.history = [*layer.history, metrics[layer.name]][-length:]
@@ -160,10 +161,7 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
 
 
 def _row(layer: TrackedLayer) -> Tensor:
-    """[*S, *pending, outside, *sums, idle] on the device, float64, (k + SCALARS + 1 + 2 + 3k + 1,).
-
-    Then, for a layer whose loss metric is known, [count, *increases], (1 + 3q,).
-    """
+    """[*S, *pending, outside, *sums, idle] on the device, float64, (k + SCALARS + 1 + 2 + 3k + 1,)."""
     assert layer.pending is not None and layer.basis is not None
     sums = layer.sums
     if sums is None:
@@ -174,14 +172,15 @@ def _row(layer: TrackedLayer) -> Tensor:
         layer.factors.nonfinite = None
     outside = sums.new_zeros(1) if layer.outside is None else linalg.energy(layer.outside)[None] / SKETCH_SIZE
     idle = sums.new_zeros(1) if layer.idle is None else layer.idle.double()[None]
-    parts = [layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle]
+    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle])
+
+
+def _increases(layer: TrackedLayer) -> Tensor:
+    """[samples, *increases] of a layer's loss metric, (1 + 3q,) float64 on the device; empty where it is not known."""
     metric = layer.loss_metric
-    return torch.cat(parts if metric is None else [*parts, metric.samples[None], metric.increases.flatten()])
-
-
-def _length(layer: TrackedLayer) -> int:
-    """Of a row without what the loss metric adds to it."""
-    return layer.rank + SCALARS + 1 + 2 + 3 * layer.rank + 1
+    if metric is None:
+        return torch.empty(0, dtype=torch.float64, device=layer.weight.device)
+    return torch.cat([metric.samples[None], metric.increases.flatten()])
 
 
 def _smoothed(before: list[float], now: list[float]) -> list[float]:
@@ -189,18 +188,18 @@ def _smoothed(before: list[float], now: list[float]) -> list[float]:
     return [(a + b) / 2 for a, b in zip(before or now, now, strict=True)]
 
 
-def _predictions(layers: Sequence[TrackedLayer], results: Sequence[list[float]]) -> list[float | None]:
+def _predictions(layers: Sequence[TrackedLayer], rows: Sequence[list[float]]) -> list[float | None]:
     """The predicted increase of the loss at each layer's rank; ``None``: not known. Keeps it for every rank.
 
     How it falls with the rank, and from layer to layer, is taken from pieces of examples; how large it is in all layers
     together, from the examples.
     """
     parts: list[list[list[float]] | None] = []
-    for layer, result in zip(layers, results, strict=True):
-        count, *increases = result[_length(layer) :] or [0.0]
+    for row in rows:
+        samples, *increases = row or [0.0]
         q = len(increases) // 3
         # The first sample had no metric to be judged in.
-        parts.append([increases[i * q : (i + 1) * q] for i in range(3)] if count >= 2 else None)
+        parts.append([increases[i * q : (i + 1) * q] for i in range(3)] if samples >= 2 else None)
     known = [part for part in parts if part is not None]
     of_pieces = math.fsum(x for part in known for x in part[2])
     level = math.fsum(x for part in known for x in part[1]) / of_pieces if of_pieces else 1.0
@@ -211,8 +210,7 @@ def _predictions(layers: Sequence[TrackedLayer], results: Sequence[list[float]])
             continue
         layer.increases = _smoothed(layer.increases, [level * x for x in part[2]])
         layer.slopes = _smoothed(layer.slopes, part[0])
-        k = layer.rank
-        predicted.append(max(0.0, layer.slopes[k - 1] + layer.increases[k - 1]) if k <= len(part[0]) else 0.0)
+        predicted.append(max(0.0, layer.predicted_increase(layer.rank) or 0.0))
     return predicted
 
 
@@ -308,8 +306,7 @@ def _metrics(layer: TrackedLayer, results: list[float], predicted: float | None,
     if count:
         *sides, curve = ([min(1.0, x / count) for x in accumulate(sums[i * k : (i + 1) * k])] for i in range(3))
         principal, right, capture = sides[0][-1], sides[1][-1], curve[-1]
-        before = layer.capture if len(layer.capture) == k else []
-        layer.capture = _smoothed(before, curve)
+        layer.capture = _smoothed(layer.capture if len(layer.capture) == k else [], curve)
         uncorrelated = count * (1.0 - capture)  # what `outside` would be if the gradients outside were uncorrelated
         if layer.factorized and count > 1 and uncorrelated > 0:
             persistence = (outside / uncorrelated - 1.0) / (count - 1.0)
