@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import SubspaceConfig
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.decisions.planner import Candidate, cheapest
 from svd_optim.linalg import (
     Projectors,
     exact_basis,
@@ -24,7 +27,9 @@ from svd_optim.linalg import (
     truncated,
 )
 from svd_optim.linalg.loss_metric import DAMPING
+from svd_optim.records import largest_useful_rank, parameter_count
 from svd_optim.tracking import loss_metric
+from svd_optim.tracking.budget import ranks_within
 from svd_optim.tracking.loss_metric import Tap, collect
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -359,3 +364,132 @@ def test_each_sample_counts_and_the_means_forget() -> None:
         optimizer.layers["up"].loss_metric = metric._replace(inputs=1e6 * metric.inputs)
     train(model, optimizer, range(20, 20 + 20 * loss_metric.WINDOW))
     assert float(optimizer.layers["up"].loss_metric.inputs.diagonal().mean()) < 10
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> list[Candidate]:
+    """Layers whose predicted increases fall with the rank, each in its own way."""
+    found = []
+    for i in range(draw(st.integers(1, 3))):
+        shape = draw(st.sampled_from([(8, 8), (6, 12), (12, 6)]))
+        falls = draw(st.lists(st.floats(1e-6, 1.0), min_size=12, max_size=12))
+        increases = [sum(falls[k:]) for k in range(1, len(falls))]
+        found.append(Candidate(name=str(i), shape=shape, increases=increases))
+    return found
+
+
+def of_all(layers: list[Candidate]) -> list[tuple[int, float, tuple[int | None, ...]]]:
+    """(parameters, increase, ranks) of every combination of ranks below break-even and dense."""
+    each = [[None, *range(1, largest_useful_rank(*x.shape) + 1)] for x in layers]
+    rows = []
+    for ranks in itertools.product(*each):
+        cost = sum(parameter_count(*x.shape, k) for x, k in zip(layers, ranks, strict=True))
+        damage = sum(0.0 if k is None else x.increases[k - 1] for x, k in zip(layers, ranks, strict=True))
+        rows.append((cost, damage, ranks))
+    return rows
+
+
+@given(candidates(), st.floats(0.0, 4.0))
+def test_the_cheapest_ranks_are_within_the_damage_and_near_the_best_there_are(
+    layers: list[Candidate], allowed: float
+) -> None:
+    """The best by trying all of them; a greedy choice on convex hulls is at most one step behind."""
+    ranks = cheapest(layers, allowed)
+    cost, damage = next((c, d) for c, d, found in of_all(layers) if found == tuple(ranks[x.name] for x in layers))
+    assert damage <= allowed + 1e-12
+    best = min(c for c, d, _ in of_all(layers) if d <= allowed)
+    dense = [parameter_count(*x.shape, None) for x in layers]
+    assert best <= cost <= best + max(dense)
+    more = cheapest(layers, allowed * 1.5 + 1e-9)
+    assert sum(parameter_count(*x.shape, more[x.name]) for x in layers) <= cost
+
+
+class Known(NamedTuple):
+    """What :func:`ranks_within` asks of a layer."""
+
+    name: str
+    shape: tuple[int, int]
+    increases: list[float]
+    slopes: list[float]
+
+    def predicted_increase(self, rank: int | None) -> float:
+        return 0.0 if rank is None else self.slopes[rank - 1] + self.increases[rank - 1]
+
+
+@given(candidates(), st.floats(-0.5, 0.5), st.floats(0.0, 4.0))
+def test_ranks_within_a_tolerance_count_both_parts(layers: list[Candidate], tilt: float, allowed: float) -> None:
+    known = [Known(x.name, x.shape, list(x.increases), [tilt * i for i in x.increases]) for x in layers]
+    ranks = ranks_within(known, allowed)  # type: ignore[arg-type]
+    assert sum(x.predicted_increase(ranks[x.name]) for x in known) <= allowed + 1e-9
+    if tilt <= 0:  # then the part of second order alone decides
+        assert ranks == cheapest(layers, allowed)
+
+
+def test_nothing_within_a_tolerance_of_nothing() -> None:
+    layer = Known("a", (8, 8), [3.0, 2.0, 1.0], [0.0, 0.0, 0.0])
+    assert ranks_within([layer], 0.0) == {"a": None}  # type: ignore[list-item]
+
+
+# ---- factorize_ within a tolerance -------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Two layers and a softmax over classes that only few directions of the inputs tell apart."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(48, 64), nn.Linear(64, 48)
+        self.truth = torch.randn(48, 4) @ torch.randn(4, 48) / 4
+        self.noise = torch.Generator().manual_seed(seed)
+
+    def loss(self, rows: int = 256) -> Tensor:
+        x = torch.randn(rows, 48, generator=self.noise)
+        targets = (x @ self.truth).argmax(1)
+        return nn.functional.cross_entropy(self.second(self.first(x).relu()), targets)
+
+
+def classified(seed: int, told: bool = True, **config: Any) -> tuple[Classifier, SubspaceAwareOptimizer]:
+    """One that was trained, with all samples taken."""
+    model = Classifier(seed)
+    optimizer = SubspaceAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, manual(**config))
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        optimizer.step()
+        if told:
+            optimizer.observe_loss(loss)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tolerance_is_kept(seed: int) -> None:
+    model, optimizer = classified(seed, metric="loss")
+    with torch.no_grad():
+        before = float(model.loss(20_000))
+    wide = copy.deepcopy((model, optimizer))
+    names = optimizer.factorize_("all", max_loss_increase=0.05)
+    assert names and factorized(model) == names
+    with torch.no_grad():
+        assert float(model.loss(20_000)) <= before * 1.05 * 1.02  # and the noise of the two losses
+    wide[1].factorize_("all", max_loss_increase=0.5)
+    assert sum(p.numel() for p in wide[0].parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_what_a_tolerance_needs_is_said_and_nothing_changes() -> None:
+    model, optimizer = classified(0, metric="loss")
+    state = weights(model)
+
+    def raises(kind: type[Exception], text: str, optimizer: SubspaceAwareOptimizer, **given: Any) -> None:
+        with pytest.raises(kind, match=text):
+            optimizer.factorize_("all", **given)
+
+    raises(ValueError, "not both", optimizer, rank=4, max_loss_increase=0.1)
+    for wrong in ("a", True):
+        raises(TypeError, "must be a number", optimizer, max_loss_increase=wrong)
+    for wrong in (0, -0.1, math.nan, math.inf):
+        raises(ValueError, "above 0", optimizer, max_loss_increase=wrong)
+    same_bits(weights(model), state)
+    raises(ValueError, "observe_loss", classified(0, told=False, metric="loss")[1], max_loss_increase=0.1)
+    raises(ValueError, "'first'.*metric='loss'", classified(0)[1], max_loss_increase=0.1)

@@ -42,12 +42,19 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
     """The current allocation of the budget: the ranks that layers would have if they all started their descents now.
 
     Fixed layers keep what they have. A planned rank within the hysteresis above the present one is replaced by that.
+
+    Where layers are truncated at once, predictions of the loss choose between them. Not for descents: they tell what
+    has been learned so far, and a layer that began at zero has its learning before it. Half of a GPT of width 128 ended
+    0.6 % (Muon, 4 tokens a parameter) and 1.4 % (AdamW, 20) worse at ranks by them than at an even share.
     """
+    at_once = config.mode == "manual"
     budget, hysteresis = config.parameter_budget, _hysteresis(config, step)
     share = 1.0 if budget is None else budget  # without one all layers are fixed: each has its own target
     fixed = {name: entry for name, layer in layers.items() if (entry := _fixed(layer, step)) is not None}
     candidates = {
-        name: planner.Candidate(name=name, shape=layer.shape, capture=layer.capture, increases=layer.increases)
+        name: planner.Candidate(
+            name=name, shape=layer.shape, capture=layer.capture, increases=layer.increases if at_once else ()
+        )
         for name, layer in layers.items()
     }
     shapes = {name: layer.shape for name, layer in layers.items()}
