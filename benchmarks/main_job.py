@@ -117,7 +117,7 @@ def starts(history: History, thresholds: Thresholds, rule: str, config: Subspace
     for name, metrics in history.metrics.items():
         info = LayerInfo(name=name, shape=history.shapes[name], rank=metrics[-1].rank)
         for i, latest in enumerate(metrics):
-            if latest.step < config.warmup_steps or latest.step % config.cohort_steps:
+            if latest.step < config.warmup or latest.step % config.cohort_steps:
                 continue
             if policy.decide(info, LayerState.DENSE, metrics[: i + 1], thresholds).action != Action.HOLD:
                 first.append(latest.step)

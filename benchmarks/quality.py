@@ -1,7 +1,8 @@
 """What does training in fewer parameters cost in quality? Ours, the ways around it, and a smaller dense model.
 
-    python benchmarks/quality.py --quick          # one seed, the headline rows, half as long: half an hour
-    python benchmarks/quality.py                  # everything; hours. Stop and start again at will
+    python benchmarks/quality.py                  # everything at 20 tokens a parameter; days. Stop and start at will
+    python benchmarks/quality.py --regime 5       # at 5 tokens a parameter; or "short": 800 steps of 512 tokens
+    python benchmarks/quality.py --rows dense 'ours 0.5' --lrs 0.02 0.004 --seeds 1    # a first look: 40 minutes
     python benchmarks/quality.py --report         # only the table of what is there
     python benchmarks/quality.py --smoke          # every row once, on a tiny job
 
@@ -30,6 +31,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -51,7 +53,6 @@ from train_gpt import SwitchWatch, base_optimizers, bits_per_byte, warm_down
 GRID = {"muon": (0.005, 0.01, 0.02), "adamw": (1e-3, 2e-3, 4e-3)}
 FULL_STEPS = 800
 CLOSE = 1.01  # bits per byte to the lowest: too little for one seed to decide
-SCALES = factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Row:
     form: type[torch.nn.Module] | None = None  # a rival's replacement of nn.Linear
     projected: bool = False  # a dense model brought back to the rank of the budget every 20 steps: saves nothing
     galore: bool = False
+    tolerance: float | None = None  # dense, observed, and truncated within it after the last step
     scale: float = 1.0  # of the factored step, beside the library's own
     dtype: torch.dtype = torch.float32  # of all weights
     headline: bool = False
@@ -81,6 +83,9 @@ ROWS: dict[str, Row] = {
     "ours 0.5": Row(budget=0.5, config={"budget": 0.5}, headline=True),
     "smaller dense 0.25": Row(budget=0.25, width=0.5, headline=True),
     "ours 0.25": Row(budget=0.25, config={"budget": 0.25}, headline=True),
+    "ours 0.5, loss metric": Row(budget=0.5, config={"budget": 0.5, "metric": "loss"}, headline=True),
+    "ours 0.25, loss metric": Row(budget=0.25, config={"budget": 0.25, "metric": "loss"}, headline=True),
+    "dense, truncated within 1 %": Row(config={"metric": "loss"}, tolerance=0.01, headline=True),
     "ours 0.5, uniform": Row(budget=0.5, config=uniform(0.5)),
     "ours 0.25, uniform": Row(budget=0.25, config=uniform(0.25)),
     "ours 0.5, no descent": Row(budget=0.5, config={"budget": 0.5}, at_once=True),
@@ -106,7 +111,17 @@ class Sizes:
     depth: int = 4
     width: int = 256
     sequence_length: int = 512
+    sequences: int = 1  # in a step
+    decay: float = 0.2  # share of the steps over which the learning rate falls to zero
     validation_tokens: int = 32_768
+
+
+# Tokens to each parameter of the matrices: what a user trains for, the beginning of that, and 0.13.
+REGIMES = {
+    "20": Sizes(steps=1920, depth=2, width=128, sequences=8, decay=0.4, validation_tokens=65_536),
+    "5": Sizes(steps=480, depth=2, width=128, sequences=8, decay=0.4, validation_tokens=65_536),
+    "short": Sizes(),
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,18 @@ def resident_bytes(
 
 def train(job: Job, sizes: Sizes) -> dict[str, Any]:
     """One run from start to end; the figures of its line in the table."""
+    own = factor_step.update_scales
+
+    def scaled(*args: Any) -> factor_step.Scales:
+        scales, times = own(*args), ROWS[job.row].scale
+        return scales._replace(K=times * scales.K, L=times * scales.L)
+
+    with mock.patch.object(factor_step, "update_scales", scaled):
+        return train_row(job, sizes)
+
+
+def train_row(job: Job, sizes: Sizes) -> dict[str, Any]:
+    """The same, with the step inside factors as it is."""
     row = ROWS[job.row]
     torch.manual_seed(job.seed)
     heads, width = heads_and_width(sizes, row.width)
@@ -159,15 +186,14 @@ def train(job: Job, sizes: Sizes) -> dict[str, Any]:
     watch = SwitchWatch(model, validation, Console(quiet=True))
     wrapper = None
     if row.config is not None:
-        mode = "manual" if row.at_once else "auto"
+        mode = "manual" if row.at_once or row.tolerance is not None else "auto"
         settings = row.config | schedule(sizes.steps)
         config = SubspaceConfig(mode=mode, seed=job.seed, total_steps=sizes.steps, **settings)
         wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[watch])
-    factor_step.MUON_SCALE, factor_step.ENTRYWISE_SCALE = (scale * row.scale for scale in SCALES)
-    schedulers = [warm_down(optimizer, sizes.steps) for optimizer in optimizers]
+    schedulers = [warm_down(optimizer, sizes.steps, sizes.decay) for optimizer in optimizers]
     stepping = [wrapper or optimizers[0], *optimizers[1:]]
-    stream = batches(training, 1, sizes.sequence_length, job.seed)
-    seconds = []
+    stream = batches(training, sizes.sequences, sizes.sequence_length, job.seed)
+    seconds, operations = [], 0
     for step in range(sizes.steps):
         if step == at and row.at_once and wrapper is not None:
             wrapper.factorize_([layer.name for layer in wrapper.plan().layers if layer.rank is not None])
@@ -187,9 +213,14 @@ def train(job: Job, sizes: Sizes) -> dict[str, Any]:
         for optimizer, scheduler in zip(stepping, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
+        if wrapper is not None:
+            wrapper.observe_loss(loss)
         seconds.append(time.perf_counter() - start - (watch.seconds - watched))
+        operations += 6 * inputs.numel() * sum(p.numel() for p in model.blocks.parameters())
     if row.projected:
         project_(model.blocks, row.budget)
+    if row.tolerance is not None and wrapper is not None:
+        wrapper.factorize_("all", max_loss_increase=row.tolerance)
     last = seconds[-max(1, len(seconds) // 5) :]  # all switches are behind
     return {
         "bpb": bits_per_byte(model, validation),
@@ -197,6 +228,8 @@ def train(job: Job, sizes: Sizes) -> dict[str, Any]:
         "factorized": wrapper.summary().count(LayerState.FACTORIZED) if wrapper else 0,
         "resident_bytes": resident_bytes(model, optimizers, wrapper),
         "seconds_per_step": statistics.median(last),
+        "seconds": sum(seconds),
+        "operations": operations,
         "jump_percent": max((switch.jump for switch in watch.switches), default=0.0),
         "switched_at": switched_at(wrapper.events) if wrapper else at if row.form else None,
     }
@@ -220,7 +253,7 @@ def schedule(steps: int) -> dict[str, int]:
         return {}
     share = steps / FULL_STEPS
     defaults = SubspaceConfig()
-    names = ("analyze_every", "warmup_steps", "descent_steps", "cohort_steps", "guard_steps", "cooldown_steps")
+    names = ("analyze_every", "cohort_steps", "guard_steps", "cooldown_steps")
     return {name: max(1, round(getattr(defaults, name) * share)) for name in names}
 
 
@@ -348,7 +381,7 @@ def summarize(runs: Runs, optimizers: Iterable[str], seeds: int) -> list[dict[st
 def table(lines: Sequence[dict[str, Any]]) -> Table:
     """Means over seeds."""
     columns = ("run", "lr", "seeds", "bits per byte", "spread", "to dense, %", "matrix parameters", "resident bytes",
-               "s / step", "largest jump, %", "switched at")  # fmt: skip
+               "operations", "s / step", "largest jump, %", "switched at")  # fmt: skip
     caption = "Switched at: the mean step at which weights went into factors, by the numbers in them."
     made = Table(*columns, title="Quality of training in fewer parameters", caption=caption)
     for line in lines:
@@ -364,7 +397,8 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
         made.add_row(
             f"{line['optimizer']}, {line['row']}", f"{line['lr']:g}{tried}", str(len(results)), f"{mean('bpb'):.4f}",
             f"{max(bpb) - min(bpb):.4f}", f"{statistics.mean(line['to_dense']):+.2f}" if line["to_dense"] else "–",
-            f"{mean('parameters'):,.0f}", f"{mean('resident_bytes'):,.0f}", f"{mean('seconds_per_step'):.3f}",
+            f"{mean('parameters'):,.0f}", f"{mean('resident_bytes'):,.0f}", f"{mean('operations'):.2e}",
+            f"{mean('seconds_per_step'):.3f}",
             f"{mean('jump_percent'):+.3f}", f"{statistics.mean(switched):.0f}" if switched else "–",
         )  # fmt: skip
     return made
@@ -391,32 +425,28 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The options; ``--quick`` and ``--smoke`` set several of them."""
+    """The options; ``--smoke`` sets several of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--optimizers", nargs="+", choices=tuple(GRID), default=tuple(GRID))
     add("--rows", nargs="+", choices=tuple(ROWS), default=None, metavar="ROW", help="only these")
     add("--lrs", nargs="+", type=float, default=(), metavar="LR", help="only these of the grid, for a first look")
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=FULL_STEPS)
+    add("--regime", choices=tuple(REGIMES), default="20", help="tokens a parameter, or the 800 steps of the example")
     add("--jobs", type=int, default=2, help="runs at the same time")
     add("--threads", type=int, default=1, help="of each run")
     add("--json", type=output_file, help="finished runs, kept and not repeated; default: a file in runs/")
     add("--plot", type=output_file, help="draw the figures here (needs matplotlib)")
     add("--report", action="store_true", help="run nothing")
-    add("--quick", action="store_true", help="one seed, the headline rows, half as many steps")
     add("--smoke", action="store_true", help="a tiny job, as CI runs it")
     add("--run", help=argparse.SUPPRESS)  # what a worker does: one job, its result on the last line
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.sizes = Sizes(steps=args.steps)
-    if args.quick:
-        args.seeds, args.sizes = 1, Sizes(steps=FULL_STEPS // 2)
-        args.rows = args.rows or [name for name, row in ROWS.items() if row.headline]
+    args.sizes = REGIMES[args.regime]
     if args.smoke:
         args.seeds, args.sizes = 1, Sizes(steps=40, depth=1, width=64, sequence_length=64, validation_tokens=2048)
     elif args.json is None:
-        args.json = output_file(f"runs/quality_{args.sizes.steps}_steps.json")
+        args.json = output_file(f"runs/quality_{args.regime}.json")
     args.rows = args.rows or list(ROWS)
     if not has_galore():
         args.rows = [name for name in args.rows if not ROWS[name].galore]

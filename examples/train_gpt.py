@@ -189,9 +189,9 @@ def build_optimizers(
     return [wrapper, *others], wrapper
 
 
-def warm_down(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Constant, then down in a straight line over the last 20 % of the steps, never quite to zero."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (0.2 * steps)))
+def warm_down(optimizer: torch.optim.Optimizer, steps: int, share: float = 0.2) -> torch.optim.lr_scheduler.LambdaLR:
+    """Constant, then down in a straight line over the last ``share`` of the steps, never quite to zero."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (share * steps)))
 
 
 class TokensPerSecond(ProgressColumn):

@@ -56,6 +56,7 @@ def _choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None
 
 
 HEADS = "<heads>"  # among the patterns of SubspaceConfig.exclude: whatever layers are taken for heads
+WARMUP_STEPS, DESCENT_STEPS = 100, 400  # where the length of the training is not known
 DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep where no target is given
 
 
@@ -258,21 +259,23 @@ class SubspaceConfig:
     clock. ``None``: no limit. Monitoring takes about k / (tokens per step) of a step: more at higher ranks, less with
     more tokens."""
 
-    warmup_steps: int = 100
-    """Steps before the first action."""
+    warmup_steps: int | None = None
+    """Steps before the first action. ``None``: an eighth of ``total_steps``; 100 where those are not known."""
 
     patience: int = 3
     """Number of consecutive analyses at which all conditions must hold."""
 
-    descent_steps: int = 400
+    descent_steps: int | None = None
     """Steps over which the component of the weight outside its rank-k tangent space is faded to zero before the factors
     are installed, for a layer whose tangent capture is at chance level; fewer, in quarters, for higher capture. 0
-    factorizes only layers that are already accurate enough."""
+    factorizes only layers that are already accurate enough. ``None``: half of ``total_steps``; 400 where those are not
+    known. Fewer save time and memory earlier; under Muon, whose capture is low, the model ends worse for it."""
 
     total_steps: int | None = None
-    """Steps of the whole training if known (as in torch.optim.lr_scheduler.OneCycleLR): descents are shortened to end
-    by then, by up to a half; a layer for which even that is too late stays dense, and ``why()`` reports it. ``None``: a
-    descent that is unfinished when training ends leaves its layer dense, and the model larger than the budget."""
+    """Steps of the whole training if known (as in torch.optim.lr_scheduler.OneCycleLR): they say how long warmup and
+    descents are. Descents are shortened to end by then, by up to a half; a layer for which even that is too late stays
+    dense, and ``why()`` reports it. ``None``: a descent that is unfinished when training ends leaves its layer dense,
+    and the model larger than the budget."""
 
     cohort_steps: int = 100
     """Steps between the points at which layers may act, so that they switch together (each switch recompiles a compiled
@@ -343,9 +346,8 @@ class SubspaceConfig:
         if not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"{name}.thresholds must be a Thresholds, got {self.thresholds!r}")
         for key, low in _MINIMA.items():
-            _integer(name, key, getattr(self, key), low)
-        if self.total_steps is not None:
-            _integer(name, "total_steps", self.total_steps, 1)
+            if getattr(self, key) is not None or key not in _OPTIONAL:
+                _integer(name, key, getattr(self, key), low)
         _check_target(name, self.rank, self.budget, self.energy)
         if self.max_overhead is not None:
             _number(name, "max_overhead", self.max_overhead, 0, 1, "()")
@@ -362,6 +364,20 @@ class SubspaceConfig:
             return None
         return DEFAULT_BUDGET if self.budget is None else self.budget
 
+    @property
+    def warmup(self) -> int:
+        """The number of warmup steps: what is set, or what follows from the length of the training."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return WARMUP_STEPS if self.total_steps is None else self.total_steps // 8
+
+    @property
+    def descent(self) -> int:
+        """The number of steps of the longest descents, likewise."""
+        if self.descent_steps is not None:
+            return self.descent_steps
+        return DESCENT_STEPS if self.total_steps is None else max(1, self.total_steps // 2)
+
     def thresholds_of(self, layer: str) -> Thresholds:
         """The thresholds for one layer, overrides included."""
         return first_match(layer, self.overrides).thresholds or self.thresholds
@@ -370,7 +386,8 @@ class SubspaceConfig:
 # Lower bounds of the integer fields.
 _MINIMA = {"analyze_every": 1, "measure_every": 1, "warmup_steps": 0, "patience": 1, "descent_steps": 0,
            "cohort_steps": 1, "guard_steps": 0, "cooldown_steps": 0, "min_size": 1, "stall_analyses": 1,
-           "seed": 0}  # fmt: skip
+           "seed": 0, "total_steps": 1}  # fmt: skip
+_OPTIONAL = frozenset({"warmup_steps", "descent_steps", "total_steps"})
 
 
 def _indices(owner: str, name: str, value: Any) -> tuple[int, ...]:

@@ -217,7 +217,7 @@ def test_only_some_rates_of_the_grid() -> None:
 
 
 def test_the_table_says_which_rates_were_tried() -> None:
-    figures = {"parameters": 1, "resident_bytes": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
+    figures = {"parameters": 1, "resident_bytes": 1, "operations": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
     runs = made_of("dense", {(0.004, 0): 2.8, (0.002, 0): 2.9})
     runs |= made_of("ours 0.5", {(lr, 0): lr for lr in quality.GRID["adamw"]})
     runs = {key: result | figures | {"switched_at": 123.4} for key, result in runs.items()}

@@ -6,6 +6,8 @@ import dataclasses
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from svd_optim.config import DEFAULT_BUDGET, LayerOverride, SubspaceConfig, Thresholds
 
@@ -115,12 +117,30 @@ def test_the_length_of_the_training_may_be_unknown() -> None:
             SubspaceConfig(total_steps=value)
 
 
-@pytest.mark.parametrize("value", WRONG_KIND_OF_INTEGER)
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in INTEGERS
+        for value in WRONG_KIND_OF_INTEGER
+        if value is not None or name not in ("warmup_steps", "descent_steps")
+    ],
+)
 def test_integers_of_the_wrong_kind_are_refused(name: str, value: object) -> None:
     with pytest.raises(TypeError) as error:
         SubspaceConfig(**{name: value})
     assert f"SubspaceConfig.{name} must be an integer, got {value!r}" in str(error.value)
+
+
+@given(st.integers(1, 10**7))
+def test_warmup_and_descents_are_shares_of_the_training_where_its_length_is_known(total: int) -> None:
+    known = SubspaceConfig(total_steps=total)
+    assert total / 8 - 1 < known.warmup <= total / 8
+    assert total / 2 - 1 < known.descent <= max(1, total / 2)
+    assert (SubspaceConfig().warmup, SubspaceConfig().descent) == (100, 400)
+    assert (SubspaceConfig(total_steps=800).warmup, SubspaceConfig(total_steps=800).descent) == (100, 400)
+    own = SubspaceConfig(total_steps=total, warmup_steps=7, descent_steps=0)
+    assert (own.warmup, own.descent) == (7, 0)
 
 
 @pytest.mark.parametrize(

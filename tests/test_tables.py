@@ -42,27 +42,30 @@ def cells(page: str, title: str) -> list[Cells]:
 
 
 def run(row: str, lr: float, seed: int, bpb: float, optimizer: str = "adamw", **others: Any) -> dict[str, Any]:
-    figures = {"parameters": 1000, "resident_bytes": 2_500_000, "jump_percent": 0.0, "switched_at": None}
+    figures = {"parameters": 1000, "resident_bytes": 2_500_000, "jump_percent": 0.0, "switched_at": None,
+               "operations": 1000}  # fmt: skip
     return {"optimizer": optimizer, "row": row, "lr": lr, "seed": seed, "bpb": bpb, **figures, **others}
 
 
 def test_quality_shows_means_and_each_seed_at_the_best_rate(tmp_path: Path) -> None:
-    ours = {"parameters": 496, "jump_percent": 0.0004, "switched_at": 300.0}
-    folder = written(
-        tmp_path, "quality.json",
+    ours = {"parameters": 496, "jump_percent": 0.0004, "switched_at": 300.0, "operations": 750}
+    runs = (
         run("dense", 0.002, 0, 2.0), run("dense", 0.002, 1, 2.2), run("dense", 0.004, 0, 3.0),
         run("ours 0.5", 0.001, 0, 2.02, **ours), run("ours 0.5", 0.001, 1, 2.189, **{**ours, "switched_at": 500.0}),
         run("two factors 0.5", 0.004, 0, 2.2, jump_percent=4.8, switched_at=300),
     )  # fmt: skip
+    for file in ("quality_20.json", "quality.json"):
+        folder = written(tmp_path, file, *runs)
     [table] = cells(tables.page(folder), "Quality")
     assert table["AdamW, dense"] == {
         "learning rate": "0.002 of 0.002, 0.004", "seeds": "2", "bits per byte": "2.1000", "to dense, %": "",
-        "matrix parameters": "1,000", "resident, MB": "2.5", "switched at step": "", "jump, %": "",
+        "matrix parameters": "1,000", "resident, MB": "2.5", "operations, % of dense": "100",
+        "switched at step": "", "jump, %": "",
     }  # fmt: skip
     row = table["AdamW, ours 0.5"]
     assert row["to dense, %"] == "**+0.25** (+1.00, −0.50)"
     assert (row["learning rate"], row["matrix parameters"], row["switched at step"]) == ("0.001 of 0.001", "496", "400")
-    assert row["jump, %"] == "0.000"
+    assert (row["jump, %"], row["operations, % of dense"]) == ("0.000", "75")
     assert "AdamW, two factors 0.5" not in table
 
     [others] = cells(tables.page(folder), "Other ways to the same size")
@@ -76,12 +79,12 @@ def test_quality_shows_means_and_each_seed_at_the_best_rate(tmp_path: Path) -> N
 def test_a_section_says_where_and_by_which_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(tables.__file__).parents[1]
     monkeypatch.setattr(sys, "argv", [str(root / "benchmarks" / "quality.py"), "--json", str(root / "x" / "q.json")])
-    written(tmp_path, "quality.json", run("dense", 0.002, 0, 2.0))
+    written(tmp_path, "quality_20.json", run("dense", 0.002, 0, 2.0))
     monkeypatch.setattr(sys, "argv", ["benchmarks/quality.py", "--rows", "ours 0.5"])
-    written(tmp_path, "quality.json", run("ours 0.5", 0.002, 0, 2.0))
+    written(tmp_path, "quality_20.json", run("ours 0.5", 0.002, 0, 2.0))
     text = section(tables.page(tmp_path), "Quality")
     assert "python benchmarks/quality.py --json x/q.json\npython benchmarks/quality.py --rows 'ours 0.5'\n```" in text
-    for part in ("scale 7", "1 thread,", "torch 2", tables.read_results(tmp_path / "quality.json").about["date"]):
+    for part in ("scale 7", "1 thread,", "torch 2", tables.read_results(tmp_path / "quality_20.json").about["date"]):
         assert part in text
 
 
@@ -235,7 +238,7 @@ def test_what_is_not_measured_has_its_command_and_no_table(tmp_path: Path) -> No
         assert f"python benchmarks/{script} {options.replace('FILE', file)}\n```" in section(page, each.title)
     headline = {name: row for name, row in quality.ROWS.items() if row.headline}
     written(tmp_path, "quality.json", *(run(row, 0.002, 0, 2.0) for row in headline))
-    assert len(cells(tables.page(tmp_path), "Quality")) == 1
+    assert len(cells(tables.page(tmp_path), "Quality after 800 steps of 512 tokens")) == 1
     assert tables.MISSING in section(tables.page(tmp_path), "Other ways to the same size")
 
 
@@ -246,7 +249,7 @@ def test_the_committed_page_is_what_the_committed_files_give() -> None:
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``tables.main`` on a page and files of its own."""
-    written(tmp_path, "quality.json", run("dense", 0.002, 0, 2.0))
+    written(tmp_path, "quality_20.json", run("dense", 0.002, 0, 2.0))
     monkeypatch.setattr(tables, "PAGE", tmp_path / "README.md")
     monkeypatch.setattr(tables, "page", lambda made=tables.page: made(tmp_path))
 
@@ -260,7 +263,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 def test_the_check_fails_until_the_page_is_written(elsewhere: Callable[..., int], tmp_path: Path) -> None:
     assert elsewhere("--check") == 1 and not (tmp_path / "README.md").exists()
     assert elsewhere() == 0 and elsewhere("--check") == 0 and elsewhere("--smoke") == 0
-    written(tmp_path, "quality.json", run("dense", 0.002, 1, 2.4))
+    written(tmp_path, "quality_20.json", run("dense", 0.002, 1, 2.4))
     assert elsewhere("--check") == 1
     assert "2.2000" not in (tmp_path / "README.md").read_text()
 

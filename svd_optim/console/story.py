@@ -63,7 +63,7 @@ def story_of(run: Run) -> Story:
             reports.append(row)
     if not names:
         raise ValueError(f"the run has no complete analysis of any layer yet, and nothing to draw: "
-                         f"the first comes after {run.config.warmup_steps} steps")  # fmt: skip
+                         f"the first comes after {run.config.warmup} steps")  # fmt: skip
     events = [event for event in run.events if event.kind in MARKS]
     return Story(steps, cell_edges(steps, run.config.analyze_every), names, reports, events)
 

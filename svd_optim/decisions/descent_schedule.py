@@ -20,7 +20,7 @@ def duration(steps: int, captures: Sequence[float | None]) -> int:
     AdamW, with excesses of 0.3 to 0.9, after shorter ones.
 
     Args:
-        steps: the configured ``descent_steps``.
+        steps: those of the longest descents.
         captures: the chance-corrected captures of the last analyses; ``None``: undefined.
     """
     known = [c for c in captures if c is not None and not math.isnan(c)]
@@ -37,7 +37,7 @@ def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -
     Args:
         history: the layer's analyses, oldest first, those at another rank included.
     """
-    length = duration(config.descent_steps, [metrics.capture_excess for metrics in history[-config.patience :]])
+    length = duration(config.descent, [metrics.capture_excess for metrics in history[-config.patience :]])
     if config.total_steps is None:
         return step + length
     return step + max(math.ceil(length / 2), min(length, config.total_steps - step))
@@ -46,14 +46,14 @@ def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -
 def first_action(config: SubspaceConfig) -> int:
     """The first optimizer step at which a layer may act: after the warmup and ``patience`` analyses, with a cohort."""
     every, cohort = config.analyze_every, config.cohort_steps
-    ready = every * max(config.patience, math.ceil(config.warmup_steps / every))
+    ready = every * max(config.patience, math.ceil(config.warmup / every))
     boundary = ((ready - every) // cohort + 1) * cohort  # the first one that an analysis has not passed by then
     return math.ceil(boundary / every) * every
 
 
 def shortest(config: SubspaceConfig) -> int:
     """The length of the shortest descent that the end of training allows, where any of the gradient is lost to it."""
-    return math.ceil(max(1, config.descent_steps // 4) / 2) if config.descent_steps else 0
+    return math.ceil(max(1, config.descent // 4) / 2) if config.descent else 0
 
 
 def too_short(config: SubspaceConfig) -> bool:

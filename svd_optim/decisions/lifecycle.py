@@ -110,7 +110,7 @@ class Lifecycle(Generic[L]):
         Raises:
             TypeError: the policy returned something else than a :class:`Decision`.
         """
-        if layer.state == LayerState.WARMUP and step >= self.config.warmup_steps:
+        if layer.state == LayerState.WARMUP and step >= self.config.warmup:
             layer.fire(Trigger.WARMUP_OVER)
         window = layer.window
         layer.policy_input = PolicyInput(info=info, state=layer.state, analyses=len(window))

@@ -215,4 +215,4 @@ class ThresholdPolicy:
 
 def policy_of(config: SubspaceConfig) -> Policy:
     """The user's policy if there is one, else the library's with the configured rule."""
-    return config.policy or ThresholdPolicy(config.rule, config.patience, descend=config.descent_steps > 0)
+    return config.policy or ThresholdPolicy(config.rule, config.patience, descend=config.descent > 0)

@@ -33,9 +33,6 @@ from .linear import FactorizedLinear
 from .moments import SUPPORTED, transport_
 from .weight_decay import decay_of, is_muon
 
-# Empirical factors on the derived scales: the best of a small grid (``benchmarks/quality.py``, "step x ...").
-MUON_SCALE = 0.5
-ENTRYWISE_SCALE = 1.0
 MAX_AMPLIFICATION = 30.0  # of rounding errors, 1e-7, in retractions by Cholesky-QR
 
 
@@ -105,7 +102,7 @@ def _coupled_decay(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> flo
 def update_scales(
     base: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], shape: tuple[int, int, int]
 ) -> Scales:
-    """Scale the updates of K and L to the spectral norm that the dense update can have.
+    """Scale the updates of K and L to what a dense update would do to them.
 
     * Linear in the gradient (SGD, with momentum): no scaling, K and L take the projected step of W exactly.
     * Entrywise (Adam and its variants): each entry changes by up to lr, so an update of W has a spectral norm of up to
@@ -113,9 +110,10 @@ def update_scales(
       sqrt(m/k) for L. For pure noise an update of W has a norm of about lr (sqrt(m) + sqrt(n)), and one of K
       lr (sqrt(m) + sqrt(k)) before it is scaled: in that case the step is too long, at m = n = 256 by a factor of 3.5
       with k = 8 and of 1.4 with k = 102 (K and L together).
-    * Muon: its update is orthogonal, so its norm depends only on the shape. The shape factor of K or L is replaced by
-      that of W. Two updates of norm a add up to dK V^T + U dL^T, of norm up to sqrt(2) a where their directions
-      coincide: scaled by 1/sqrt(2), it is at most that of the dense update. 1/2 performed still better.
+    * Muon: its update of a square W is an orthogonal O, of which a projection onto the tangent space keeps O V and
+      O^T U, whose columns are orthonormal too: as long as its updates of K and L. So only the shape factor of K or L is
+      replaced by that of W. Half as long was the best at 512 tokens a step by 0.2 %, but 0.7 to 1 % worse at 4096, and
+      1.4 times as long on a par (``benchmarks/quality.py``, "step x ...").
 
     Args:
         state: the base optimizer's state of K.
@@ -125,10 +123,10 @@ def update_scales(
     decay = _decoupled_decay(base, group)
     if is_muon(base, group):
         adjust = group.get("adjust_lr_fn")
-        dense = MUON_SCALE * _muon_ratio(adjust, m, n)
+        dense = _muon_ratio(adjust, m, n)
         return Scales(dense / _muon_ratio(adjust, m, k), dense / _muon_ratio(adjust, n, k), decay)
     if _is_entrywise(base, state):
-        return Scales(ENTRYWISE_SCALE * math.sqrt(n / k), ENTRYWISE_SCALE * math.sqrt(m / k), decay)
+        return Scales(math.sqrt(n / k), math.sqrt(m / k), decay)
     return Scales(1.0, 1.0, decay)
 
 

@@ -35,7 +35,7 @@ def _hysteresis(config: SubspaceConfig, step: int) -> float:
     """The relative change up to which a planned rank does not replace a layer's present one."""
     if step == 0:
         return 0.0
-    return RANK_HYSTERESIS if step < config.warmup_steps else PLAN_HYSTERESIS
+    return RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS
 
 
 def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> Plan:

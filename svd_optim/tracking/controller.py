@@ -207,7 +207,7 @@ class Controller(TrackedRun):
             if boundary:
                 self._act()
             warn_of_missing_loss(self)
-        if boundary or self.steps < self.config.warmup_steps:
+        if boundary or self.steps < self.config.warmup:
             budget.revise_ranks_(self.layers, self.config, self.steps)
         self.lifecycle.note_stall(self.steps)
         self._limit_overhead()
