@@ -85,6 +85,7 @@ ROWS: dict[str, Row] = {
     "ours 0.25": Row(budget=0.25, config={"budget": 0.25}, headline=True),
     "ours 0.5, loss metric": Row(budget=0.5, config={"budget": 0.5, "metric": "loss"}, headline=True),
     "ours 0.25, loss metric": Row(budget=0.25, config={"budget": 0.25, "metric": "loss"}, headline=True),
+    "ours within 1 %": Row(config={"max_loss_increase": 0.01}, headline=True),
     "dense, truncated within 1 %": Row(config={"metric": "loss"}, tolerance=0.01, headline=True),
     "ours 0.5, uniform": Row(budget=0.5, config=uniform(0.5)),
     "ours 0.25, uniform": Row(budget=0.25, config=uniform(0.25)),

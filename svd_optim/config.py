@@ -60,8 +60,8 @@ WARMUP_STEPS, DESCENT_STEPS = 100, 400  # where the length of the training is no
 DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep where no target is given
 
 
-def _check_target(owner: str, rank: Any, budget: Any, energy: Any) -> None:
-    """Raise unless at most one of the three targets is given, and that one is in its range."""
+def _check_target(owner: str, rank: Any, budget: Any, energy: Any, max_loss_increase: Any = None) -> None:
+    """Raise unless at most one of the targets is given, and that one is in its range."""
     if rank is not None:
         if isinstance(rank, float):
             _number(owner, "rank", rank, 0, 1, "()")
@@ -71,10 +71,12 @@ def _check_target(owner: str, rank: Any, budget: Any, energy: Any) -> None:
         _number(owner, "budget", budget, 0, 1, "()")
     if energy is not None:
         _number(owner, "energy", energy, 0, 1, "()")
-    given = {"rank": rank, "budget": budget, "energy": energy}
+    if max_loss_increase is not None:
+        _number(owner, "max_loss_increase", max_loss_increase, 0, 1, "()")
+    given = {"rank": rank, "budget": budget, "energy": energy, "max_loss_increase": max_loss_increase}
     listed = " and ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     if " and " in listed:
-        raise ValueError(f"{owner} takes one target, rank, budget or energy, got {listed}: leave out all but one")
+        raise ValueError(f"{owner} takes one target, got {listed}: leave out all but one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +217,9 @@ def first_match(name: str, overrides: Mapping[str, LayerOverride]) -> LayerOverr
 class SubspaceConfig:
     """The configuration of a run. The defaults should suit most runs.
 
-    At most one target: ``budget``, ``rank`` or ``energy``; without any, a budget of :data:`DEFAULT_BUDGET`. "Steps" are
-    optimizer steps, "analyses" are the evaluations of metrics and decisions every ``analyze_every`` steps.
+    At most one target: ``budget``, ``max_loss_increase``, ``rank`` or ``energy``; without any, a budget of
+    :data:`DEFAULT_BUDGET`. "Steps" are optimizer steps, "analyses" are the evaluations of metrics and decisions every
+    ``analyze_every`` steps.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -260,7 +263,8 @@ class SubspaceConfig:
     more tokens."""
 
     warmup_steps: int | None = None
-    """Steps before the first action. ``None``: an eighth of ``total_steps``; 100 where those are not known."""
+    """Steps before the first action. ``None``: an eighth of ``total_steps``, with ``max_loss_increase`` three fifths;
+    100 where those are not known."""
 
     patience: int = 3
     """Number of consecutive analyses at which all conditions must hold."""
@@ -268,8 +272,9 @@ class SubspaceConfig:
     descent_steps: int | None = None
     """Steps over which the component of the weight outside its rank-k tangent space is faded to zero before the factors
     are installed, for a layer whose tangent capture is at chance level; fewer, in quarters, for higher capture. 0
-    factorizes only layers that are already accurate enough. ``None``: half of ``total_steps``; 400 where those are not
-    known. Fewer save time and memory earlier; under Muon, whose capture is low, the model ends worse for it."""
+    factorizes only layers that are already accurate enough. ``None``: half of ``total_steps``, with
+    ``max_loss_increase`` a third; 400 where those are not known. Fewer save time and memory earlier; under Muon, whose
+    capture is low, the model ends worse for it."""
 
     total_steps: int | None = None
     """Steps of the whole training if known (as in torch.optim.lr_scheduler.OneCycleLR): they say how long warmup and
@@ -285,6 +290,12 @@ class SubspaceConfig:
     """Share of all tracked parameters to keep: about the same share of each layer, a little less of those whose
     gradient the factors follow well; layers stay dense where the others leave room. ``optimizer.plan()`` shows how, and
     is revised until a layer starts its descent. For a share of each single layer: ``LayerOverride(budget=...)``."""
+
+    max_loss_increase: float | None = None
+    """Share of the training loss by which all layers together may raise it, as predicted when each starts its descent:
+    ranks are as low as that allows, and a layer of which the loss needs more than factors save stays dense. With the
+    metric ``"loss"``, which it sets, a loss told to the optimizer, and in mode ``"auto"`` ``total_steps``: what is
+    predicted holds for the end of the training only from late in it, so layers act after three fifths."""
 
     rank: int | float | None = None
     """Target rank of each layer: an integer, or a float in (0, 1) as a fraction of min(m, n)."""
@@ -348,7 +359,13 @@ class SubspaceConfig:
         for key, low in _MINIMA.items():
             if getattr(self, key) is not None or key not in _OPTIONAL:
                 _integer(name, key, getattr(self, key), low)
-        _check_target(name, self.rank, self.budget, self.energy)
+        _check_target(name, self.rank, self.budget, self.energy, self.max_loss_increase)
+        if self.max_loss_increase is not None:
+            object.__setattr__(self, "metric", "loss")
+            if self.mode == "auto" and self.total_steps is None:
+                raise ValueError(f"{name}.max_loss_increase={self.max_loss_increase!r} needs total_steps in mode "
+                                 f"'auto': what a rank costs is known late in the training only; or give mode='manual' "
+                                 f"and call factorize_('all') after the last step")  # fmt: skip
         if self.max_overhead is not None:
             _number(name, "max_overhead", self.max_overhead, 0, 1, "()")
         for key in ("include", "exclude"):
@@ -359,8 +376,8 @@ class SubspaceConfig:
 
     @property
     def parameter_budget(self) -> float | None:
-        """Share of all tracked parameters to keep; ``None`` where the target is a rank or an energy."""
-        if self.rank is not None or self.energy is not None:
+        """Share of all tracked parameters to keep; ``None`` where there is another target."""
+        if self.rank is not None or self.energy is not None or self.max_loss_increase is not None:
             return None
         return DEFAULT_BUDGET if self.budget is None else self.budget
 
@@ -369,14 +386,18 @@ class SubspaceConfig:
         """The number of warmup steps: what is set, or what follows from the length of the training."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return WARMUP_STEPS if self.total_steps is None else self.total_steps // 8
+        if self.total_steps is None:
+            return WARMUP_STEPS
+        return self.total_steps // 8 if self.max_loss_increase is None else self.total_steps * 3 // 5
 
     @property
     def descent(self) -> int:
         """The number of steps of the longest descents, likewise."""
         if self.descent_steps is not None:
             return self.descent_steps
-        return DESCENT_STEPS if self.total_steps is None else max(1, self.total_steps // 2)
+        if self.total_steps is None:
+            return DESCENT_STEPS
+        return max(1, self.total_steps // (2 if self.max_loss_increase is None else 3))
 
     def thresholds_of(self, layer: str) -> Thresholds:
         """The thresholds for one layer, overrides included."""

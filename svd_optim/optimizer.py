@@ -293,9 +293,9 @@ class SubspaceAwareOptimizer(Optimizer):
             rank: replaces the layers' target ranks. It must be large enough for the block of a protected layer, which
                 is preserved.
             max_loss_increase: the lowest ranks in all that are predicted to raise the loss by no more than this share
-                of it: a last line of a training script. Layers where no rank below break-even does, or whose state
-                can't be moved, stay dense. Predicted as of a likelihood, such as cross-entropy, averaged over all
-                positions (:mod:`svd_optim.linalg.loss_metric`).
+                of it: a last line of a training script. Default: what is left of the configured one. Layers where no
+                rank below break-even does, or whose state can't be moved, stay dense. Predicted as of a likelihood,
+                such as cross-entropy, averaged over all positions (:mod:`svd_optim.linalg.loss_metric`).
 
         Returns:
             The names of the layers that were factorized.
@@ -374,12 +374,16 @@ class SubspaceAwareOptimizer(Optimizer):
         listener.on_start(self)
         self._controller.journal.listeners.append(listener)
 
-    def plan(self) -> Plan:
-        """The current allocation of the parameter budget; ``rich.print`` and notebooks show it as a table.
+    def plan(self, *, budget: float | None = None, max_loss_increase: float | None = None) -> Plan:
+        """The ranks that the target allows at present; ``rich.print`` and notebooks show them as a table.
 
         A rank is revised until its layer starts to descend. Before the first measurement the plan is nearly uniform.
+
+        Args:
+            budget, max_loss_increase: what another target would mean (as of :class:`SubspaceConfig`). With the metric
+                ``"loss"`` the plan has what it costs.
         """
-        return self._controller.plan()
+        return self._controller.plan(budget=budget, max_loss_increase=max_loss_increase)
 
     def resident_bytes(self) -> dict[str, int]:
         """Resident bytes due to monitoring, besides weight, gradient and optimizer state, by layer name."""

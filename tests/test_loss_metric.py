@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import SubspaceConfig
 from svd_optim.decisions.planner import Candidate, cheapest
 from svd_optim.linalg import (
     Projectors,
@@ -428,68 +428,3 @@ def test_ranks_within_a_tolerance_count_both_parts(layers: list[Candidate], tilt
 def test_nothing_within_a_tolerance_of_nothing() -> None:
     layer = Known("a", (8, 8), [3.0, 2.0, 1.0], [0.0, 0.0, 0.0])
     assert ranks_within([layer], 0.0) == {"a": None}  # type: ignore[list-item]
-
-
-# ---- factorize_ within a tolerance -------------------------------------------------------------------
-
-
-class Classifier(nn.Module):
-    """Two layers and a softmax over classes that only few directions of the inputs tell apart."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.second = nn.Linear(48, 64), nn.Linear(64, 48)
-        self.truth = torch.randn(48, 4) @ torch.randn(4, 48) / 4
-        self.noise = torch.Generator().manual_seed(seed)
-
-    def loss(self, rows: int = 256) -> Tensor:
-        x = torch.randn(rows, 48, generator=self.noise)
-        targets = (x @ self.truth).argmax(1)
-        return nn.functional.cross_entropy(self.second(self.first(x).relu()), targets)
-
-
-def classified(seed: int, told: bool = True, **config: Any) -> tuple[Classifier, SubspaceAwareOptimizer]:
-    """One that was trained, with all samples taken."""
-    model = Classifier(seed)
-    optimizer = SubspaceAwareOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, manual(**config))
-    for _ in range(120):
-        optimizer.zero_grad()
-        loss = model.loss()
-        loss.backward()
-        optimizer.step()
-        if told:
-            optimizer.observe_loss(loss)
-    return model, optimizer
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_tolerance_is_kept(seed: int) -> None:
-    model, optimizer = classified(seed, metric="loss")
-    with torch.no_grad():
-        before = float(model.loss(20_000))
-    wide = copy.deepcopy((model, optimizer))
-    names = optimizer.factorize_("all", max_loss_increase=0.05)
-    assert names and factorized(model) == names
-    with torch.no_grad():
-        assert float(model.loss(20_000)) <= before * 1.05 * 1.02  # and the noise of the two losses
-    wide[1].factorize_("all", max_loss_increase=0.5)
-    assert sum(p.numel() for p in wide[0].parameters()) < sum(p.numel() for p in model.parameters())
-
-
-def test_what_a_tolerance_needs_is_said_and_nothing_changes() -> None:
-    model, optimizer = classified(0, metric="loss")
-    state = weights(model)
-
-    def raises(kind: type[Exception], text: str, optimizer: SubspaceAwareOptimizer, **given: Any) -> None:
-        with pytest.raises(kind, match=text):
-            optimizer.factorize_("all", **given)
-
-    raises(ValueError, "not both", optimizer, rank=4, max_loss_increase=0.1)
-    for wrong in ("a", True):
-        raises(TypeError, "must be a number", optimizer, max_loss_increase=wrong)
-    for wrong in (0, -0.1, math.nan, math.inf):
-        raises(ValueError, "above 0", optimizer, max_loss_increase=wrong)
-    same_bits(weights(model), state)
-    raises(ValueError, "observe_loss", classified(0, told=False, metric="loss")[1], max_loss_increase=0.1)
-    raises(ValueError, "'first'.*metric='loss'", classified(0)[1], max_loss_increase=0.1)

@@ -299,6 +299,7 @@ class _Replayer:
             event = self.recorded_event(layer, step, "descend")
             if event is not None:  # the plan may have lowered the rank at the start
                 layer.status.rank = int(event.numbers["rank"])
+                layer.status.predicted_share = event.numbers.get("predicted_share", 0.0)
             self.lifecycle.descend(layer, step)
             layer.waits_done = 0
             self.schedule_end(layer)
@@ -315,6 +316,7 @@ class _Replayer:
         event = self.recorded_event(layer, step, "factorize")
         if event is not None:
             layer.status.rank = int(event.numbers["rank"])
+            layer.status.predicted_share = event.numbers.get("predicted_share", 0.0)
             error = event.numbers["reconstruction_error"]
             self.lifecycle.factorize(layer, step, Trigger.FACTORIZE, "decided", error)
         elif self.is_new(layer, step):

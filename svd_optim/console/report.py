@@ -35,7 +35,7 @@ from ..tracking.listeners import Listener
 from .bars import without_tqdm
 from .names import layer_name, shorten, shorten_names
 from .spectra import Inspection, inspection_table
-from .tables import FACTS, layer_table, number, plain_table, plan_table
+from .tables import FACTS, bill, layer_table, number, plain_table, plan_table
 
 _ALARMS = WARNINGS | {"danger"}
 _ASCII = str.maketrans("–…→─·↑↓", "-.>-,^v")
@@ -232,7 +232,7 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     """
     width = rich.get_console().width if width is None else width
     states = " · ".join(f"{summary.count(state)} {state}" for state in LayerState)
-    head = f"step {summary.step}, mode {clean(summary.mode)}, {summary.analyses} analyses: {states}"
+    head = f"step {summary.step}, mode {clean(summary.mode)}, {summary.analyses} analyses: {states}{bill(summary)}"
     parts: list[RenderableType] = [Text(head, "bold"), Text(), _sizes(summary), Text(), _times(summary)]
     stalled = _nothing_acted(summary)
     if stalled is not None:

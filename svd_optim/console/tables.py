@@ -195,6 +195,12 @@ def name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence
     return table
 
 
+def bill(summary: Summary) -> str:
+    """What the factors were predicted to cost; empty where that is not known."""
+    predicted = summary.predicted_share
+    return "" if predicted is None else f" · predicted to cost {predicted:.2%} of the loss"
+
+
 def layer_table(summary: Summary, width: int | None = None) -> Table:
     """One row per tracked layer, in model order.
 
@@ -207,7 +213,7 @@ def layer_table(summary: Summary, width: int | None = None) -> Table:
     never wrap.
     """
     width = rich.get_console().width if width is None else width
-    title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}"
+    title = f"step {summary.step} · analysis {summary.analyses} · {clean(summary.mode)}{bill(summary)}"
     return layer_rows(summary.layers, width, title)
 
 
@@ -246,8 +252,15 @@ def layer_rows(
     return name_table(title, Text(caption if legend else "", style="dim"), [x.name for x in layers], strips, width)
 
 
+def _target(plan: Plan) -> str:
+    if plan.max_loss_increase is not None:
+        unknown = "" if plan.loss is not None else ", which was not told yet"
+        return f"within {plan.max_loss_increase:.1%} of the loss{unknown}"
+    return "a rank or energy for each layer" if plan.budget is None else f"budget {plan.budget:.1%}"
+
+
 def plan_table(plan: Plan, width: int | None = None) -> Table:
-    """The allocation of the parameter budget by ``optimizer.plan()``: one row per tracked layer, in model order.
+    """What the target means, by ``optimizer.plan()``: one row per tracked layer, in model order.
 
     Columns: name, shape, state, planned rank or ``dense``, the share of its dense parameters that the layer keeps, the
     expected fraction of ‖G‖² that factors of that rank miss, and for fixed layers why they are. The last lines have the
@@ -269,9 +282,10 @@ def plan_table(plan: Plan, width: int | None = None) -> Table:
     legend = "share: of its parameters  missed: of the gradient's energy, expected"
     caption = Text(f"{legend}  loss: increase if truncated at once, predicted", style="dim")
     if plan.predicted_increase is not None:
-        caption.append(f"\nall of it at once would raise the loss by {plan.predicted_increase:.2g}", style="not dim")
+        share = "" if plan.predicted_share is None else f", {plan.predicted_share:.2%} of it with what is in factors"
+        caption.append(f"\nall of it at once would raise the loss by {plan.predicted_increase:.2g}{share}", "not dim")
     kept = f"{plan.parameters:,} of {plan.parameters_dense:,} parameters kept: {plan.share:.1%}"
-    target = "a rank or energy for each layer" if plan.budget is None else f"budget {plan.budget:.1%}"
+    target = _target(plan)
     caption.append(f"\n{kept} ({target})", style="not dim")
     excess = math.ceil(round(-plan.room, 3))  # rounded: in floating point 0.7 * 180 < 126
     if excess > 0:

@@ -177,7 +177,7 @@ class Lifecycle(Generic[L]):
         """A dense layer starts its descent; its length follows from the measured capture."""
         assert layer.decision is not None
         until = ending(self.config, step, layer.history)
-        numbers: dict[str, float] = {"rank": layer.rank, "until_step": until}
+        numbers: dict[str, float] = {"rank": layer.rank, "until_step": until, **self._predicted(layer)}
         self._fire(layer, Trigger.DESCEND, step, "descend", layer.decision.reason, lambda: numbers, descent_end=until)
 
     def descent_outcome(self, layer: L, error: float) -> Trigger:
@@ -238,8 +238,12 @@ class Lifecycle(Generic[L]):
         """
         info = layer.info(step)
         numbers = {"rank": info.rank, "reconstruction_error": error, "parameters_before": info.dense_numel,
-                   "parameters_after": info.factored_numel}  # fmt: skip
+                   "parameters_after": info.factored_numel, **self._predicted(layer)}  # fmt: skip
         self._fire(layer, trigger, step, "factorize", reason, lambda: numbers)
+
+    def _predicted(self, layer: L) -> dict[str, float]:
+        predicted = layer.status.predicted_share
+        return {"predicted_share": predicted} if predicted else {}
 
     def merge(self, layer: L, step: int, trigger: Trigger, reason: str) -> None:
         """A factorized layer became dense again."""

@@ -122,6 +122,8 @@ class LayerStatus:
     """The layer does not change again before this optimizer step."""
     reverts: int = 0
     """Number of times that it became dense again; each doubles the next cooldown."""
+    predicted_share: float = 0.0
+    """Share of the loss by which its descent, or its switch, was predicted to raise it; 0 while it is dense."""
     in_danger: bool = False
     protection: Protection = Protection.NONE
 
@@ -208,6 +210,8 @@ class LayerLife:
             raise RuntimeError(f"layer {self.name!r} is {before}: {trigger!r} can't happen to it")
         after = TRANSITIONS[trigger][before]
         status.state = after.state
+        if after.state in (WARMUP, DENSE):
+            status.predicted_share = 0.0
         if after.restarts:
             status.descent_end, status.extensions, status.waited = None, 0, 0
             self.restart_window()

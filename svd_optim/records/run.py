@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self, SupportsIndex, TypeVar, over
 from .layers import Decision, LayerMetrics, LayerState, PolicyInput, parameter_count
 from .text import clean
 
+BEGINNINGS = ("descend", "factorize")  # events by which a layer goes into factors, with what that is predicted to cost
 MONITORING = ("measure", "refresh", "decide")  # phases of host time that are monitoring overhead
 
 
@@ -118,11 +119,14 @@ class PlannedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Renderable):
-    """The allocation of a parameter budget to the tracked layers: the result of ``optimizer.plan()``."""
+    """What the target means for the tracked layers: the result of ``optimizer.plan()``."""
 
     step: int
-    budget: float | None  # share of the dense parameters to keep; None: the target is a rank or an energy
+    budget: float | None  # share of the dense parameters to keep; None: there is another target
     layers: tuple[PlannedLayer, ...]
+    max_loss_increase: float | None = None  # the share of the loss that all layers may cost, if that is the target
+    loss: float | None = None  # at the last analysis; None: it was not told
+    spent: float = 0.0  # share of the loss that layers in factors, or on their way, were predicted to cost
 
     @property
     def parameters_dense(self) -> int:
@@ -139,6 +143,20 @@ class Plan(Renderable):
         """Of the loss, if all layers were truncated at once, in its units; ``None``: not known of all of them."""
         known = [layer.predicted_increase for layer in self.layers if layer.predicted_increase is not None]
         return max(0.0, math.fsum(known)) if known and len(known) == len(self.layers) else None
+
+    @property
+    def predicted_share(self) -> float | None:
+        """Share of the loss that the whole plan costs: of layers in factors or on their way what was predicted when
+        they began, of the others at present; ``None``: not known of all."""
+        begun = (LayerState.DESCENDING, LayerState.FACTORIZED)
+        known = [layer.predicted_increase for layer in self.layers if layer.state not in begun]
+        increase = math.fsum(x for x in known if x is not None)
+        return None if not self.loss or None in known else max(0.0, self.spent + increase / abs(self.loss))
+
+    @property
+    def left(self) -> float | None:
+        """Share of the loss that layers may still cost; ``None``: it is not the target."""
+        return None if self.max_loss_increase is None else max(0.0, self.max_loss_increase - self.spent)
 
     @property
     def room(self) -> float:
@@ -237,12 +255,24 @@ class Summary(Renderable):
         monitoring = sum(self.seconds.get(phase, 0.0) for phase in MONITORING)
         return monitoring / self.seconds_total if self.seconds_total > 0 else 0.0
 
+    @property
+    def predicted_share(self) -> float | None:
+        """Share of the loss that the layers in factors, or on their way, were predicted to cost when they began.
+
+        ``None`` where no prediction was made: another metric, no loss told, or no such layer.
+        """
+        predicted = {e.layer: e.numbers.get("predicted_share") for e in self.events if e.kind in BEGINNINGS}
+        begun = [x.name for x in self.layers if x.state in (LayerState.DESCENDING, LayerState.FACTORIZED)]
+        known = [value for name in begun if (value := predicted.get(name)) is not None]
+        return max(0.0, math.fsum(known)) if known else None
+
     def metrics(self) -> dict[str, float]:
         """The last analysis as one flat dict of numbers, for any experiment tracker.
 
         ``svd/<layer>/<metric>`` for each defined field of the layer's :class:`LayerMetrics`, and for all layers
         together ``svd/parameters`` (share of their dense parameters that they have now), ``svd/factorized`` (share of
-        the layers) and ``svd/overhead`` (monitoring overhead: :attr:`analysis_share`).
+        the layers), ``svd/overhead`` (monitoring overhead: :attr:`analysis_share`) and, where it is known,
+        ``svd/predicted_share``.
         """
         dense, now = self.parameters()
         values = {
@@ -250,6 +280,8 @@ class Summary(Renderable):
             "svd/factorized": self.count(LayerState.FACTORIZED) / max(1, len(self.layers)),
             "svd/overhead": self.analysis_share,
         }
+        if self.predicted_share is not None:
+            values["svd/predicted_share"] = self.predicted_share
         for row in self.layers:
             known = {} if row.metrics is None else vars(row.metrics)
             name = row.name or "(model)"

@@ -1,11 +1,12 @@
-"""Target ranks of the tracked layers by the plan over all of them.
+"""Target ranks of the tracked layers by the plan over all of them: for a budget, or within a share of the loss.
 
-:mod:`svd_optim.decisions.planner` knows only shapes and captures; this file adds the layers' states.
+:mod:`svd_optim.decisions.planner` knows only shapes and what was measured; this file adds the layers' states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..config import SubspaceConfig
 from ..decisions import planner
@@ -38,35 +39,36 @@ def _hysteresis(config: SubspaceConfig, step: int) -> float:
     return RANK_HYSTERESIS if step < config.warmup else PLAN_HYSTERESIS
 
 
-def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> Plan:
-    """The current allocation of the budget: the ranks that layers would have if they all started their descents now.
+def plan(
+    layers: Mapping[str, TrackedLayer],
+    config: SubspaceConfig,
+    step: int,
+    loss: float | None,
+    hysteresis: float | None = None,
+) -> Plan:
+    """The ranks that layers would have if they all started their descents now, and fixed layers keep what they have.
 
-    Fixed layers keep what they have. A planned rank within the hysteresis above the present one is replaced by that.
-
-    Where layers are truncated at once, predictions of the loss choose between them. Not for descents: they tell what
-    has been learned so far, and a layer that began at zero has its learning before it. Half of a GPT of width 128 ended
-    0.6 % (Muon, 4 tokens a parameter) and 1.4 % (AdamW, 20) worse at ranks by them than at an even share.
+    For a budget, a planned rank within the hysteresis above the present one is replaced by that. Where layers are
+    truncated at once, predictions of the loss choose between them. Not for descents: they tell what has been learned so
+    far, and a layer that began at zero has its learning before it. Half of a GPT of width 128 ended 0.6 % (Muon, 4
+    tokens a parameter) and 1.4 % (AdamW, 20) worse at ranks by them than at an even share.
     """
     at_once = config.mode == "manual"
-    budget, hysteresis = config.parameter_budget, _hysteresis(config, step)
-    share = 1.0 if budget is None else budget  # without one all layers are fixed: each has its own target
-    fixed = {name: entry for name, layer in layers.items() if (entry := _fixed(layer, step)) is not None}
     candidates = {
         name: planner.Candidate(
             name=name, shape=layer.shape, capture=layer.capture, increases=layer.increases if at_once else ()
         )
         for name, layer in layers.items()
     }
-    shapes = {name: layer.shape for name, layer in layers.items()}
-    total = sum(m * n for m, n in shapes.values())
-    spent = planner.planned_cost({name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()})
-    free = [candidate for name, candidate in candidates.items() if name not in fixed]
-    chosen = planner.allocate(free, share * total - spent, planner.even_share(shapes.values(), share * total))
+    fixed = {name: entry for name, layer in layers.items() if (entry := _fixed(layer, step)) is not None}
+    if config.max_loss_increase is None:
+        keeps = _hysteresis(config, step) if hysteresis is None else hysteresis
+        chosen = _within_budget(layers, candidates, fixed, config, keeps)
+    else:
+        chosen = _within_loss([x for x in layers.values() if x.name not in fixed], layers, config, loss)
     rows = []
     for name, layer in layers.items():
         rank, why = fixed[name] if name in fixed else (chosen[name], "")
-        if name not in fixed and rank is not None and abs(rank - layer.rank) <= hysteresis * layer.rank:
-            rank = min(rank, layer.rank)
         missed = 0.0 if rank is None else planner.missed(candidates[name], rank)
         rows.append(
             PlannedLayer(
@@ -74,7 +76,44 @@ def plan(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) 
                 predicted_increase=layer.predicted_increase(rank),
             )
         )  # fmt: skip
-    return Plan(step=step, budget=budget, layers=tuple(rows))
+    return Plan(step=step, budget=config.parameter_budget, max_loss_increase=config.max_loss_increase, loss=loss,
+                spent=spent(layers.values()), layers=tuple(rows))  # fmt: skip
+
+
+def _within_budget(
+    layers: Mapping[str, TrackedLayer],
+    candidates: Mapping[str, planner.Candidate],
+    fixed: Mapping[str, tuple[int | None, str]],
+    config: SubspaceConfig,
+    hysteresis: float,
+) -> dict[str, int | None]:
+    """The ranks of the layers that are not fixed, by name (``None``: dense)."""
+    # Without a budget all layers are fixed: each has its own target.
+    share = 1.0 if config.parameter_budget is None else config.parameter_budget
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    total = sum(m * n for m, n in shapes.values())
+    taken = planner.planned_cost({name: shapes[name] for name in fixed}, {n: rank for n, (rank, _) in fixed.items()})
+    free = [candidate for name, candidate in candidates.items() if name not in fixed]
+    ranks = planner.allocate(free, share * total - taken, planner.even_share(shapes.values(), share * total))
+    for name, rank in ranks.items():
+        present = layers[name].rank
+        if rank is not None and abs(rank - present) <= hysteresis * present:
+            ranks[name] = min(rank, present)
+    return ranks
+
+
+def spent(layers: Iterable[TrackedLayer]) -> float:
+    """The share of the loss that layers that are in factors, or on their way, were predicted to cost."""
+    return max(0.0, math.fsum(layer.status.predicted_share for layer in layers))
+
+
+def _within_loss(
+    free: Sequence[TrackedLayer], layers: Mapping[str, TrackedLayer], config: SubspaceConfig, loss: float | None
+) -> dict[str, int | None]:
+    """The same, within what the others have left of ``max_loss_increase``; dense where the cost is not known."""
+    left = max(0.0, (config.max_loss_increase or 0.0) - spent(layers.values()))
+    known = [layer for layer in free if layer.increases and loss is not None]
+    return {layer.name: None for layer in free} | ranks_within(known, left * abs(loss or 0.0))
 
 
 def ranks_within(layers: Sequence[TrackedLayer], increase: float) -> dict[str, int | None]:
@@ -103,21 +142,26 @@ def ranks_within(layers: Sequence[TrackedLayer], increase: float) -> dict[str, i
     return best
 
 
-def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:
+def revise_ranks_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int, loss: float | None) -> None:
     """Update the target ranks of layers that have not started their descents: by energy, or by the plan."""
     undecided = [layer for layer in layers.values() if layer.state in (LayerState.WARMUP, LayerState.DENSE)]
     update_energy_ranks_([layer for layer in undecided if layer.energy_target is not None])
-    follow_plan_(layers, config, step)
+    follow_plan_(layers, config, step, loss)
 
 
-def follow_plan_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int) -> None:
-    """Give layers that have not started their descents the planned ranks that differ by more than the hysteresis."""
-    for planned in plan(layers, config, step).layers:
+def follow_plan_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, step: int, loss: float | None) -> None:
+    """Give layers that have not started their descents the planned ranks that differ by more than the hysteresis.
+
+    Ranks within a share of the loss are given to them when they act: until then they change with every sample.
+    """
+    for planned in plan(layers, config, step, loss).layers:
         layer = layers[planned.name]
         if planned.fixed:
             continue
         layer.keep_dense = planned.rank is None
-        if planned.rank is not None and abs(planned.rank - layer.rank) > _hysteresis(config, step) * layer.rank:
+        if planned.rank is None or config.max_loss_increase is not None:
+            continue
+        if abs(planned.rank - layer.rank) > _hysteresis(config, step) * layer.rank:
             layer.set_rank(planned.rank)
 
 

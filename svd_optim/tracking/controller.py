@@ -52,7 +52,7 @@ class Controller(TrackedRun):
             self.attachment.claim(layer)
             if isinstance(found.module, FactorizedLinear):
                 self.attachment.adopt(layer, found.module, self.steps)
-        budget.follow_plan_(self.layers, self.config, self.steps)
+        budget.follow_plan_(self.layers, self.config, self.steps, self.guard.level)
         self.skipped = [*selection.skipped, *self.given_up.values()]
         if not self.steps:
             warn_of_hindrances(self)
@@ -208,14 +208,14 @@ class Controller(TrackedRun):
                 self._act()
             warn_of_missing_loss(self)
         if boundary or self.steps < self.config.warmup:
-            budget.revise_ranks_(self.layers, self.config, self.steps)
+            budget.revise_ranks_(self.layers, self.config, self.steps, self.guard.level)
         self.lifecycle.note_stall(self.steps)
         self._limit_overhead()
         self._notify()
 
     def _decide(self, layers: list[TrackedLayer]) -> None:
-        growable = any(layer.factorized for layer in self.layers.values())
-        plan = self.plan() if growable else None  # only growing needs it
+        growable = any(layer.factorized for layer in self.layers.values()) and self.config.parameter_budget is not None
+        plan = self.plan() if growable else None  # only growing within a budget needs it
         unsupported = self.unsupported(layers)
         for layer in layers:
             if layer.state == LayerState.DESCENDING:
@@ -295,11 +295,9 @@ class Controller(TrackedRun):
             action: [layer for layer in layers if not (layer.factorized and layer.bound)]
             for action, layers in self.lifecycle.requests().items()
         }
-        planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
-        for layer in (*requests[Action.DESCEND], *requests[Action.FACTORIZE]):
-            # The hysteresis of a plan must not exceed the budget.
-            layer.set_rank(min(layer.rank, planned.get(layer.name) or layer.rank))
+        self._give_ranks(requests)
         for layer in requests[Action.DESCEND]:
+            layer.status.predicted_share = self.predicted_share(layer)
             self.lifecycle.descend(layer, self.steps)
         guard_changes(self.guard, requests[Action.DESCEND], self.steps, self.config)
         unsupported = self.unsupported(requests[Action.FACTORIZE])
@@ -312,6 +310,17 @@ class Controller(TrackedRun):
         for portion in portions:
             self._switch(portion, {}, {})
         self._switch(last, merge, ranks)
+
+    def _give_ranks(self, requests: dict[Action, list[TrackedLayer]]) -> None:
+        """The planned ranks to those that start now; within a share of the loss some may have to stay dense."""
+        planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
+        for action in (Action.DESCEND, Action.FACTORIZE):
+            if self.config.max_loss_increase is not None:
+                requests[action] = [x for x in requests[action] if planned.get(x.name, x.rank) is not None]
+            for layer in requests[action]:
+                rank = planned.get(layer.name) or layer.rank
+                # The hysteresis of a budget's plan must not exceed it.
+                layer.set_rank(rank if self.config.max_loss_increase is not None else min(layer.rank, rank))
 
     def _portions(self, layers: Iterable[TrackedLayer]) -> list[list[TrackedLayer]]:
         """Layers that go into factors together, as many as fit into memory well: until then they are there twice."""

@@ -51,15 +51,22 @@ def _unsupported(run: TrackedRun) -> list[str]:
 
 
 def warn_of_missing_loss(run: TrackedRun) -> None:
-    """At an analysis: warn if layers change, and the loss guard has no loss to judge that by.
+    """At an analysis: warn if no loss is known by which to decide, or for the guard to judge changes by.
 
     Not at the first such analysis: the loss of a step may be told after it.
     """
     since = [layer.guarded_since for layer in run.layers.values() if layer.guarded_since is not None]
-    if not since or run.guard.told or run.warned:
+    tolerance = run.config.max_loss_increase
+    if run.guard.told or run.warned or (not since and tolerance is None):
         return
     run.unguarded += 1
-    if run.unguarded > 1:
+    if run.unguarded > 1 and tolerance is not None:
+        _warn(
+            run,
+            f"max_loss_increase={tolerance:g} is a share of the loss, and none was ever told: no layer can be "
+            f"factorized; give step a closure that returns it, or call observe_loss(loss) once per step",
+        )
+    elif run.unguarded > 1:
         _warn(
             run,
             f"layers change since step {min(since)}, and the loss guard, which reverts what raises the training loss, "

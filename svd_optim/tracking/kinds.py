@@ -81,7 +81,8 @@ def dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> Kind:
 
 integer, flag, number, text = exactly(int), exactly(bool), exactly(int, float), exactly(str)
 _ANNOTATED: dict[str, Kind] = {
-    "int": integer, "int | None": or_none(integer), "float | None": or_none(number), "str": text, "bool": flag,
+    "int": integer, "float": number, "str": text, "bool": flag,
+    "int | None": or_none(integer), "float | None": or_none(number),
     "LayerState": one_of(LayerState), "LayerState | None": or_none(one_of(LayerState)),
     "Protection": one_of(Protection), "Mapping[str, float]": dict_of(number),
 }  # fmt: skip

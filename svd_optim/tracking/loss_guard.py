@@ -66,9 +66,9 @@ class LossGuard:
         self._pending.append(-value if maximize else value)
         return True
 
+    @property
     def level(self) -> float | None:
-        """The mean loss lately; ``None`` where there was none. One host-device synchronization."""
-        self._close_interval()
+        """The mean loss of the last interval; ``None`` where there was none."""
         windows = self.since or self.windows
         return windows[-1].mean if windows else None
 
@@ -80,7 +80,7 @@ class LossGuard:
 
     def end(self) -> None:
         """Stop guarding: the losses since the last change become reference."""
-        self._close_interval()
+        self.close_interval()
         since, self.since = self.since or (), None
         for window in since:
             self._add(window)
@@ -90,7 +90,7 @@ class LossGuard:
 
         Its value is the rise in standard errors. One host-device synchronization.
         """
-        self._close_interval()
+        self.close_interval()
         if self.since is None or len(self.windows) < 2:
             return None
         errors = math.inf
@@ -103,7 +103,8 @@ class LossGuard:
             errors = (last.mean - level) / noise if noise > 0 else 0.0
         return Condition(name="loss_steady", value=errors, threshold=SIGMAS, above=False)
 
-    def _close_interval(self) -> None:
+    def close_interval(self) -> None:
+        """The losses since the last analysis become an interval. One host-device synchronization."""
         if not self._pending:
             return
         values = torch.stack([x.to(self._pending[-1].device) for x in self._pending])

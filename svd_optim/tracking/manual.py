@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ import torch
 from ..decisions.lifecycle import MANUAL
 from ..decisions.machine import Trigger
 from ..linalg import full_precision
-from ..records import LayerState, break_even_rank
+from ..records import LayerState, break_even_rank, clean
 from ..records.progress import tracked
 from . import budget
 from .descent import truncations
@@ -21,6 +22,10 @@ from .protecting import exact_principal, keep_blocks_, protect_manually, release
 from .refreshing import update_energy_ranks_
 from .run import TrackedRun
 from .switching import Changes, switch
+
+logger = logging.getLogger(__name__)
+
+NOTABLE = 0.01  # predicted increase of the loss, as a share of it, that is worth a warning
 
 
 def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[TrackedLayer]:
@@ -54,13 +59,19 @@ def factorize(
     """Factorize layers now, by truncation without a descent. See ``SubspaceAwareOptimizer.factorize_``."""
     chosen = [layer for layer in by_name(run, layers, "factorize_") if not layer.factorized]
     unsupported = run.unsupported(chosen)
-    if max_loss_increase is None:
+    left = run.plan().left if rank is None and max_loss_increase is None else None
+    if left is not None:
+        ranks = {x.name: x.rank for x in chosen if x.explicit}
+        ranks |= _ranks_within(run, [x for x in chosen if x.name not in (*ranks, *unsupported)], left)
+        chosen = [layer for layer in chosen if layer.name in ranks]
+    elif max_loss_increase is None:
         unknown = [x for x in chosen if rank is None and x.cached is None and x.energy_target is not None]
         update_energy_ranks_(unknown)
         ranks = {layer.name: layer.rank if rank is None else rank for layer in chosen}
     elif rank is not None:
         raise ValueError(f"factorize_: give rank={rank!r} or max_loss_increase={max_loss_increase!r}, not both")
     else:
+        _check_increase(max_loss_increase)
         chosen = [layer for layer in chosen if layer.name not in unsupported]
         ranks = _ranks_within(run, chosen, max_loss_increase)
         chosen = [layer for layer in chosen if layer.name in ranks]
@@ -90,16 +101,36 @@ def factorize(
     switch(run, Changes(MANUAL, install=bases, errors=errors, installed_by=Trigger.FACTORIZE_MANUALLY))
     for layer in chosen:
         layer.decision = None
+    if max_loss_increase is None and left is None:
+        _warn_of_cost([layer for layer in chosen if layer.name in bases], errors)
     return list(bases)
 
 
-def _ranks_within(run: TrackedRun, layers: list[TrackedLayer], increase: object) -> dict[str, int]:
-    """The ranks that a share of the loss allows, by name, without those of layers that it keeps dense."""
+def _warn_of_cost(layers: list[TrackedLayer], errors: dict[str, float]) -> None:
+    """Say so where truncation at once, at ranks that no loss was asked for, costs much or nobody knows what."""
+    predicted = math.fsum(layer.status.predicted_share for layer in layers)
+    if predicted > NOTABLE:
+        logger.warning("factorize_: truncated at once, which is predicted to raise the loss by %.1f %%: training in "
+                       "factors wins a part of it back, max_loss_increase=... limits it", 100 * predicted)  # fmt: skip
+    rough = [x for x in layers if not x.status.predicted_share and errors[x.name] > x.thresholds.reconstruction_safe]
+    if rough:
+        worst = max(rough, key=lambda layer: errors[layer.name])
+        logger.warning("factorize_: truncated at once, which changes %d layers, %s by %.0f %% of its norm; what that "
+                       "does to the loss is not known without metric='loss'", len(rough), clean(worst.name),
+                       100 * errors[worst.name])  # fmt: skip
+
+
+def _check_increase(increase: object) -> None:
     if isinstance(increase, bool) or not isinstance(increase, (int, float)):
         raise TypeError(f"factorize_: max_loss_increase must be a number, got {increase!r}")
     if not (increase > 0 and math.isfinite(increase)):
         raise ValueError(f"factorize_: max_loss_increase must be above 0, got {increase!r}")
-    loss = run.guard.level()
+
+
+def _ranks_within(run: TrackedRun, layers: list[TrackedLayer], increase: float) -> dict[str, int]:
+    """The ranks that a share of the loss allows, by name, without those of layers that it keeps dense."""
+    run.guard.close_interval()
+    loss = run.guard.level
     if loss is None:
         raise ValueError(
             "factorize_: max_loss_increase is a share of the loss, which is not known: give step a closure that "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ..decisions.lifecycle import Lifecycle
 from ..distributed import world_size
 from ..factors import moments, weight_decay
 from ..records import Plan, Skipped, Summary
-from . import budget, inventory
+from . import budget as planning
+from . import inventory
 from .attachment import Attachment
 from .journal import Journal
 from .layer import TrackedLayer
@@ -74,7 +76,10 @@ class TrackedRun:
 
     def samples(self, step: int) -> bool:
         """Whether what the loss metric needs is sampled in that step: in each interval once, at first more often."""
-        return self.measures(step) and (step % self.interval == 0 or step <= WINDOW * self.config.measure_every)
+        late = self.config.mode == "auto" and self.config.max_loss_increase is not None
+        since = step - max(0, self.config.warmup - 2 * WINDOW * self.interval if late else 0)
+        often = since <= WINDOW * self.config.measure_every
+        return since > 0 and self.measures(step) and (step % self.interval == 0 or often)
 
     def place_taps(self) -> None:
         """Before the passes of the next step: have it sampled, if it is time."""
@@ -148,9 +153,18 @@ class TrackedRun:
             return f"what {type(self.base).__name__} keeps for a weight is not known before its first step"
         return moments.unsupported_reason(state, layer.weight) or weight_decay.unsupported_reason(self.base, group)
 
-    def plan(self) -> Plan:
-        """The current allocation of the parameter budget."""
-        return budget.plan(self.layers, self.config, self.steps)
+    def plan(self, budget: float | None = None, max_loss_increase: float | None = None) -> Plan:
+        """The ranks that the target allows at present, or that another one would."""
+        if budget is None and max_loss_increase is None:
+            return planning.plan(self.layers, self.config, self.steps, self.guard.level)
+        other = replace(self.config, rank=None, energy=None, budget=budget, max_loss_increase=max_loss_increase,
+                        mode=self.config.mode if max_loss_increase is None else "manual")  # fmt: skip
+        return planning.plan(self.layers, other, self.steps, self.guard.level, hysteresis=0.0)
+
+    def predicted_share(self, layer: TrackedLayer) -> float:
+        """Of the loss, by which truncating a layer now to its rank raises it; 0 where that is not known."""
+        increase = layer.predicted_increase(layer.rank)
+        return increase / abs(self.guard.level) if self.guard.level and increase is not None else 0.0
 
     def summary(self) -> Summary:
         """The current state of the run, as a plain record."""

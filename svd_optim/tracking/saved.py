@@ -23,7 +23,7 @@ from .layer import LossMetric, TrackedLayer
 from .loss_guard import PENDING
 from .refreshing import SCALARS
 
-STATE_VERSION = 7
+STATE_VERSION = 8
 
 
 class Sizes(NamedTuple):

@@ -168,5 +168,5 @@ def tracked_layer(selected: SelectedLayer, index: int, config: SubspaceConfig) -
         module=module,
         index=index,
         energy_target=override.energy if override.has_target else config.energy,
-        explicit=override.has_target or config.parameter_budget is None,
+        explicit=override.has_target or config.rank is not None or config.energy is not None,
     )

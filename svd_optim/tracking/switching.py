@@ -10,6 +10,7 @@ import torch
 from ..decisions.machine import Trigger
 from ..linalg import Basis
 from ..linalg.protection import carried
+from ..records import LayerState
 from ..records.progress import tracked
 from .guards import guard_changes, keeps_failing
 from .layer import TrackedLayer
@@ -68,6 +69,8 @@ def _change(run: TrackedRun, layer: TrackedLayer, changes: Changes) -> Replaceme
 
 def _install(run: TrackedRun, layer: TrackedLayer, basis: Basis, changes: Changes) -> Replacement:
     anchor = layer.dense_anchor
+    if layer.state != LayerState.DESCENDING:  # of those it was predicted at the start
+        layer.status.predicted_share = run.predicted_share(layer)
     replacement = to_factors_(layer, run.base, basis)
     assert layer.factors is not None
     layer.factors.anchor, layer.dense_anchor = None if anchor is None else carried(anchor), None
