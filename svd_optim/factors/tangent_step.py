@@ -112,8 +112,10 @@ def update_scales(
       with k = 8 and of 1.4 with k = 102 (K and L together).
     * Muon: its update of a square W is an orthogonal O, of which a projection onto the tangent space keeps O V and
       O^T U, whose columns are orthonormal too: as long as its updates of K and L. So only the shape factor of K or L is
-      replaced by that of W. Half as long was the best at 512 tokens a step by 0.2 %, but 0.7 to 1 % worse at 4096, and
-      1.4 times as long on a par (``benchmarks/quality.py``, "step x ...").
+      replaced by that of W. A GPT in half of its parameters ends 0.7 to 1.2 % worse with half of that step, at 1.4
+      times it on a par (widths 64 and 128, 1 to 5 tokens a parameter, batches of 512 and 4096). At 0.13 tokens (width
+      256, 800 batches of 512) half of it is on a par, and 1.4 % better where the learning rate decays over the last
+      fifth only: there a shorter step stands in for the decay (``benchmarks/quality.py``, "step x ...").
 
     Args:
         state: the base optimizer's state of K.
