@@ -80,12 +80,15 @@ class Run:
         """One training step, timed without the validations inside it."""
         start, validating = time.perf_counter(), self.history.seconds
         inputs, targets = next(self.stream)
-        self.model(inputs, targets).backward()
+        loss = self.model(inputs, targets)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+        if self.wrapper is not None:
+            self.wrapper.observe_loss(loss)
         self.seconds.append(time.perf_counter() - start - (self.history.seconds - validating))
 
 

@@ -34,7 +34,7 @@ from gpt import GPT
 from svd_optim import ConsoleReport, Listener, RunLog, SubspaceAwareOptimizer, SubspaceConfig, Thresholds
 from svd_optim.console.report import summary_renderable
 from svd_optim.console.tables import layer_table
-from svd_optim.records import LayerState
+from svd_optim.records import Event, LayerState
 
 PROMPTS = (
     "The capital of France is",
@@ -61,6 +61,7 @@ SHORT = {
 SHORT_CONFIG = {
     "thresholds": Thresholds(drift_stable=0.25, capture_safe=0.15),
     "analyze_every": 5,
+    "budget": 0.5,  # what a rank costs is known late in a training only, and this has no late
     "warmup_steps": 20,
     "patience": 2,
     "descent_steps": 40,
@@ -121,6 +122,7 @@ class Switch:
     layers: tuple[str, ...]
     before: float  # bits per byte
     after: float  # bits per byte
+    predicted: float  # cost of their factors, descents included, as a share of the training loss; 0: not known
 
     @property
     def jump(self) -> float:
@@ -136,16 +138,25 @@ class SwitchWatch(Listener):
         self.switches: list[Switch] = []
         self.seconds = 0.0  # spent here, inside the optimizer's step: not its cost
         self._before = math.nan
+        self._predicted: dict[str, float] = {}  # by layer, when its descent began
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "descend":
+            self._predicted[event.layer] = event.numbers.get("predicted_share", 0.0)
 
     def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
         self._before = self._validate()
 
     def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        switch = Switch(step=step, layers=tuple(layers), before=self._before, after=self._validate())
+        predicted = math.fsum(self._predicted.get(layer, 0.0) for layer in layers)
+        switch = Switch(
+            step=step, layers=tuple(layers), before=self._before, after=self._validate(), predicted=predicted
+        )
         self.switches.append(switch)
+        cost = f"; predicted to cost {predicted:.2%}, descent included" if predicted else ""
         self.console.print(
             f"step {step}: {len(layers)} layers switched; validation {switch.before:.4f} -> "
-            f"{switch.after:.4f} bits per byte ({switch.jump:+.3f} %)",
+            f"{switch.after:.4f} bits per byte ({switch.jump:+.3f} %){cost}",
             highlight=False,
         )
 
@@ -287,6 +298,9 @@ def results(
         "layers tracked": len(summary.layers) if summary else 0,
         "layers switched": summary.count(LayerState.FACTORIZED) if summary else 0,
         "switch events": len(watch.switches),
+        "predicted cost of the factors, % of the loss": (
+            None if summary is None or summary.predicted_share is None else 100 * summary.predicted_share
+        ),
         "largest jump of validation at an event, %": max((s.jump for s in watch.switches), default=None),
         "share of time spent in analysis": summary.analysis_share if summary else 0.0,
         "peak memory, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

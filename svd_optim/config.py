@@ -10,69 +10,34 @@ Every error names the field, the value and the allowed range.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
+from . import checks
 from .records import Decision, LayerInfo, LayerMetrics, LayerState
-
-
-def _number(owner: str, name: str, value: Any, low: float, high: float, ends: str = "[]") -> None:
-    """Raise unless ``value`` is a finite real number in the interval; ``ends`` in interval notation."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}.{name} must be a number, got {value!r} ({type(value).__name__})")
-    above = value >= low if ends[0] == "[" else value > low
-    below = value <= high if ends[1] == "]" else value < high
-    if not (above and below and math.isfinite(value)):
-        raise ValueError(f"{owner}.{name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
-
-
-def _integer(owner: str, name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}.{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < low:
-        raise ValueError(f"{owner}.{name} must be at least {low}, got {value}")
-
-
-def _patterns(owner: str, name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise TypeError(
-            f"{owner}.{name} must be a sequence of name patterns, got the string {value!r}; use ({value!r},)"
-        )
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{owner}.{name} must be a sequence of name patterns, got {value!r}")
-    patterns = tuple(value)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{owner}.{name} must hold strings (globs over layer names), got {pattern!r}")
-    return patterns
-
-
-def _choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
 
 HEADS = "<heads>"  # among the patterns of SubspaceConfig.exclude: whatever layers are taken for heads
 WARMUP_STEPS, DESCENT_STEPS = 100, 400  # where the length of the training is not known
-DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep where no target is given
+# Where no target is given: with total_steps in mode "auto" the one, else the other.
+DEFAULT_INCREASE = 0.01  # share of the loss that it may cost
+DEFAULT_BUDGET = 0.5  # share of the tracked parameters to keep
 
 
 def _check_target(owner: str, rank: Any, budget: Any, energy: Any, max_loss_increase: Any = None) -> None:
     """Raise unless at most one of the targets is given, and that one is in its range."""
     if rank is not None:
         if isinstance(rank, float):
-            _number(owner, "rank", rank, 0, 1, "()")
+            checks.number(owner, "rank", rank, 0, 1, "()")
         else:
-            _integer(owner, "rank", rank, 1)
+            checks.integer(owner, "rank", rank, 1)
     if budget is not None:
-        _number(owner, "budget", budget, 0, 1, "()")
+        checks.number(owner, "budget", budget, 0, 1, "()")
     if energy is not None:
-        _number(owner, "energy", energy, 0, 1, "()")
+        checks.number(owner, "energy", energy, 0, 1, "()")
     if max_loss_increase is not None:
-        _number(owner, "max_loss_increase", max_loss_increase, 0, 1, "()")
+        checks.number(owner, "max_loss_increase", max_loss_increase, 0, 1, "()")
     given = {"rank": rank, "budget": budget, "energy": energy, "max_loss_increase": max_loss_increase}
     listed = " and ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     if " and " in listed:
@@ -124,7 +89,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
-            _number("Thresholds", field_.name, getattr(self, field_.name), 0, 1)
+            checks.number("Thresholds", field_.name, getattr(self, field_.name), 0, 1)
         if self.capture_lost >= self.capture_held > 0:
             raise ValueError(
                 f"Thresholds.capture_lost must be below capture_held, or no layer would grow: "
@@ -217,9 +182,9 @@ def first_match(name: str, overrides: Mapping[str, LayerOverride]) -> LayerOverr
 class SubspaceConfig:
     """The configuration of a run. The defaults should suit most runs.
 
-    At most one target: ``budget``, ``max_loss_increase``, ``rank`` or ``energy``; without any, a budget of
-    :data:`DEFAULT_BUDGET`. "Steps" are optimizer steps, "analyses" are the evaluations of metrics and decisions every
-    ``analyze_every`` steps.
+    At most one target: ``budget``, ``max_loss_increase``, ``rank`` or ``energy``. Without any it is ranks within 1 % of
+    the loss where ``total_steps`` is known (in mode ``"auto"``, unless ``metric="weight"``), else a budget of a half.
+    "Steps" are optimizer steps, "analyses" are the evaluations of metrics and decisions every ``analyze_every`` steps.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -235,12 +200,12 @@ class SubspaceConfig:
     """``"stability"`` factorizes layers whose drift is small and whose capture is at least ``capture_safe``;
     ``"alignment"`` is the rule of the Phase 1 experiment (``minor_safe`` and ``drift_stable``)."""
 
-    metric: Literal["loss", "weight"] = "weight"
+    metric: Literal["loss", "weight"] | None = None
     """What directions of a weight are kept. ``"weight"``: its leading singular directions. ``"loss"``: those that the
     loss needs, by samples of the layer's inputs and gradients (:mod:`svd_optim.linalg.loss_metric`), which are taken
     once in each interval and take two to three times the memory of the weight while it is dense; not in mode
-    ``"observe"``. Truncated at once, with ``factorize_``, that costs a small part of the other. For descents it is not
-    the default, as those of whole runs ended no better yet."""
+    ``"observe"``. Truncated at once, with ``factorize_``, that costs a small part of the other. ``None``: ``"loss"``
+    where ranks are within a share of it, else ``"weight"``, as descents to half of the parameters ended no better."""
 
     policy: Policy | None = None
     """Replaces the rules: an object with ``decide(layer, state, history, thresholds) -> Decision``, see
@@ -263,8 +228,8 @@ class SubspaceConfig:
     more tokens."""
 
     warmup_steps: int | None = None
-    """Steps before the first action. ``None``: an eighth of ``total_steps``, with ``max_loss_increase`` three fifths;
-    100 where those are not known."""
+    """Steps before the first action. ``None``: 100; of ``total_steps``, if known, three fifths for ranks within a share
+    of the loss, else an eighth."""
 
     patience: int = 3
     """Number of consecutive analyses at which all conditions must hold."""
@@ -272,9 +237,9 @@ class SubspaceConfig:
     descent_steps: int | None = None
     """Steps over which the component of the weight outside its rank-k tangent space is faded to zero before the factors
     are installed, for a layer whose tangent capture is at chance level; fewer, in quarters, for higher capture. 0
-    factorizes only layers that are already accurate enough. ``None``: half of ``total_steps``, with
-    ``max_loss_increase`` a third; 400 where those are not known. Fewer save time and memory earlier; under Muon, whose
-    capture is low, the model ends worse for it."""
+    factorizes only layers that are already accurate enough. ``None``: 400; of ``total_steps``, if known, a third for
+    ranks within a share of the loss, else a half. Fewer save time and memory earlier; under Muon, whose capture is low,
+    the model ends worse for it."""
 
     total_steps: int | None = None
     """Steps of the whole training if known (as in torch.optim.lr_scheduler.OneCycleLR): they say how long warmup and
@@ -293,9 +258,9 @@ class SubspaceConfig:
 
     max_loss_increase: float | None = None
     """Share of the training loss by which all layers together may raise it, as predicted when each starts its descent:
-    ranks are as low as that allows, and a layer of which the loss needs more than factors save stays dense. With the
-    metric ``"loss"``, which it sets, a loss told to the optimizer, and in mode ``"auto"`` ``total_steps``: what is
-    predicted holds for the end of the training only from late in it, so layers act after three fifths."""
+    ranks are as low as that allows, and a layer of which the loss needs more than factors save stays dense. Needs a
+    loss that is told to the optimizer, and in mode ``"auto"`` ``total_steps``: what is predicted holds for the end of
+    the training only from late in it, so layers act after three fifths."""
 
     rank: int | float | None = None
     """Target rank of each layer: an integer, or a float in (0, 1) as a fraction of min(m, n)."""
@@ -346,10 +311,11 @@ class SubspaceConfig:
 
     def __post_init__(self) -> None:
         name = "SubspaceConfig"
-        _choice(name, "mode", self.mode, ("auto", "manual", "observe"))
-        _choice(name, "metric", self.metric, ("loss", "weight"))
-        _choice(name, "rule", self.rule, ("stability", "alignment"))
-        _choice(name, "on_danger", self.on_danger, ("alert", "protect"))
+        checks.choice(name, "mode", self.mode, ("auto", "manual", "observe"))
+        if self.metric is not None:
+            checks.choice(name, "metric", self.metric, ("loss", "weight"))
+        checks.choice(name, "rule", self.rule, ("stability", "alignment"))
+        checks.choice(name, "on_danger", self.on_danger, ("alert", "protect"))
         if self.policy is not None and not callable(getattr(self.policy, "decide", None)):
             raise TypeError(
                 f"{name}.policy must have a method decide(layer, state, history, thresholds), got {self.policy!r}"
@@ -358,28 +324,44 @@ class SubspaceConfig:
             raise TypeError(f"{name}.thresholds must be a Thresholds, got {self.thresholds!r}")
         for key, low in _MINIMA.items():
             if getattr(self, key) is not None or key not in _OPTIONAL:
-                _integer(name, key, getattr(self, key), low)
+                checks.integer(name, key, getattr(self, key), low)
         _check_target(name, self.rank, self.budget, self.energy, self.max_loss_increase)
         if self.max_loss_increase is not None:
-            object.__setattr__(self, "metric", "loss")
+            if self.metric == "weight":
+                raise ValueError(
+                    f"{name}.max_loss_increase={self.max_loss_increase!r} needs metric='loss', or none, got 'weight'"
+                )
             if self.mode == "auto" and self.total_steps is None:
                 raise ValueError(f"{name}.max_loss_increase={self.max_loss_increase!r} needs total_steps in mode "
                                  f"'auto': what a rank costs is known late in the training only; or give mode='manual' "
                                  f"and call factorize_('all') after the last step")  # fmt: skip
         if self.max_overhead is not None:
-            _number(name, "max_overhead", self.max_overhead, 0, 1, "()")
+            checks.number(name, "max_overhead", self.max_overhead, 0, 1, "()")
         for key in ("include", "exclude"):
-            object.__setattr__(self, key, _patterns(name, key, getattr(self, key)))
+            object.__setattr__(self, key, checks.patterns(name, key, getattr(self, key)))
         if self.param_groups is not None:
-            object.__setattr__(self, "param_groups", _indices(name, "param_groups", self.param_groups))
+            object.__setattr__(self, "param_groups", checks.indices(name, "param_groups", self.param_groups))
         object.__setattr__(self, "overrides", _overrides(name, self.overrides))
+
+    @property
+    def tolerance(self) -> float | None:
+        """Share of the loss that all layers together may cost, set or by default; ``None``: there is another target."""
+        given = (self.budget, self.rank, self.energy, self.max_loss_increase)
+        if any(target is not None for target in given) or self.metric == "weight":
+            return self.max_loss_increase
+        return DEFAULT_INCREASE if self.mode == "auto" and self.total_steps is not None else None
 
     @property
     def parameter_budget(self) -> float | None:
         """Share of all tracked parameters to keep; ``None`` where there is another target."""
-        if self.rank is not None or self.energy is not None or self.max_loss_increase is not None:
+        if self.rank is not None or self.energy is not None or self.tolerance is not None:
             return None
         return DEFAULT_BUDGET if self.budget is None else self.budget
+
+    @property
+    def samples_loss(self) -> bool:
+        """Whether what the metric of the loss needs is sampled."""
+        return self.mode != "observe" and (self.metric == "loss" or self.tolerance is not None)
 
     @property
     def warmup(self) -> int:
@@ -388,7 +370,7 @@ class SubspaceConfig:
             return self.warmup_steps
         if self.total_steps is None:
             return WARMUP_STEPS
-        return self.total_steps // 8 if self.max_loss_increase is None else self.total_steps * 3 // 5
+        return self.total_steps // 8 if self.tolerance is None else self.total_steps * 3 // 5
 
     @property
     def descent(self) -> int:
@@ -397,7 +379,7 @@ class SubspaceConfig:
             return self.descent_steps
         if self.total_steps is None:
             return DESCENT_STEPS
-        return max(1, self.total_steps // (2 if self.max_loss_increase is None else 3))
+        return max(1, self.total_steps // (2 if self.tolerance is None else 3))
 
     def thresholds_of(self, layer: str) -> Thresholds:
         """The thresholds for one layer, overrides included."""
@@ -409,15 +391,6 @@ _MINIMA = {"analyze_every": 1, "measure_every": 1, "warmup_steps": 0, "patience"
            "cohort_steps": 1, "guard_steps": 0, "cooldown_steps": 0, "min_size": 1, "stall_analyses": 1,
            "seed": 0, "total_steps": 1}  # fmt: skip
 _OPTIONAL = frozenset({"warmup_steps", "descent_steps", "total_steps"})
-
-
-def _indices(owner: str, name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{owner}.{name} must be a sequence of indices, got {value!r}")
-    indices = tuple(value)
-    for index in indices:
-        _integer(owner, name, index, 0)
-    return indices
 
 
 def _overrides(owner: str, value: Any) -> dict[str, LayerOverride]:

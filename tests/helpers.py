@@ -178,9 +178,9 @@ QUICK: dict[str, Any] = {
 
 
 def _with_shares(settings: dict[str, Any], changes: dict[str, Any]) -> SubspaceConfig:
-    """Each layer keeps half of itself, unless ``changes`` say what decides on ranks."""
+    """Each layer keeps half of itself, unless ``changes`` say what decides on ranks: not what that does to the loss."""
     own = any(key in changes for key in ("rank", "energy", "budget", "overrides"))
-    return SubspaceConfig(**(({} if own else EACH) | settings | changes))
+    return SubspaceConfig(**({"metric": "weight"} | ({} if own else EACH) | settings | changes))
 
 
 def quick(**changes: Any) -> SubspaceConfig:

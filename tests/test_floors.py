@@ -13,10 +13,10 @@ import svd_optim
 
 ROOT = Path(svd_optim.__file__).parent
 # From the ground up. A module imports from its own floor and from those before it.
-FLOORS = ("_version", "records", "config", "distributed", "decisions", "linalg", "factors", "tracking", "optimizer",
-          "storage", "console", "__init__", "__main__")  # fmt: skip
+FLOORS = ("_version", "records", "checks", "config", "distributed", "decisions", "linalg", "factors", "tracking",
+          "optimizer", "storage", "console", "__init__", "__main__")  # fmt: skip
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
-TORCH_FREE = ("records", "config", "decisions")
+TORCH_FREE = ("records", "checks", "config", "decisions")
 MOST_LINES = 440
 SCRIPTS = {path.stem for folder in ("examples", "benchmarks") for path in (ROOT.parent / folder).glob("*.py")}
 TESTS = sorted(Path(__file__).parent.glob("*.py"))

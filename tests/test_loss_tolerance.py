@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,12 +169,36 @@ def test_a_resumed_run_acts_alike() -> None:
 def test_the_target_needs_the_length_of_the_training_and_is_the_only_one() -> None:
     with pytest.raises(ValueError, match=r"SubspaceConfig\.max_loss_increase=0\.01 needs total_steps in mode 'auto'"):
         SubspaceConfig(max_loss_increase=0.01)
-    assert SubspaceConfig(max_loss_increase=0.01, mode="manual").metric == "loss"
+    assert SubspaceConfig(max_loss_increase=0.01, mode="manual").samples_loss
+    with pytest.raises(ValueError, match=r"max_loss_increase=0\.01 needs metric='loss', or none, got 'weight'"):
+        SubspaceConfig(max_loss_increase=0.01, total_steps=10, metric="weight")
     with pytest.raises(ValueError, match=r"takes one target, got budget=0\.5 and max_loss_increase=0\.01"):
         SubspaceConfig(max_loss_increase=0.01, budget=0.5, total_steps=10)
     for wrong in (0, 1, -0.1, math.nan):
         with pytest.raises(ValueError, match=r"SubspaceConfig\.max_loss_increase"):
             SubspaceConfig(max_loss_increase=wrong, total_steps=10)
+
+
+def test_it_is_the_default_where_the_length_of_the_training_is_known() -> None:
+    default = SubspaceConfig(total_steps=10)
+    assert (default.tolerance, default.parameter_budget, default.samples_loss) == (0.01, None, True)
+    assert SubspaceConfig(total_steps=10, max_loss_increase=0.05).tolerance == 0.05
+    for other in ({"budget": 0.3}, {"rank": 4}, {"energy": 0.9}, {"metric": "weight"}, {"mode": "manual"},
+                  {"mode": "observe"}, {"total_steps": None}):  # fmt: skip
+        config = SubspaceConfig(**({"total_steps": 10} | other))
+        assert config.tolerance is None and not config.samples_loss
+        assert config.parameter_budget == (None if {"rank", "energy"} & other.keys() else other.get("budget", 0.5))
+    assert replace(default, budget=0.25).parameter_budget == 0.25  # no target of its own is left behind
+
+
+def test_a_layer_that_stays_dense_says_what_half_of_it_would_cost() -> None:
+    model, optimizer = tolerant(max_loss_increase=1e-6)
+    trained(model, optimizer)
+    assert not factorized(model)
+    for row in optimizer.why():
+        assert row.condition == "in_plan"
+        cost = row.metrics.predicted_increase  # type: ignore[union-attr]
+        assert row.reason == f"in_plan: the plan keeps it dense; rank {row.rank} would raise the loss by {cost:.2g}"
 
 
 def test_other_targets_can_be_compared_and_change_nothing() -> None:

@@ -119,6 +119,8 @@ class ThresholdPolicy:
             reason = _REASONS.get(blocked.name, "") or str(blocked)
             if blocked.name == "base_supported":
                 reason = f"base_supported: {layer.unsupported_reason}"
+            if blocked.name == "in_plan" and (cost := history[-1].predicted_increase) is not None:
+                reason = f"in_plan: the plan keeps it dense; rank {layer.rank} would raise the loss by {cost:.2g}"
             return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
         action = Action.DESCEND if self._has_to_descend(history, thresholds) else Action.FACTORIZE
         reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)

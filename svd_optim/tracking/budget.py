@@ -61,7 +61,7 @@ def plan(
         for name, layer in layers.items()
     }
     fixed = {name: entry for name, layer in layers.items() if (entry := _fixed(layer, step)) is not None}
-    if config.max_loss_increase is None:
+    if config.tolerance is None:
         keeps = _hysteresis(config, step) if hysteresis is None else hysteresis
         chosen = _within_budget(layers, candidates, fixed, config, keeps)
     else:
@@ -76,7 +76,7 @@ def plan(
                 predicted_increase=layer.predicted_increase(rank),
             )
         )  # fmt: skip
-    return Plan(step=step, budget=config.parameter_budget, max_loss_increase=config.max_loss_increase, loss=loss,
+    return Plan(step=step, budget=config.parameter_budget, max_loss_increase=config.tolerance, loss=loss,
                 spent=spent(layers.values()), layers=tuple(rows))  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _within_loss(
     free: Sequence[TrackedLayer], layers: Mapping[str, TrackedLayer], config: SubspaceConfig, loss: float | None
 ) -> dict[str, int | None]:
     """The same, within what the others have left of ``max_loss_increase``; dense where the cost is not known."""
-    left = max(0.0, (config.max_loss_increase or 0.0) - spent(layers.values()))
+    left = max(0.0, (config.tolerance or 0.0) - spent(layers.values()))
     known = [layer for layer in free if layer.increases and loss is not None]
     return {layer.name: None for layer in free} | ranks_within(known, left * abs(loss or 0.0))
 
@@ -159,7 +159,7 @@ def follow_plan_(layers: Mapping[str, TrackedLayer], config: SubspaceConfig, ste
         if planned.fixed:
             continue
         layer.keep_dense = planned.rank is None
-        if planned.rank is None or config.max_loss_increase is not None:
+        if planned.rank is None or config.tolerance is not None:
             continue
         if abs(planned.rank - layer.rank) > _hysteresis(config, step) * layer.rank:
             layer.set_rank(planned.rank)

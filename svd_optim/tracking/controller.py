@@ -315,12 +315,12 @@ class Controller(TrackedRun):
         """The planned ranks to those that start now; within a share of the loss some may have to stay dense."""
         planned = {row.name: row.rank for row in self.plan().layers if not row.fixed}
         for action in (Action.DESCEND, Action.FACTORIZE):
-            if self.config.max_loss_increase is not None:
+            if self.config.tolerance is not None:
                 requests[action] = [x for x in requests[action] if planned.get(x.name, x.rank) is not None]
             for layer in requests[action]:
                 rank = planned.get(layer.name) or layer.rank
                 # The hysteresis of a budget's plan must not exceed it.
-                layer.set_rank(rank if self.config.max_loss_increase is not None else min(layer.rank, rank))
+                layer.set_rank(rank if self.config.tolerance is not None else min(layer.rank, rank))
 
     def _portions(self, layers: Iterable[TrackedLayer]) -> list[list[TrackedLayer]]:
         """Layers that go into factors together, as many as fit into memory well: until then they are there twice."""

@@ -56,7 +56,7 @@ def warn_of_missing_loss(run: TrackedRun) -> None:
     Not at the first such analysis: the loss of a step may be told after it.
     """
     since = [layer.guarded_since for layer in run.layers.values() if layer.guarded_since is not None]
-    tolerance = run.config.max_loss_increase
+    tolerance = run.config.tolerance
     if run.guard.told or run.warned or (not since and tolerance is None):
         return
     run.unguarded += 1
@@ -64,7 +64,8 @@ def warn_of_missing_loss(run: TrackedRun) -> None:
         _warn(
             run,
             f"max_loss_increase={tolerance:g} is a share of the loss, and none was ever told: no layer can be "
-            f"factorized; give step a closure that returns it, or call observe_loss(loss) once per step",
+            f"factorized; give step a closure that returns it, or call observe_loss(loss) once per step; or set a "
+            f"budget, rank or energy",
         )
     elif run.unguarded > 1:
         _warn(

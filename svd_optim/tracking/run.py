@@ -76,14 +76,14 @@ class TrackedRun:
 
     def samples(self, step: int) -> bool:
         """Whether what the loss metric needs is sampled in that step: in each interval once, at first more often."""
-        late = self.config.mode == "auto" and self.config.max_loss_increase is not None
+        late = self.config.mode == "auto" and self.config.tolerance is not None
         since = step - max(0, self.config.warmup - 2 * WINDOW * self.interval if late else 0)
         often = since <= WINDOW * self.config.measure_every
         return since > 0 and self.measures(step) and (step % self.interval == 0 or often)
 
     def place_taps(self) -> None:
         """Before the passes of the next step: have it sampled, if it is time."""
-        if self.config.metric == "loss" and self.config.mode != "observe" and self.samples(self.steps + 1):
+        if self.config.samples_loss and self.samples(self.steps + 1):
             self.taps.place(self.layers.values())
 
     def looks_for_layers(self) -> bool:
