@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from corpus import batches, load_corpus, split, validation_batches
 from gpt import GPT, GPTConfig
 from results_file import about_line, open_results, output_file, read_results
-from rivals import Core, ThreeFactors, TwoFactors, galore, has_galore, project_, truncate_
+from rivals import Core, Riemannion, Spectron, ThreeFactors, TwoFactors, galore, has_galore, project_, truncate_
 from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.factors import tangent_step as factor_step
 from svd_optim.records import Event, LayerState
@@ -63,7 +63,11 @@ class Row:
     width: float = 1.0  # of the model
     config: dict[str, Any] | None = None  # of SubspaceConfig: ours
     at_once: bool = False  # ours, but truncated at once by hand
+    early: bool = False  # ours, but with short descents from the beginning on
     form: type[torch.nn.Module] | None = None  # a rival's replacement of nn.Linear
+    base: type[Spectron] | type[Riemannion] | None = None  # a rival's optimizer, in place of Muon
+    rate: float = 1.0  # that a rival's learning rates of the grid are multiplied by
+    from_start: bool = False  # a rival that is truncated before the first step
     projected: bool = False  # a dense model brought back to the rank of the budget every 20 steps: saves nothing
     galore: bool = False
     tolerance: float | None = None  # dense, observed, and truncated within it after the last step
@@ -86,7 +90,11 @@ ROWS: dict[str, Row] = {
     "ours 0.5, loss metric": Row(budget=0.5, config={"budget": 0.5, "metric": "loss"}, headline=True),
     "ours 0.25, loss metric": Row(budget=0.25, config={"budget": 0.25, "metric": "loss"}, headline=True),
     "ours within 1 %": Row(config={"max_loss_increase": 0.01}, headline=True),
+    "ours within 0.5 %": Row(config={"max_loss_increase": 0.005}),
+    "ours within 2 %": Row(config={"max_loss_increase": 0.02}),
     "dense, truncated within 1 %": Row(config={"metric": "loss"}, tolerance=0.01, headline=True),
+    "ours 0.75": Row(budget=0.75, config={"budget": 0.75}),
+    "ours 0.5, early": Row(budget=0.5, config={"budget": 0.5}, early=True),
     "ours 0.5, uniform": Row(budget=0.5, config=uniform(0.5)),
     "ours 0.25, uniform": Row(budget=0.25, config=uniform(0.25)),
     "ours 0.5, no descent": Row(budget=0.5, config={"budget": 0.5}, at_once=True),
@@ -94,6 +102,9 @@ ROWS: dict[str, Row] = {
     "U, S, V as parameters 0.5": Row(budget=0.5, form=ThreeFactors),
     "two factors 0.5": Row(budget=0.5, form=TwoFactors),
     "core only 0.5": Row(budget=0.5, form=Core),
+    # Its step is divided by 1 + ||A|| + ||B||, about 4.
+    "Spectron 0.5": Row(budget=0.5, form=TwoFactors, base=Spectron, rate=4, from_start=True, optimizers=("muon",)),
+    "Riemannion 0.5": Row(budget=0.5, base=Riemannion, optimizers=("muon",)),
     "ours 0.5, step x 0.7": Row(budget=0.5, config={"budget": 0.5}, scale=0.5**0.5),
     "ours 0.5, step x 1.4": Row(budget=0.5, config={"budget": 0.5}, scale=2**0.5),
     "dense, projected 0.5": Row(budget=0.5, projected=True),
@@ -179,16 +190,20 @@ def train_row(job: Job, sizes: Sizes) -> dict[str, Any]:
     validation = validation_batches(held_out, sizes.sequence_length, sizes.validation_tokens)
     model = GPT(GPTConfig(depth=sizes.depth, width=width, heads=heads, sequence_length=sizes.sequence_length))
     model.to(row.dtype)
-    at = sizes.steps * 3 // 8  # when those truncate who do it at once: in the middle of our descents
+    at = 0 if row.from_start else sizes.steps * 3 // 8  # when those truncate who do it at once: while ours descend
     if row.galore:
         optimizers = [galore(list(model.blocks.parameters()), [model.embed.weight, model.lm_head.weight], job.lr)]
     else:
         optimizers = base_optimizers(job.optimizer, model, job.lr)
+    if row.base is not None:
+        optimizers[0] = row.base(list(model.blocks.parameters()), lr=row.rate * job.lr)
     watch = SwitchWatch(model, validation, Console(quiet=True))
     wrapper = None
     if row.config is not None:
         mode = "manual" if row.at_once or row.tolerance is not None else "auto"
         settings = row.config | schedule(sizes.steps)
+        if row.early:
+            settings |= {"warmup_steps": sizes.steps // 20, "descent_steps": sizes.steps * 3 // 20}
         config = SubspaceConfig(mode=mode, seed=job.seed, total_steps=sizes.steps, **settings)
         wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[watch])
     schedulers = [warm_down(optimizer, sizes.steps, sizes.decay) for optimizer in optimizers]
@@ -202,6 +217,9 @@ def train_row(job: Job, sizes: Sizes) -> dict[str, Any]:
             watch.before_switch(step, ())
             truncate_(model.blocks, optimizers[0], optimizers[-1], row.form, row.budget)
             watch.after_switch(step, ())
+        if step == at and isinstance(optimizers[0], Riemannion):
+            project_(model.blocks, row.budget)
+            optimizers[0].budget = row.budget
         if row.projected and step >= at and (step - at) % 20 == 0:
             project_(model.blocks, row.budget)
         start, watched = time.perf_counter(), watch.seconds

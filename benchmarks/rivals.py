@@ -1,18 +1,21 @@
 """Other ways to train in fewer matrix parameters, as their users would write them: what we compare with.
 
-Each turns every ``nn.Linear`` of a module into low rank at one moment, truncating at once, and hands
-the pieces to the same base optimizer as ordinary parameters.
+The forms turn every ``nn.Linear`` of a module into low rank at one moment, truncating at once, and hand the pieces to
+the base optimizer as ordinary parameters. :class:`Spectron` and :class:`Riemannion` are base optimizers for that,
+written from their papers.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Muon, Optimizer
+from torch.optim._muon import _zeropower_via_newtonschulz  # what torch's Muon orthogonalizes by
 
 from svd_optim.records import largest_useful_rank
 
@@ -84,6 +87,84 @@ class Core(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(F.linear(x, self.V.mT), self.C), self.U)
+
+
+def orthogonalized(M: Tensor) -> Tensor:
+    """About U V^T of M = U S V^T, as torch's Muon has it by default."""
+    return _zeropower_via_newtonschulz(M, (3.4445, -4.7750, 2.0315), 5, 1e-7).to(M.dtype)
+
+
+def shape_factor(m: int, n: int) -> float:
+    """By which torch's Muon multiplies its learning rate for an (m, n) weight."""
+    return math.sqrt(max(1.0, m / n))
+
+
+class Spectron(Optimizer):
+    """Muon on two factors W = A B, its step divided by 1 + ||A|| + ||B||: then W moves by the learning rate at most.
+
+    Janson et al., arXiv:2602.12429. Norms are spectral, by one power iteration a step.
+
+    Args:
+        params: A (m, k), B (k, n), the next A and its B, and so on.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
+                updates = [self._update(p, group["momentum"]) for p in (A, B)]
+                rho = group["lr"] / (1 + self._norm(A) + self._norm(B))
+                for p, update in zip((A, B), updates, strict=True):
+                    p.sub_(rho * shape_factor(len(A), B.shape[1]) * update)
+
+    def _update(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """The orthogonalized momentum, Nesterov's, as in torch's Muon."""
+        assert p.grad is not None
+        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        buffer.lerp_(p.grad, 1 - momentum)
+        return orthogonalized(p.grad.lerp(buffer, momentum))
+
+    def _norm(self, p: nn.Parameter) -> Tensor:
+        v = self.state[p].setdefault("vector", torch.ones(p.shape[1], dtype=p.dtype, device=p.device))
+        v.copy_(torch.nn.functional.normalize(p.mT @ (p @ v), dim=0))
+        return (p @ v).norm()
+
+
+class Riemannion(Muon):
+    """Muon on the manifold of matrices of rank k, from when its ``budget`` is set; on dense weights, so saving nothing.
+
+    Bogachev et al., arXiv:2507.12142 (ICLR 2026): gradient and momentum are projected onto the tangent space at W, the
+    momentum is orthogonalized, projected again, and the step brought back to rank k by the truncated SVD.
+    """
+
+    budget: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.budget is None:
+            return super().step(closure)
+        for group in self.param_groups:
+            for W in group["params"]:
+                self._step_of(W, group["lr"], group["momentum"])
+
+    def _step_of(self, W: nn.Parameter, lr: float, momentum: float) -> None:
+        assert W.grad is not None and self.budget is not None
+        rank = uniform_rank(W, self.budget, lambda m, n, k: k * (m + n + 1))
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, Vh = U[:, :rank], Vh[:rank]
+
+        def tangent(M: Tensor) -> Tensor:
+            outside = M - U @ (U.mT @ M)
+            return M - outside + outside @ Vh.mT @ Vh
+
+        buffer, gradient = self.state[W]["momentum_buffer"], tangent(W.grad)
+        buffer.copy_(tangent(buffer).lerp(gradient, 1 - momentum))
+        update = tangent(orthogonalized(gradient.lerp(buffer, momentum)))
+        moved = torch.linalg.svd(W - lr * shape_factor(*W.shape) * update, full_matrices=False)
+        W.copy_((moved.U[:, :rank] * moved.S[:rank]) @ moved.Vh[:rank])
 
 
 @torch.no_grad()

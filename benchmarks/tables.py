@@ -110,6 +110,12 @@ def jump(line: dict[str, Any]) -> str:
     return signed(max(of_line(line, "jump_percent")), 3) if mean(of_line(line, "switched_at")) is not None else ""
 
 
+def predicted(line: dict[str, Any]) -> str:
+    """Share of the loss that the factors were predicted to cost, where that was known."""
+    share = mean(of_line(line, "predicted_share"))
+    return "" if share is None else signed(100 * share)
+
+
 def headline(results: Results) -> str | None:
     """All seeds."""
     runs = {job: run for job, run in quality.runs_of(results.records).items() if quality.ROWS[job.row].headline}
@@ -117,14 +123,14 @@ def headline(results: Results) -> str | None:
     if not lines:
         return None
     columns = ("run", "learning rate", "seeds", "bits per byte", "to dense, %", "matrix parameters", "resident, MB",
-               "operations, % of dense", "switched at step", "jump, %")  # fmt: skip
+               "operations, % of dense", "switched at step", "jump, %", "predicted, %")  # fmt: skip
     dense = {line["optimizer"]: mean(of_line(line, "operations")) for line in lines if line["row"] == "dense"}
     rows = [
         (run_name(line), learning_rate(line), str(len(line["results"])), f"{mean(of_line(line, 'bpb')):.4f}",
          to_dense(line), f"{mean(of_line(line, 'parameters')):,.0f}",
          f"{(mean(of_line(line, 'resident_bytes')) or 0) / 1e6:.1f}",
          share_of(mean(of_line(line, "operations")), dense.get(line["optimizer"])),
-         number(mean(of_line(line, "switched_at")), ".0f"), jump(line))
+         number(mean(of_line(line, "switched_at")), ".0f"), jump(line), predicted(line))
         for line in lines
     ]  # fmt: skip
     return table(columns, rows)
@@ -408,16 +414,17 @@ class Section:
 
 SECTIONS = (
     Section("Quality", "quality_20.json", "quality.py --regime 20 --json FILE",
-        "What does training in fewer parameters cost, at 20 tokens a parameter? Dense training, training with "
-        "`budget=0.5` and `budget=0.25` and with `metric=\"loss\"`, smaller dense models of about as many parameters, "
-        "for equal steps and tokens, and a dense model truncated after the last step with "
-        "`factorize_(max_loss_increase=0.01)`. Each row is at its best "
-        "learning rate of those listed: every rate that is close to the best with the first seed gets all seeds, and "
-        "the lowest mean decides. In bold the mean difference to the dense runs of the same seeds, in brackets that "
-        "of each seed: lower is better. Matrix parameters and what is resident (weights, gradients, optimizer state, "
-        "and all that the wrapper keeps) are those of the tracked matrices, at the end. Switched: the mean step at "
-        "which weights went into factors, by the numbers in them. Operations are those of the matrices in forward "
-        "and backward passes. Jump: the largest rise of validation loss at a switch.",
+        "What does training in fewer parameters cost, at 20 tokens a parameter? Dense training, training within 1 % "
+        "of the loss (the default where `total_steps` is known), with `budget=0.5` and `budget=0.25`, in the metric "
+        "of the weight and in that of the loss, smaller dense models of about as many parameters, for equal steps and "
+        "tokens, and a dense model truncated after the last step with `factorize_(max_loss_increase=0.01)`. Each row "
+        "is at its best learning rate of those listed: every rate that is close to the best with the first seed gets "
+        "all seeds, and the lowest mean decides. In bold the mean difference to the dense runs of the same seeds, in "
+        "brackets that of each seed: lower is better. Matrix parameters and what is resident (weights, gradients, "
+        "optimizer state, and all that the wrapper keeps) are those of the tracked matrices, at the end. Switched: "
+        "the mean step at which weights went into factors, by the numbers in them. Operations are those of the "
+        "matrices in forward and backward passes. Jump: the largest rise of validation loss at a switch. Predicted: "
+        "what the factors were predicted to cost when their descents began, of the training loss.",
         headline),
     Section("Quality at 5 tokens a parameter", "quality_5.json", "quality.py --regime 5 --json FILE",
         "The same at the beginning of such a training, with a learning rate that has fallen to zero by its end.",
@@ -425,11 +432,14 @@ SECTIONS = (
     Section("Quality after 800 steps of 512 tokens", "quality.json", "quality.py --regime short --json FILE",
         "The same on the job of `examples/train_gpt.py`: 0.13 tokens a parameter.",
         headline),
-    Section("Other ways to the same size", "quality.json", "quality.py --regime short --json FILE",
-        "Is there a simpler way? One seed, each row at its best learning rate of those listed. Uniform: the same "
+    Section("Other ways to the same size", "quality_5.json", "quality.py --regime 5 --json FILE",
+        "Is there another way? At 5 tokens a parameter; one seed, each row at its best learning rate of those listed. "
+        "Early: short descents from the beginning on. Uniform: the same "
         "share of each layer. No descent: `factorize_` at once. Step x: other lengths of the step inside factors. "
         "Two factors, and U, S, V, are ordinary parameters of the optimizer after truncation; core only: U and V "
-        "frozen. Projected: a dense run that is brought back to the rank regularly, which saves nothing and shows "
+        "frozen. Spectron (arXiv:2602.12429): two factors from the first step on, at four times the learning rates. "
+        "Riemannion (arXiv:2507.12142): Muon on the manifold of the rank, here on dense weights, truncated at once. "
+        "Projected: a dense run that is brought back to the rank regularly, which saves nothing and shows "
         "what the rank costs. GaLore keeps all parameters and saves optimizer state.",
         other_ways),
     Section("The main job", "main_job.json", "main_job.py --json FILE",

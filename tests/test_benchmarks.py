@@ -273,6 +273,40 @@ def test_the_step_of_the_switches_is_their_mean_over_parameters() -> None:
     assert quality.switched_at([*events, event(60, "c", "factorize", 400)]) == 40
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("m", "n"), [(24, 16), (16, 24), (20, 20)])
+def test_spectron_moves_the_product_by_its_learning_rate_at_most(seed: int, m: int, n: int) -> None:
+    torch.manual_seed(seed)
+    A, B = (torch.nn.Parameter(3 * torch.randn(shape)) for shape in ((m, 6), (6, n)))
+    optimizer = rivals.Spectron([A, B], lr=0.1)
+    for step in range(8):
+        before = (A @ B).detach()
+        A.grad, B.grad = torch.randn(m, 6), torch.randn(6, n)
+        optimizer.step()
+        moved = torch.linalg.matrix_norm((A @ B).detach() - before, 2)
+        if step > 3:  # the power iteration has found the norms; 1.3: as far as torch's iteration goes beyond 1
+            assert 0.01 < moved / (0.1 * max(1, m / n) ** 0.5) < 1.3
+
+
+def test_riemannion_stays_at_its_rank_and_is_muon_at_full_rank() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(24, 16), torch.randn(5, 24, 16)
+
+    def run(budget: float | None) -> torch.Tensor:
+        W = torch.nn.Parameter(start.clone())
+        optimizer = rivals.Riemannion([W], lr=0.05, weight_decay=0.0)
+        for step, G in enumerate(gradients):
+            optimizer.budget = budget if step else None
+            W.grad = G.clone()
+            optimizer.step()
+        return W.detach()
+
+    torch.testing.assert_close(run(100.0), run(None), rtol=1e-4, atol=1e-4)
+    assert torch.linalg.matrix_rank(run(0.5), rtol=1e-5) == rivals.uniform_rank(
+        start, 0.5, lambda m, n, k: k * (m + n + 1)
+    )
+
+
 # ---- the campaign of faults ------------------------------------------------------------------------
 
 # In a process of its own, as its children search for its module where they are started.
