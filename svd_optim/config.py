@@ -304,7 +304,7 @@ class SubspaceConfig:
     """glob -> :class:`LayerOverride`; the first glob that matches a layer applies."""
 
     stall_analyses: int = 50
-    """After this many analyses in which no layer ever acted, a warning says so."""
+    """After this many analyses since warmup in which no layer ever acted, a warning says so."""
 
     seed: int = 0
     """Seed of the private random generators; the global one is never used."""

@@ -69,7 +69,6 @@ def summary(*layers: LayerReport, analyses: int = 60, step: int = 1200, **kwargs
         "events": (),
         "seconds": seconds,
         "seconds_total": 100.0,
-        "stall_analyses": 50,
     }
     return Summary(step=step, analyses=analyses, layers=layers, **(values | kwargs))
 

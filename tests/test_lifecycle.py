@@ -227,17 +227,23 @@ def test_a_stalled_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
     config = quick(thresholds=Thresholds(drift_stable=0.5, capture_safe=1.0), stall_analyses=5)
     model, optimizer = make("adamw", config)
     with caplog.at_level(logging.WARNING, "svd_optim"):
-        train(model, optimizer, 49)
+        train(model, optimizer, 69)  # a warmup of 20, and 5 analyses of 10
         assert {e.kind for e in optimizer.events} <= {"danger", "danger_over"}
-        train(model, optimizer, [49])
+        train(model, optimizer, [69])
     [event] = [event for event in optimizer.events if event.kind == "stalled"]
-    assert event.step == 50 and "5 analyses and nothing ever acted" in event.reason
+    assert event.step == 70 and "5 analyses after warmup and nothing ever acted" in event.reason
     assert "capture_safe blocks 2 of 2" in event.reason
     assert [r.levelname for r in caplog.records if "nothing ever acted" in r.getMessage()] == ["WARNING"]
     for row in optimizer.why():
         assert row.state == DENSE and row.condition == "capture_safe" and row.threshold == 1.0
         assert 0 <= row.value < 1 and row.distance == pytest.approx(row.value - 1.0)
         assert "needs >= 1" in row.reason and row.reason in str(row)
+
+
+def test_warmup_is_no_stall() -> None:
+    model, optimizer = make("sgd", quick(warmup_steps=100, stall_analyses=2))
+    train(model, optimizer, 100)
+    assert "stalled" not in {event.kind for event in optimizer.events}
 
 
 @pytest.mark.parametrize("mode", slow_except("observe", of=["manual", "observe"]))

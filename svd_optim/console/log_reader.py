@@ -192,7 +192,6 @@ class Run:
             step=step,
             mode=self.config.mode,
             analyses=analysis["analyses"],
-            stall_analyses=self.config.stall_analyses,
             layers=tuple(layers),
             skipped=tuple(Skipped(name=a, shape=tuple(b), reason=c) for a, b, c in self.head["skipped"]),
             events=tuple(event for event in self.events if last or event.step <= step),

@@ -200,7 +200,7 @@ def _nothing_acted(summary: Summary) -> Text | None:
     blocked = [layer for layer in summary.layers if _failing(layer)]
     if acted or moved or not summary.analyses or summary.mode != "auto" or not blocked:
         return None
-    loud = summary.analyses >= summary.stall_analyses or any(event.kind == "stalled" for event in summary.events)
+    loud = any(event.kind == "stalled" for event in summary.events)
     counts = Counter(clean(layer.condition) for layer in blocked).most_common()
     nearest = min(blocked, key=_distance_to_action)
     text = Text("!! NOTHING ACTED" if loud else "nothing acted", style="bold red" if loud else "")
@@ -227,8 +227,7 @@ def summary_renderable(summary: Summary, width: int | None = None) -> Group:
     by phase, why layers did not switch, and the parameters that are not tracked.
 
     If no layer ever acted in ``auto`` mode, it says so, with the blocking conditions and the layer that came nearest,
-    and prominently so after ``stall_analyses`` analyses or a ``"stalled"`` event. ``width`` is as in
-    :func:`layer_table`.
+    and prominently so after a ``"stalled"`` event. ``width`` is as in :func:`layer_table`.
     """
     width = rich.get_console().width if width is None else width
     states = " · ".join(f"{summary.count(state)} {state}" for state in LayerState)

@@ -157,10 +157,12 @@ class Lifecycle(Generic[L]):
     def note_stall(self, step: int) -> None:
         """Emit "stalled", with the blocking conditions, every ``stall_analyses`` analyses until a layer acts.
 
-        Not where a warning at the start has said why none can (:mod:`svd_optim.tracking.hindrances`).
+        They count from the end of warmup. Not where a warning at the start has said why none can
+        (:mod:`svd_optim.tracking.hindrances`).
         """
-        every = self.config.stall_analyses
-        if self.acted or not self.layers or self.config.mode != "auto" or self.analyses % every:
+        waited = self.analyses - self.config.warmup // self.config.analyze_every
+        due = waited > 0 and waited % self.config.stall_analyses == 0
+        if self.acted or not self.layers or self.config.mode != "auto" or not due:
             return
         decided = {name: layer.decision for name, layer in self.layers.items() if layer.decision is not None}
         blockers = Counter(d.blocker.name if d.blocker else d.action.value for d in decided.values())
@@ -168,7 +170,8 @@ class Lifecycle(Generic[L]):
             return
         counts = ", ".join(f"{name} blocks {count}" for name, count in blockers.most_common())
         examples = "; ".join(f"{name}: {decision.reason}" for name, decision in list(decided.items())[:3])
-        reason = f"{self.analyses} analyses and nothing ever acted: {counts} of {len(self.layers)} layers ({examples})"
+        blocked = f"{counts} of {len(self.layers)} layers ({examples})"
+        reason = f"{waited} analyses after warmup and nothing ever acted: {blocked}"
         self.note(step, "*", "stalled", reason)
 
     # ---- descents ------------------------------------------------------------------------------------

@@ -238,7 +238,6 @@ class Summary(Renderable):
     step: int
     mode: str
     analyses: int
-    stall_analyses: int  # analyses without any action after which the run reports a stall
     layers: tuple[LayerReport, ...]
     skipped: tuple[Skipped, ...]
     events: tuple[Event, ...]

@@ -172,7 +172,6 @@ class TrackedRun:
             step=self.steps,
             mode=self.config.mode,
             analyses=self.lifecycle.analyses,
-            stall_analyses=self.config.stall_analyses,
             layers=tuple(inventory.report(layer, self.base) for layer in self.layers.values()),
             skipped=tuple(self.skipped),
             events=tuple(self.journal.events),
