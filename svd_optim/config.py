@@ -203,9 +203,10 @@ class SubspaceConfig:
     metric: Literal["loss", "weight"] | None = None
     """What directions of a weight are kept. ``"weight"``: its leading singular directions. ``"loss"``: those that the
     loss needs, by samples of the layer's inputs and gradients (:mod:`svd_optim.linalg.loss_metric`), which are taken
-    once in each interval and take two to three times the memory of the weight while it is dense; not in mode
-    ``"observe"``. Truncated at once, with ``factorize_``, that costs a small part of the other. ``None``: ``"loss"``
-    where ranks are within a share of it, else ``"weight"``, as descents to half of the parameters ended no better."""
+    in one step of each interval (which ``torch.compile`` then leaves alone) and take two to three times the memory of
+    the weight while it is dense; not in mode ``"observe"``. Truncated at once, with ``factorize_``, that costs a small
+    part of the other. ``None``: ``"loss"`` where ranks are within a share of it, else ``"weight"``, as descents to half
+    of the parameters ended no better."""
 
     policy: Policy | None = None
     """Replaces the rules: an object with ``decide(layer, state, history, thresholds) -> Decision``, see

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -284,6 +285,53 @@ def test_training_is_bitwise_what_it_is_without_sampling(dtype: torch.dtype) -> 
         train(model, optimizer, 30)
         runs.append(weights(model))
     same_bits(*runs)
+
+
+def test_a_compiled_model_is_sampled_as_one_that_is_not() -> None:
+    found = []
+    for compiled in (False, True):
+        model, optimizer = make("sgd", manual(metric="loss", measure_every=1, analyze_every=100))
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(12):
+            optimizer.zero_grad()
+            loss_of(run, step).backward()
+            optimizer.step()
+        metric = optimizer.layers["up"].loss_metric
+        assert metric.samples == loss_metric.WINDOW
+        found.append(metric.inputs)
+    torch.testing.assert_close(*found)
+
+
+def test_only_the_sampled_step_of_a_compiled_model_is_not_compiled() -> None:
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            nonlocal compiled
+            compiled += 1
+            return graph(*args)
+
+        return counted
+
+    model, optimizer = make("sgd", manual(metric="loss", measure_every=5, analyze_every=5, total_steps=20))
+    run = torch.compile(model, backend=backend, fullgraph=True)
+
+    def runs(x: Tensor) -> int:
+        before = compiled
+        run(x)
+        return compiled - before
+
+    x = torch.randn(4, 48)
+    for step in range(1, 11):
+        assert runs(x) == (0 if step % 5 == 0 else 1)
+        train(model, optimizer, [step])
+    train(model, optimizer, range(11, 25))
+    assert runs(x) == 1  # the training is over
+    model, optimizer = make("sgd", manual(metric="loss", measure_every=1))
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    assert runs(x) == 0
+    del optimizer
+    assert runs(x) == 1
 
 
 def test_zero_and_nonfinite_gradients_change_no_metric() -> None:

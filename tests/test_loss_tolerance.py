@@ -7,6 +7,7 @@ import logging
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_without_a_loss_one_warning_says_why_nothing_acts(caplog: pytest.LogCapt
     [message] = caplog.messages
     assert "max_loss_increase=0.2 is a share of the loss, and none was ever told" in message
     assert optimizer.plan().share == 1.0 and optimizer.plan().predicted_share is None
+
+
+def test_where_nothing_can_be_sampled_one_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = tolerant()
+    loss = model.loss
+
+    def bypassing() -> Tensor:
+        with mock.patch.object(nn.Linear, "__call__", lambda self, x: self.forward(x)):
+            return loss()
+
+    model.loss = bypassing  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING):
+        trained(model, optimizer)
+    assert not factorized(model)
+    [message] = caplog.messages
+    assert "the inputs of no layer could be sampled" in message and "set a budget" in message
 
 
 def test_a_resumed_run_acts_alike() -> None:

@@ -21,7 +21,7 @@ from ..records.progress import tracked
 from . import budget, loss_metric, measuring, refreshing
 from .descent import descend_, keep_bases, moved, truncations
 from .guards import check_loss, guard_changes, tripped
-from .hindrances import warn_of_hindrances, warn_of_missing_loss
+from .hindrances import warn_of_hindrances, warn_of_missing_loss, warn_of_missing_samples
 from .layer import TrackedLayer
 from .protecting import protect, release
 from .run import NO_GROUP, TrackedRun
@@ -207,6 +207,7 @@ class Controller(TrackedRun):
             if boundary:
                 self._act()
             warn_of_missing_loss(self)
+            warn_of_missing_samples(self)
         if boundary or self.steps < self.config.warmup:
             budget.revise_ranks_(self.layers, self.config, self.steps, self.guard.level)
         self.lifecycle.note_stall(self.steps)

@@ -76,6 +76,19 @@ def warn_of_missing_loss(run: TrackedRun) -> None:
         )
 
 
+def warn_of_missing_samples(run: TrackedRun) -> None:
+    """At an analysis after warmup: warn if no layer's inputs were ever sampled, so that no cost is known."""
+    if run.config.tolerance is None or run.warned or run.steps < run.config.warmup:
+        return
+    if run.layers and all(layer.loss_metric is None and not layer.factorized for layer in run.layers.values()):
+        _warn(
+            run,
+            "the inputs of no layer could be sampled, so nobody knows what factors cost, and no layer can be "
+            "factorized: hooks of modules do not run where their weights are used without calling them, or the whole "
+            "training step is traced or transformed; set a budget, rank or energy",
+        )
+
+
 def _warn(run: TrackedRun, text: str) -> None:
     run.warned = True
     if is_main_process():

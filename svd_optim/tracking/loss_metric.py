@@ -1,12 +1,14 @@
 """What each dense layer's loss metric is made of: samples of its inputs and of the gradients at its outputs.
 
 They are taken from the ordinary forward and backward passes of a share of the steps: after the step before, a hook is
-put on each layer, and it is removed afterwards. A sample becomes part of running means, and the layer's weight is
-decomposed anew in their metric. A factorized layer keeps nothing of it.
+put on each layer, and it is removed afterwards. As a compiled model would not run it, such a step is not compiled
+(``torch.compiler.set_stance``). A sample becomes part of running means, and the layer's weight is decomposed anew in
+their metric. A factorized layer keeps nothing of it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
@@ -80,6 +82,8 @@ class Tap:
 class Taps:
     """The hooks of one step, by layer name."""
 
+    _stance: Any = None  # of torch.compile, while that is off
+
     def __init__(self) -> None:
         self._taps: dict[str, tuple[Tap, RemovableHandle]] = {}
 
@@ -89,12 +93,19 @@ class Taps:
             if not layer.factorized and layer.name not in self._taps:
                 tap = Tap()
                 self._taps[layer.name] = tap, layer.module.register_forward_hook(tap)
+        if (
+            self._taps and self._stance is None and "torch._dynamo.eval_frame" in sys.modules
+        ):  # else nothing is compiled
+            self._stance = torch.compiler.set_stance("force_eager")
 
     def remove(self) -> None:
         """Take all of them off."""
         for _, handle in self._taps.values():
             handle.remove()
         self._taps.clear()
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
 
     def clear(self) -> None:
         """Forget the passes so far: their gradients are dropped too."""

@@ -79,11 +79,12 @@ class TrackedRun:
         late = self.config.mode == "auto" and self.config.tolerance is not None
         since = step - max(0, self.config.warmup - 2 * WINDOW * self.interval if late else 0)
         often = since <= WINDOW * self.config.measure_every
-        return since > 0 and self.measures(step) and (step % self.interval == 0 or often)
+        over = self.config.total_steps is not None and step > self.config.total_steps
+        return since > 0 and not over and self.measures(step) and (step % self.interval == 0 or often)
 
     def place_taps(self) -> None:
         """Before the passes of the next step: have it sampled, if it is time."""
-        if self.config.samples_loss and self.samples(self.steps + 1):
+        if self.config.samples_loss and self.samples(self.steps + 1) and not self.unsupported_run():
             self.taps.place(self.layers.values())
 
     def looks_for_layers(self) -> bool:
