@@ -245,6 +245,40 @@ def test_in_mode_manual_the_plan_is_what_factorize_does() -> None:
     assert 0 < optimizer.plan().spent <= 0.2
 
 
+def test_descents_that_cost_much_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for target in ({"rank": 2, "metric": "loss"}, {"max_loss_increase": 0.5}):  # asked for
+            model, optimizer = tolerant(**target, warmup_steps=STEPS * 3 // 5)  # type: ignore[arg-type]
+            trained(model, optimizer)
+            assert optimizer.plan().spent > 0.01
+    [message] = caplog.messages
+    assert "of 2 layers are predicted to cost" in message and "max_loss_increase=..." in message
+
+
+def test_weights_that_were_trained_before_are_recognized(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = classified(0)
+    state = copy.deepcopy(model.state_dict())
+    del optimizer
+
+    def said(pretrained: bool, **config: Any) -> list[str]:
+        caplog.clear()
+        model = Classifier(0)
+        if pretrained:
+            model.load_state_dict(state)
+        optimizer = SubspaceAwareOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=3e-3), model, SubspaceConfig(**config)
+        )
+        with caplog.at_level(logging.WARNING):
+            trained(model, optimizer, 3)
+        return caplog.messages
+
+    [message] = said(True)
+    assert "2 of 2 layers were trained before" in message and "total_steps" in message
+    for config in ({"total_steps": 1000}, {"mode": "observe"}, {"mode": "manual"}, {"metric": "loss"}):
+        assert said(True, **config) == []
+    assert said(False) == []
+
+
 def test_a_truncation_that_costs_much_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         _, optimizer = classified(0, metric="loss")

@@ -21,7 +21,13 @@ from ..records.progress import tracked
 from . import budget, loss_metric, measuring, refreshing
 from .descent import descend_, keep_bases, moved, truncations
 from .guards import check_loss, guard_changes, tripped
-from .hindrances import warn_of_hindrances, warn_of_missing_loss, warn_of_missing_samples
+from .hindrances import (
+    warn_of_cost,
+    warn_of_earlier_training,
+    warn_of_hindrances,
+    warn_of_missing_loss,
+    warn_of_missing_samples,
+)
 from .layer import TrackedLayer
 from .protecting import protect, release
 from .run import NO_GROUP, TrackedRun
@@ -74,6 +80,8 @@ class Controller(TrackedRun):
             with self.journal.hold_events(), tracked(new, "first bases") as each:
                 for layer in each:
                     self._find_basis(layer, step)
+            if step == 1:
+                warn_of_earlier_training(self, new)
             if self.measures(step):
                 measuring.measure(layer for layer in layers if layer.cached is not None or layer.factorized)
             if self.samples(step):
@@ -300,6 +308,7 @@ class Controller(TrackedRun):
         for layer in requests[Action.DESCEND]:
             layer.status.predicted_share = self.predicted_share(layer)
             self.lifecycle.descend(layer, self.steps)
+        warn_of_cost(self)
         guard_changes(self.guard, requests[Action.DESCEND], self.steps, self.config)
         unsupported = self.unsupported(requests[Action.FACTORIZE])
         smaller = [x for x in requests[Action.FACTORIZE] if not self.lifecycle.beyond_break_even(x, x.rank)]

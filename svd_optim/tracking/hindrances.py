@@ -1,21 +1,27 @@
-"""What keeps mode "auto" from acting at all: one warning per run and process, as soon as that is known.
+"""What keeps mode "auto" from acting at all, or makes it act at a price: a warning, as soon as that is known.
 
-It is not saved, so a resumed run may warn once more; modes that act on request only never do. Where a layer is in
-factors already, mode "auto" can still act on it.
+What keeps it from acting is said once per run and process. It is not saved, so a resumed run may warn once more; modes
+that act on request only never do. Where a layer is in factors already, mode "auto" can still act on it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 
+from ..config import DEFAULT_INCREASE
 from ..decisions.descent_schedule import first_action, shortest, too_short
 from ..distributed import is_main_process
 from ..records import clean
+from .budget import spent
+from .layer import TrackedLayer
 from .run import TrackedRun
 
 logger = logging.getLogger(__name__)
 
 MOST = 3  # reasons of layers that are listed
+STRUCTURED = 1.3  # largest singular value, to that of a random weight (0.9 to 1.05): beyond, it was trained
 
 
 def warn_of_hindrances(run: TrackedRun) -> None:
@@ -86,6 +92,44 @@ def warn_of_missing_samples(run: TrackedRun) -> None:
             "the inputs of no layer could be sampled, so nobody knows what factors cost, and no layer can be "
             "factorized: hooks of modules do not run where their weights are used without calling them, or the whole "
             "training step is traced or transformed; set a budget, rank or energy",
+        )
+
+
+def warn_of_earlier_training(run: TrackedRun, layers: Sequence[TrackedLayer]) -> None:
+    """At the first step: warn if most weights are no random ones, and nothing says what of them the loss needs.
+
+    The largest singular value of a random (m, n) weight with entries of size s is about s (sqrt(m) + sqrt(n)).
+    """
+    if run.config.mode != "auto" or run.config.samples_loss or not is_main_process():
+        return
+    excesses = [_structure(layer) for layer in layers if layer.cached is not None]
+    trained = [excess for excess in excesses if excess > STRUCTURED]
+    if 2 * len(trained) > len(excesses):
+        logger.warning(
+            "%d of %d layers were trained before: their largest singular value is up to %.1f times that of a random "
+            "weight. That their subspaces hardly drift does not say that the rest can be given up: give total_steps, "
+            "for ranks within a share of the loss, or metric='loss', with which plan() predicts what a budget costs",
+            len(trained), len(excesses), max(trained),
+        )  # fmt: skip
+
+
+def _structure(layer: TrackedLayer) -> float:
+    """The largest singular value of a dense layer's weight, to that of a random one of its norm; 0 for zeros."""
+    assert layer.cached is not None
+    (m, n), norm = layer.shape, float(layer.weight.detach().float().norm())
+    random = norm * (math.sqrt(m) + math.sqrt(n)) / math.sqrt(m * n)
+    return float(layer.cached.S[0]) / random if random > 0 else 0.0
+
+
+def warn_of_cost(run: TrackedRun) -> None:
+    """Where layers begin: warn if factors are predicted to cost much, and no share of the loss was set."""
+    total = spent(run.layers.values())
+    if run.config.tolerance is None and total > DEFAULT_INCREASE and not run.warned:
+        begun = sum(layer.status.predicted_share != 0 for layer in run.layers.values())
+        _warn(
+            run,
+            f"the factors of {begun} layers are predicted to cost {total:.1%} of the loss, left as they are: "
+            f"max_loss_increase=... in place of the target limits that; plan(budget=...) predicts it for others",
         )
 
 

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from ..config import DEFAULT_INCREASE
 from ..decisions.lifecycle import MANUAL
 from ..decisions.machine import Trigger
 from ..linalg import full_precision
@@ -24,8 +25,6 @@ from .run import TrackedRun
 from .switching import Changes, switch
 
 logger = logging.getLogger(__name__)
-
-NOTABLE = 0.01  # predicted increase of the loss, as a share of it, that is worth a warning
 
 
 def by_name(run: TrackedRun, layers: str | Iterable[str], method: str) -> list[TrackedLayer]:
@@ -109,7 +108,7 @@ def factorize(
 def _warn_of_cost(layers: list[TrackedLayer], errors: dict[str, float]) -> None:
     """Say so where truncation at once, at ranks that no loss was asked for, costs much or nobody knows what."""
     predicted = math.fsum(layer.status.predicted_share for layer in layers)
-    if predicted > NOTABLE:
+    if predicted > DEFAULT_INCREASE:
         logger.warning("factorize_: truncated at once, which is predicted to raise the loss by %.1f %%: training in "
                        "factors wins a part of it back, max_loss_increase=... limits it", 100 * predicted)  # fmt: skip
     rough = [x for x in layers if not x.status.predicted_share and errors[x.name] > x.thresholds.reconstruction_safe]
