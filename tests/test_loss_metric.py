@@ -6,16 +6,17 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import factorized, loss_of, make, manual, quick, same_bits, train, weights
+from helpers import batch, factorized, loss_of, make, manual, quick, same_bits, train, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from svd_optim import SubspaceConfig
+from svd_optim import SubspaceAwareOptimizer, SubspaceConfig, load_checkpoint, save_checkpoint
 from svd_optim.decisions.planner import Candidate, cheapest
 from svd_optim.linalg import (
     Projectors,
@@ -334,17 +335,148 @@ def test_only_the_sampled_step_of_a_compiled_model_is_not_compiled() -> None:
     assert runs(x) == 1
 
 
-def test_zero_and_nonfinite_gradients_change_no_metric() -> None:
-    model, optimizer = make("sgd", manual(metric="loss", measure_every=1, patience=1))
-    train(model, optimizer, 3)
-    before = optimizer.layers["up"].loss_metric
-    for factor in (0.0, math.nan, math.inf):
+def passed(layer: nn.Linear, x: Tensor, g: Tensor) -> Tap:
+    """What is sampled of one pass with the inputs x and the gradients g."""
+    tap = Tap()
+    handle = layer.register_forward_hook(tap)
+    layer(x).backward(g)
+    handle.remove()
+    return tap
+
+
+def means(values: list[Tensor]) -> Tensor:
+    """The plain definition: each value counts the same up to the WINDOW-th, then the newest a WINDOW-th."""
+    mean = values[0]
+    for count, value in enumerate(values[1:], 2):
+        mean = mean + (value - mean) / min(count, loss_metric.WINDOW)
+    return mean
+
+
+# What inputs and gradients are: all of them 0, one row of them NaN or Inf.
+PASSES = {
+    "both": (1.0, 1.0),
+    "no gradient": (1.0, 0.0),
+    "NaN gradient": (1.0, math.nan),
+    "Inf gradient": (1.0, math.inf),
+    "no input": (0.0, 1.0),
+    "NaN input": (math.nan, 1.0),
+    "Inf input": (math.inf, 1.0),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(PASSES)), min_size=1, max_size=3 * loss_metric.WINDOW), SEEDS)
+def test_inputs_count_without_gradients_and_gradients_without_inputs(kinds: list[str], seed: int) -> None:
+    _, optimizer = make("sgd", manual(metric="loss"), dtype=torch.float64)
+    layer = optimizer.layers["up"]
+    m, n = layer.shape
+    inputs, outputs = [], []
+    for i, kind in enumerate(kinds):
+        x, g = random(seed + 2 * i, 12, n), random(seed + 2 * i + 1, 12, m)
+        x, g = (t * by if by == 0.0 else t.index_fill(0, torch.tensor(3), by) if not math.isfinite(by) else t
+                for t, by in zip((x, g), PASSES[kind], strict=True))  # fmt: skip
+        collect(layer, passed(layer.module, x, g))
+        if kind in ("both", "no gradient", "NaN gradient", "Inf gradient"):
+            inputs.append(second_moment(x))
+        if kind in ("both", "no input"):
+            outputs.append(second_moment(g) / second_moment(g).diagonal().mean())
+    metric = layer.loss_metric
+    assert (int(metric.input_samples), int(metric.samples)) == (len(inputs), len(outputs))
+    assert close(metric.inputs, means(inputs) if inputs else torch.eye(n, dtype=torch.float64))
+    assert close(metric.outputs, means(outputs) if outputs else torch.eye(m, dtype=torch.float64))
+    assert all(bool(torch.isfinite(t).all()) for t in metric)
+
+
+@pytest.mark.parametrize("kind", ["NaN input", "Inf input"])
+def test_nonfinite_inputs_change_nothing(kind: str) -> None:
+    model, optimizer = make("sgd", manual(metric="loss"))
+    train(model, optimizer, 6)
+    layer = optimizer.layers["up"]
+    loss_metric.refresh(layer)  # of the weight after the last step
+    before = [t.clone() for t in layer.loss_metric]
+    x, g = torch.randn(12, layer.shape[1]), torch.randn(12, layer.shape[0])
+    x[3] *= PASSES[kind][0]
+    collect(layer, passed(layer.module, x, g))
+    same_bits(before, list(layer.loss_metric))
+
+
+def distilled(seed: int, steps: int = 20) -> tuple[nn.Module, SubspaceAwareOptimizer, dict[str, Tensor]]:
+    """A student that still equals its teacher, and the second moments of what its two layers were fed."""
+    model, optimizer = make("adamw", manual(metric="loss", budget=0.5, overrides={}), seed=seed)
+    teacher = copy.deepcopy(model)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    fed: dict[str, list[Tensor]] = {"up": [], "mid": []}
+    hooks = [teacher.get_submodule(name).register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
+             for name, seen in fed.items()]  # fmt: skip
+    for step in range(steps):
+        x = batch(step)[0] * torch.logspace(0, -1, 48)
+        with torch.no_grad():
+            target = teacher(x)
+        sampled = bool(model.up._forward_hooks)
         optimizer.zero_grad()
-        (loss_of(model, 3) * factor).backward()
-        layer = optimizer.layers["up"]
-        collect(layer, optimizer._controller.taps.get(layer))
-        same_bits([layer.loss_metric.outputs, layer.loss_metric.inputs, layer.loss_metric.increases],
-                  [before.outputs, before.inputs, before.increases])  # fmt: skip
+        nn.functional.mse_loss(model(x), target).backward()
+        optimizer.step()
+        for seen in fed.values():
+            seen[-1:] = seen[-1:] if sampled else []
+    for hook in hooks:
+        hook.remove()
+    return model, optimizer, {name: means([second_moment(x.double()) for x in seen]) for name, seen in fed.items()}
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_without_gradients_weights_are_truncated_in_the_metric_of_their_inputs(rank: int) -> None:
+    """SVD-LLM's: the truncated SVD of W C with C C^T the inputs' second moment, damped, times C^-1."""
+    model, optimizer, moments = distilled(seed=1)
+    before = {name: model.get_submodule(name).weight.detach().double() for name in moments}
+    assert optimizer.factorize_("all", rank=rank) == ["up", "mid"]
+    for name, inputs in moments.items():
+        C = torch.linalg.cholesky(inputs + DAMPING * inputs.diagonal().mean() * torch.eye(len(inputs)).double())
+        U, S, Vh = torch.linalg.svd(before[name] @ C, full_matrices=False)
+        expected = (U[:, :rank] * S[:rank]) @ Vh[:rank] @ torch.linalg.inv(C)
+        assert close(model.get_submodule(name).weight.double(), expected, 1e-4)
+        assert not close(expected, before[name], 0.05)  # or any truncation would pass
+
+
+def test_without_gradients_nothing_is_predicted(caplog: pytest.LogCaptureFixture) -> None:
+    _, optimizer, _ = distilled(seed=2)
+    for layer in optimizer.layers.values():
+        optimizer.observe_loss(1.0)
+        assert int(layer.loss_metric.input_samples) > 2 and int(layer.loss_metric.samples) == 0
+        assert layer.increases == [] and layer.predicted_increase(4) is None and layer.predicted_increase(None) == 0.0
+        assert layer.history[-1].predicted_increase is None
+    for plan in (optimizer.plan(), optimizer.plan(budget=0.3)):
+        assert all(row.predicted_increase is None for row in plan.layers) and plan.predicted_increase is None
+    assert all(row.rank is None for row in optimizer.plan(max_loss_increase=0.1).layers)
+    with pytest.raises(ValueError, match="'up' costs is not known yet"):
+        optimizer.factorize_("all", max_loss_increase=0.1)
+    optimizer.factorize_("all", rank=4)
+    assert "is not known without metric='loss', gradients and a loss" in caplog.text
+    assert optimizer.summary().predicted_share in (None, 0.0)
+    assert all("predicted_share" not in event.numbers for event in optimizer.events)
+
+
+def test_predictions_begin_with_the_second_sample_of_gradients() -> None:
+    model, optimizer, _ = distilled(seed=3)
+    layer = optimizer.layers["up"]
+    known = []
+    for step in range(100, 120):
+        train(model, optimizer, [step])
+        if optimizer.steps % 5 == 0:
+            known.append((int(layer.loss_metric.samples), bool(layer.increases)))
+    assert known == [(1, False), (2, True), (3, True), (4, True)]
+
+
+def test_a_metric_of_inputs_alone_is_saved(tmp_path: Path) -> None:
+    model, optimizer, _ = distilled(seed=4)
+    save_checkpoint(tmp_path, model, optimizer)
+    loaded, other, _ = distilled(seed=5, steps=1)
+    load_checkpoint(tmp_path, loaded, other)
+    runs = []
+    for one, its in ((model, optimizer), (loaded, other)):
+        train(one, its, 6)
+        runs.append({name: list(layer.loss_metric) for name, layer in its.layers.items()})
+    same_bits(*runs)
+    assert all(int(metric[-1]) > int(metric[-2]) > 0 for metric in runs[0].values())  # inputs, gradients
 
 
 def test_predictions_are_in_the_metrics_and_right_in_proportion() -> None:

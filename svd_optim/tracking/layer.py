@@ -31,7 +31,8 @@ class LossMetric(NamedTuple):
     S: Tensor  # (q,)
     R: Tensor  # (n, q)
     increases: Tensor  # (3, q) float64: running means of what truncation to each rank adds to the loss, in its parts
-    samples: Tensor  # 0-d float64: their number so far
+    samples: Tensor  # 0-d float64: the number of samples with gradients so far; of outputs and increases
+    input_samples: Tensor  # 0-d float64: that of samples with inputs, which are more where gradients are zero
 
     @property
     def basis(self) -> LossBasis:

@@ -130,15 +130,16 @@ def new_metric(W: Tensor) -> LossMetric:
 
     L, S, R = W.new_zeros(m, q), W.new_zeros(q), W.new_zeros(n, q)
     increases = torch.zeros(3, q, dtype=torch.float64, device=W.device)
-    return LossMetric(identity(m), identity(n), L, S, R, increases, increases.new_zeros(()))
+    return LossMetric(identity(m), identity(n), L, S, R, increases, increases.new_zeros(()), increases.new_zeros(()))
 
 
 @torch.no_grad()
 def collect(layer: TrackedLayer, tap: Tap) -> None:
     """Predict with a layer's new samples what truncation costs, add them to its metric, and decompose the weight in it.
 
-    In this order, as a prediction from samples that chose the directions would be too low. Samples that are zero, NaN
-    or Inf change nothing.
+    In this order, as a prediction from samples that chose the directions would be too low. Inputs that are zero, NaN or
+    Inf change nothing, gradients that are change nothing but the inputs: a student that still equals its teacher has no
+    gradient, and its weights are then truncated by their inputs alone (SVD-LLM, arXiv:2403.07378).
     """
     W = to_compute_dtype(layer.module.weight)
     old = layer.loss_metric or new_metric(W)
@@ -152,19 +153,21 @@ def collect(layer: TrackedLayer, tap: Tap) -> None:
     inputs = linalg.second_moment(torch.cat([s.x.flatten(0, 1) for s in samples]))
     outputs = linalg.second_moment(torch.cat([s.g.flatten(0, 1) for s in samples]))
     size = (outputs if outputs.ndim == 1 else outputs.diagonal()).mean()
-    usable = torch.isfinite(inputs).all() & torch.isfinite(outputs).all() & (size > 0)
-    usable = usable & torch.isfinite(predicted).all()
-    known = usable.double() / (old.samples + 1).clamp(max=WINDOW)  # the weight of this sample
-    predictable = usable.double() / old.samples.clamp(min=1, max=WINDOW)  # the first one had no metric to be judged in
+    finite = torch.isfinite(inputs).all()
+    fed = finite & (inputs != 0).any()
+    taught = finite & torch.isfinite(outputs).all() & (size > 0) & torch.isfinite(predicted).all()
 
-    def mean(before: Tensor, now: Tensor, weight: Tensor) -> Tensor:
-        return torch.lerp(before, torch.where(usable, now, before), weight.to(before.dtype))
+    def mean(before: Tensor, now: Tensor, usable: Tensor, number: Tensor) -> Tensor:
+        weight = (usable.double() / number.clamp(max=WINDOW)).to(before.dtype)  # of this sample, the number-th
+        return torch.lerp(before, torch.where(usable, now, before), weight)
 
     layer.loss_metric = old._replace(
-        outputs=mean(old.outputs, outputs / size, known),
-        inputs=mean(old.inputs, inputs, known),
-        increases=mean(old.increases, predicted, predictable),
-        samples=old.samples + usable.double(),
+        outputs=mean(old.outputs, outputs / size, taught, old.samples + 1),
+        inputs=mean(old.inputs, inputs, fed, old.input_samples + 1),
+        # The first gradients had no metric to be judged in.
+        increases=mean(old.increases, predicted, taught, old.samples.clamp(min=1)),
+        samples=old.samples + taught.double(),
+        input_samples=old.input_samples + fed.double(),
     )
     refresh(layer)
 

@@ -115,8 +115,8 @@ def _warn_of_cost(layers: list[TrackedLayer], errors: dict[str, float]) -> None:
     if rough:
         worst = max(rough, key=lambda layer: errors[layer.name])
         logger.warning("factorize_: truncated at once, which changes %d layers, %s by %.0f %% of its norm; what that "
-                       "does to the loss is not known without metric='loss'", len(rough), clean(worst.name),
-                       100 * errors[worst.name])  # fmt: skip
+                       "does to the loss is not known without metric='loss', gradients and a loss that is told",
+                       len(rough), clean(worst.name), 100 * errors[worst.name])  # fmt: skip
 
 
 def _check_increase(increase: object) -> None:

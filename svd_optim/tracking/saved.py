@@ -130,7 +130,7 @@ def _of_loss_metric(sizes: Sizes) -> Kind:
     m, n, _ = sizes
     q = largest_useful_rank(m, n)
     moments = [(size,) if size > DIAGONAL_ABOVE else (size, size) for size in (m, n)]
-    return kinds.tensors(*moments, (m, q), (q,), (n, q), (3, q), ())
+    return kinds.tensors(*moments, (m, q), (q,), (n, q), (3, q), (), ())
 
 
 def _pair(*tensors: Tensor) -> tuple[Tensor, ...]:
