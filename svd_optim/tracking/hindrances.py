@@ -86,7 +86,8 @@ def warn_of_missing_samples(run: TrackedRun) -> None:
     """At an analysis after warmup: warn if no layer's inputs were ever sampled, so that no cost is known."""
     if run.config.tolerance is None or run.warned or run.steps < run.config.warmup:
         return
-    if run.layers and all(layer.loss_metric is None and not layer.factorized for layer in run.layers.values()):
+    trained = [layer for layer in run.layers.values() if layer.history and layer.history[-1].measured]
+    if trained and all(layer.loss_metric is None and not layer.factorized for layer in trained):
         _warn(
             run,
             "the inputs of no layer could be sampled, so nobody knows what factors cost, and no layer can be "
