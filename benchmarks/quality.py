@@ -409,7 +409,8 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
         results = list(line["results"].values())
 
         def mean(key: str, results: list[dict[str, Any]] = results) -> float:
-            return statistics.mean(result[key] for result in results)
+            known = [result[key] for result in results if result.get(key) is not None]
+            return statistics.mean(known) if known else math.nan
 
         bpb = [result["bpb"] for result in results]
         all_tried = len(line["tried"]) == len(GRID[line["optimizer"]])

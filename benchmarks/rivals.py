@@ -142,6 +142,9 @@ class Riemannion(Muon):
 
     budget: float | None = None
 
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=0.0)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.budget is None:

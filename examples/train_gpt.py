@@ -148,7 +148,7 @@ class SwitchWatch(Listener):
         self._before = self._validate()
 
     def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        predicted = math.fsum(self._predicted.get(layer, 0.0) for layer in layers)
+        predicted = math.fsum(self._predicted.pop(layer, 0.0) for layer in layers)
         switch = Switch(
             step=step, layers=tuple(layers), before=self._before, after=self._validate(), predicted=predicted
         )

@@ -183,8 +183,9 @@ class SubspaceConfig:
     """The configuration of a run. The defaults should suit most runs.
 
     At most one target: ``budget``, ``max_loss_increase``, ``rank`` or ``energy``. Without any it is ranks within 1 % of
-    the loss where ``total_steps`` is known (in mode ``"auto"``, unless ``metric="weight"``), else a budget of a half.
-    "Steps" are optimizer steps, "analyses" are the evaluations of metrics and decisions every ``analyze_every`` steps.
+    the loss where ``total_steps`` is known (in mode ``"auto"``, unless ``metric="weight"`` or an override of ``"*"``
+    has a target), else a budget of a half. "Steps" are optimizer steps, "analyses" are the evaluations of metrics and
+    decisions every ``analyze_every`` steps.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -348,7 +349,8 @@ class SubspaceConfig:
     def tolerance(self) -> float | None:
         """Share of the loss that all layers together may cost, set or by default; ``None``: there is another target."""
         given = (self.budget, self.rank, self.energy, self.max_loss_increase)
-        if any(target is not None for target in given) or self.metric == "weight":
+        of_each = "*" in self.overrides and self.overrides["*"].has_target
+        if any(target is not None for target in given) or of_each or self.metric == "weight":
             return self.max_loss_increase
         return DEFAULT_INCREASE if self.mode == "auto" and self.total_steps is not None else None
 

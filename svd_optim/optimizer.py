@@ -262,7 +262,7 @@ class SubspaceAwareOptimizer(Optimizer):
         controller.journal.raise_deferred()
         return loss
 
-    def observe_loss(self, loss: torch.Tensor | float) -> None:
+    def observe_loss(self, loss: torch.Tensor | float, *, scale: float = 1.0) -> None:
         """Pass this step's training loss to the loss guard; not needed if ``step`` gets a closure.
 
         Call it once per step, before or after ``step()``. No host-device synchronization: losses are tested once per
@@ -270,10 +270,16 @@ class SubspaceAwareOptimizer(Optimizer):
 
         Args:
             loss: a number or a tensor with one element. Isolated NaN or Inf values are ignored.
+            scale: what it was multiplied by for ``backward()``, as by ``torch.amp.GradScaler.get_scale()``: what ranks
+                cost is predicted by gradients inside the model, which no scaler divides again. Before ``step()``, then.
 
         Raises:
-            TypeError: it is something else.
+            TypeError: ``loss`` is something else.
+            ValueError: ``scale`` is not above 0, or not finite.
         """
+        if not 0 < scale < math.inf:
+            raise ValueError(f"observe_loss: scale must be above 0 and finite, got {scale!r}")
+        self._controller.loss_scale = float(scale)
         if not self._controller.observe_loss(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
 
@@ -293,7 +299,7 @@ class SubspaceAwareOptimizer(Optimizer):
             rank: replaces the layers' target ranks. It must be large enough for the block of a protected layer, which
                 is preserved.
             max_loss_increase: the lowest ranks in all that are predicted to raise the loss by no more than this share
-                of it: a last line of a training script. Default: what is left of the configured one. Layers where no
+                of it: a last line of a training script. Default: what is left of the configuration's. Layers where no
                 rank below break-even does, or whose state can't be moved, stay dense. Predicted as of a likelihood,
                 such as cross-entropy, averaged over all positions (:mod:`svd_optim.linalg.loss_metric`).
 

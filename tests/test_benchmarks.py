@@ -294,7 +294,7 @@ def test_riemannion_stays_at_its_rank_and_is_muon_at_full_rank() -> None:
 
     def run(budget: float | None) -> torch.Tensor:
         W = torch.nn.Parameter(start.clone())
-        optimizer = rivals.Riemannion([W], lr=0.05, weight_decay=0.0)
+        optimizer = rivals.Riemannion([W], lr=0.05)
         for step, G in enumerate(gradients):
             optimizer.budget = budget if step else None
             W.grad = G.clone()

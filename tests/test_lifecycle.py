@@ -240,6 +240,14 @@ def test_a_stalled_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
         assert "needs >= 1" in row.reason and row.reason in str(row)
 
 
+def test_a_run_that_ends_without_a_descent_says_so_once() -> None:
+    never = Thresholds(drift_stable=0.0)
+    model, optimizer = make("sgd", quick(thresholds=never, total_steps=200))
+    train(model, optimizer, 220)
+    [event] = [event for event in optimizer.events if event.kind == "stalled"]
+    assert event.step == 190 and "17 analyses after warmup and nothing ever acted: drift_stable" in event.reason
+
+
 def test_warmup_is_no_stall() -> None:
     model, optimizer = make("sgd", quick(warmup_steps=100, stall_analyses=2))
     train(model, optimizer, 100)

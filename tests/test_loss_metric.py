@@ -335,6 +335,50 @@ def test_only_the_sampled_step_of_a_compiled_model_is_not_compiled() -> None:
     assert runs(x) == 1
 
 
+def test_predictions_do_not_depend_on_the_scale_of_the_loss() -> None:
+    found = []
+    for scaled in (False, True):
+        model, optimizer = make("sgd", manual(metric="loss", measure_every=1))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+        for step in range(30):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            optimizer.observe_loss(loss, scale=scaler.get_scale())
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(torch.tensor([layer.predicted_increase(4) for layer in optimizer.layers.values()]))
+        assert optimizer.state_dict()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-9)
+    assert bool((found[0] > 0).all())
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="observe_loss: scale must be above 0"):
+            optimizer.observe_loss(1.0, scale=wrong)
+
+
+def test_two_wrappers_leave_the_compiler_as_it_was() -> None:
+    stance = torch._dynamo.eval_frame._stance.stance  # type: ignore[attr-defined]
+    pairs = [make("sgd", manual(metric="loss", measure_every=1, analyze_every=5, total_steps=60)) for _ in range(2)]
+    seen = set()
+    for step in range(60):
+        for model, optimizer in pairs:
+            train(model, optimizer, [step])
+        seen.add(torch._dynamo.eval_frame._stance.stance)  # type: ignore[attr-defined]
+    assert seen == {stance, "force_eager"} and torch._dynamo.eval_frame._stance.stance == stance  # type: ignore[attr-defined]
+
+
+def test_an_error_in_a_sampled_step_leaves_the_compiler_as_it_was() -> None:
+    class Failing:
+        def decide(self, *_: Any) -> Any:
+            raise RuntimeError("policy")
+
+    stance = torch._dynamo.eval_frame._stance.stance  # type: ignore[attr-defined]
+    model, optimizer = make("sgd", manual(metric="loss", measure_every=5, analyze_every=5, policy=Failing()))
+    with pytest.raises(RuntimeError, match="policy"):
+        train(model, optimizer, 5)
+    assert torch._dynamo.eval_frame._stance.stance == stance and hooks(model) == 0  # type: ignore[attr-defined]
+
+
 def passed(layer: nn.Linear, x: Tensor, g: Tensor) -> Tap:
     """What is sampled of one pass with the inputs x and the gradients g."""
     tap = Tap()

@@ -14,7 +14,7 @@ import torch
 from helpers import factorized, manual, same_bits, weights
 from torch import Tensor, nn
 
-from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.records import LayerState
 
 
@@ -146,7 +146,8 @@ def test_without_a_loss_one_warning_says_why_nothing_acts(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         trained(model, optimizer, told=False)
     assert not factorized(model)
-    [message] = caplog.messages
+    message, stalled = caplog.messages
+    assert "nothing ever acted: in_plan blocks 2 of 2" in stalled
     assert "max_loss_increase=0.2 is a share of the loss, and none was ever told" in message
     assert optimizer.plan().share == 1.0 and optimizer.plan().predicted_share is None
 
@@ -163,7 +164,8 @@ def test_where_nothing_can_be_sampled_one_warning_says_so(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         trained(model, optimizer)
     assert not factorized(model)
-    [message] = caplog.messages
+    message, stalled = caplog.messages
+    assert "nothing ever acted: in_plan blocks 2 of 2" in stalled
     assert "the inputs of no layer could be sampled" in message and "set a budget" in message
 
 
@@ -208,14 +210,29 @@ def test_it_is_the_default_where_the_length_of_the_training_is_known() -> None:
     assert replace(default, budget=0.25).parameter_budget == 0.25  # no target of its own is left behind
 
 
+def test_targets_of_all_layers_are_the_target() -> None:
+    each = SubspaceConfig(total_steps=800, overrides={"*": LayerOverride(rank=4)})
+    assert each.tolerance is None and not each.samples_loss and each.warmup == 100
+    some = SubspaceConfig(total_steps=800, overrides={"mlp.*": LayerOverride(rank=4), "*": LayerOverride()})
+    assert some.tolerance == 0.01
+
+
+def test_factorize_before_costs_are_known_says_when_they_will_be() -> None:
+    model, optimizer = tolerant(total_steps=10_000)
+    trained(model, optimizer, 30)
+    with pytest.raises(ValueError, match="'first' costs is not known before step 6000, when warmup ends"):
+        optimizer.factorize_("all")
+    assert not factorized(model)
+
+
 def test_a_layer_that_stays_dense_says_what_half_of_it_would_cost() -> None:
     model, optimizer = tolerant(max_loss_increase=1e-6)
     trained(model, optimizer)
     assert not factorized(model)
     for row in optimizer.why():
         assert row.condition == "in_plan"
-        cost = row.metrics.predicted_increase  # type: ignore[union-attr]
-        assert row.reason == f"in_plan: the plan keeps it dense; rank {row.rank} would raise the loss by {cost:.2g}"
+        cost = row.metrics.predicted_share  # type: ignore[union-attr]
+        assert row.reason == f"in_plan: the plan keeps it dense; rank {row.rank} would cost {cost:.2%} of the loss"
 
 
 def test_other_targets_can_be_compared_and_change_nothing() -> None:

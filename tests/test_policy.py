@@ -151,7 +151,7 @@ def test_a_base_optimizer_that_is_not_understood_blocks_and_says_why() -> None:
 
 
 STRUCTURE = {
-    "in_plan": ({"keep_dense": True}, "in_plan: the plan keeps it dense"),
+    "in_plan": ({"keep_dense": True}, "in_plan: the plan over all layers keeps it dense"),
     "unprotected": ({"protected": True}, "unprotected: its principal block is being kept from moving"),
     "cooldown": ({"cooldown": 120}, "cooldown: 120, needs <= 0"),
     "in_time": ({"late": True}, "in_time: too few steps of total_steps are left"),

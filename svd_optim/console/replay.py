@@ -42,7 +42,7 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
     Args:
         config: default: the run's own. Of another one these fields take effect: mode, rule, thresholds, warmup_steps,
             patience, descent_steps, total_steps, cohort_steps, cooldown_steps, stall_analyses and on_danger. Ranks,
-            budget and the steps of the analyses are those of the record.
+            budget, the share of the loss and the steps of the analyses are those of the record.
 
     Raises:
         ValueError: the run had a policy of its own, which a log can't ask; or the log contradicts itself.
@@ -50,7 +50,11 @@ def replay(run: Run, config: SubspaceConfig | None = None) -> Replay:
     policy = run.head.get("config", {}).get("policy")
     if policy is not None:
         raise ValueError(f"the run had a user's policy, {policy}, which can't be queried from its log")
-    replayer = _Replayer(run, config or run.config)
+    config = config or run.config
+    if config.tolerance != run.config.tolerance:  # by default it depends on mode and total_steps
+        config = replace(config, budget=run.config.parameter_budget, max_loss_increase=run.config.tolerance,
+                         rank=run.config.rank, energy=run.config.energy, metric=None)  # fmt: skip
+    replayer = _Replayer(run, config)
     try:
         replayer.run_through()
     except Exception as error:  # a record that is possible alone, and not beside the others

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from ..config import SubspaceConfig
 from ..records import Action, Decision, Event, LayerInfo, LayerState, PolicyInput, break_even_rank
-from .descent_schedule import ending, too_short
+from .descent_schedule import ending, shortest, too_short
 from .machine import LayerLife, Protection, Trigger
 from .policy import policy_of
 
@@ -72,6 +72,8 @@ class Lifecycle(Generic[L]):
         self.policy = policy_of(config)
         self.layers: dict[str, L] = {}
         self.analyses = 0
+        self.waited = 0  # analyses after warmup
+        self.too_late = False  # after this analysis, for any descent
         self.last_analysis = 0
         self.acted = False
         self._emit = emit
@@ -100,9 +102,15 @@ class Lifecycle(Generic[L]):
         """Count an analysis. Returns whether it is the first of a cohort: only then layers act, together."""
         cohort = self.config.cohort_steps
         boundary = step // cohort > self.last_analysis // cohort
+        self.too_late = not self._over(step) and self._over(2 * step - self.last_analysis)
         self.last_analysis = step
         self.analyses += 1
+        self.waited += step > self.config.warmup
         return boundary
+
+    def _over(self, step: int) -> bool:
+        """Whether a descent from then on could not be over by the end of the training."""
+        return self.config.total_steps is not None and step + shortest(self.config) > self.config.total_steps
 
     def ask(self, layer: L, step: int, info: LayerInfo) -> Decision:
         """Query the policy about a layer, and record its input and its decision.
@@ -157,11 +165,10 @@ class Lifecycle(Generic[L]):
     def note_stall(self, step: int) -> None:
         """Emit "stalled", with the blocking conditions, every ``stall_analyses`` analyses until a layer acts.
 
-        They count from the end of warmup. Not where a warning at the start has said why none can
-        (:mod:`svd_optim.tracking.hindrances`).
+        They count from the end of warmup. Also when it is about to be too late. Not where a warning at the start
+        has said why none can (:mod:`svd_optim.tracking.hindrances`).
         """
-        waited = self.analyses - self.config.warmup // self.config.analyze_every
-        due = waited > 0 and waited % self.config.stall_analyses == 0
+        due = self.waited and (self.waited % self.config.stall_analyses == 0 or self.too_late)
         if self.acted or not self.layers or self.config.mode != "auto" or not due:
             return
         decided = {name: layer.decision for name, layer in self.layers.items() if layer.decision is not None}
@@ -171,7 +178,7 @@ class Lifecycle(Generic[L]):
         counts = ", ".join(f"{name} blocks {count}" for name, count in blockers.most_common())
         examples = "; ".join(f"{name}: {decision.reason}" for name, decision in list(decided.items())[:3])
         blocked = f"{counts} of {len(self.layers)} layers ({examples})"
-        reason = f"{waited} analyses after warmup and nothing ever acted: {blocked}"
+        reason = f"{self.waited} analyses after warmup and nothing ever acted: {blocked}"
         self.note(step, "*", "stalled", reason)
 
     # ---- descents ------------------------------------------------------------------------------------

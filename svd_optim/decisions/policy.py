@@ -65,7 +65,7 @@ def _attack(metrics: LayerMetrics, t: Thresholds) -> Condition:
 
 STRUCTURAL = ("base_supported", "in_plan", "unprotected", "cooldown", "below_break_even", "in_time")
 _REASONS = {
-    "in_plan": "in_plan: the plan keeps it dense, where a parameter does most",
+    "in_plan": "in_plan: the plan over all layers keeps it dense",
     "unprotected": "unprotected: its principal block is being kept from moving",
     "in_time": "in_time: too few steps of total_steps are left for its descent",
 }
@@ -119,8 +119,8 @@ class ThresholdPolicy:
             reason = _REASONS.get(blocked.name, "") or str(blocked)
             if blocked.name == "base_supported":
                 reason = f"base_supported: {layer.unsupported_reason}"
-            if blocked.name == "in_plan" and (cost := history[-1].predicted_increase) is not None:
-                reason = f"in_plan: the plan keeps it dense; rank {layer.rank} would raise the loss by {cost:.2g}"
+            if blocked.name == "in_plan" and (cost := history[-1].predicted_share) is not None:
+                reason = f"in_plan: the plan keeps it dense; rank {layer.rank} would cost {cost:.2%} of the loss"
             return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
         action = Action.DESCEND if self._has_to_descend(history, thresholds) else Action.FACTORIZE
         reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)

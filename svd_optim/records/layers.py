@@ -109,6 +109,7 @@ class LayerMetrics:
     exact_rank: int | None = None  # rank at which the truncation is accurate to reconstruction_safe, if at most k
     skew: float | None = None  # factorized: the larger of ||U^T U - I||_F and ||V^T V - I||_F
     predicted_increase: float | None = None  # of the loss, by truncation to rank k at once, in its units
+    predicted_share: float | None = None  # the same, as a share of the loss
     nonfinite: int = 0  # gradients since the last analysis that contained NaN or Inf
 
     @property

@@ -91,7 +91,7 @@ class Controller(TrackedRun):
         for layer in layers:
             tap = self.taps.get(layer)
             if tap is not None:
-                loss_metric.collect(layer, tap)
+                loss_metric.collect(layer, tap, self.loss_scale)
             else:
                 loss_metric.refresh(layer)
 
@@ -138,6 +138,7 @@ class Controller(TrackedRun):
     def advance(self) -> None:
         """Once the layers have their new weights: descend, refresh, and analyze once per interval."""
         self.steps += 1
+        self.taps.remove()
         layers = list(self.layers.values())
         for layer in layers:
             layer.restore_block_()
@@ -156,7 +157,6 @@ class Controller(TrackedRun):
             finally:  # also when a policy has raised
                 self.attachment.renew_sketches(list(self.layers.values()), self.steps)
         self._warn_of_failures()
-        self.taps.remove()
         self.place_taps()
 
     def _eligible_for_refresh(self) -> list[TrackedLayer]:
@@ -206,7 +206,7 @@ class Controller(TrackedRun):
         warn_of_hindrances(self)
         boundary = self.lifecycle.begin_analysis(self.steps)
         with self.journal.clock("refresh"):
-            metrics = refreshing.analyze(self.layers.values(), self.steps, self.config)
+            metrics = refreshing.analyze(self.layers.values(), self.steps, self.config, self.guard.level)
         with self.journal.clock("decide"):
             self._decide([self.layers[name] for name in metrics])
             risen = check_loss(self.guard, list(self.layers.values()), self.steps, self.config)
@@ -308,7 +308,6 @@ class Controller(TrackedRun):
         for layer in requests[Action.DESCEND]:
             layer.status.predicted_share = self.predicted_share(layer)
             self.lifecycle.descend(layer, self.steps)
-        warn_of_cost(self)
         guard_changes(self.guard, requests[Action.DESCEND], self.steps, self.config)
         unsupported = self.unsupported(requests[Action.FACTORIZE])
         smaller = [x for x in requests[Action.FACTORIZE] if not self.lifecycle.beyond_break_even(x, x.rank)]
@@ -320,6 +319,7 @@ class Controller(TrackedRun):
         for portion in portions:
             self._switch(portion, {}, {})
         self._switch(last, merge, ranks)
+        warn_of_cost(self)
 
     def _give_ranks(self, requests: dict[Action, list[TrackedLayer]]) -> None:
         """The planned ranks to those that start now; within a share of the loss some may have to stay dense."""

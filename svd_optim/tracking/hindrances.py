@@ -61,8 +61,8 @@ def warn_of_missing_loss(run: TrackedRun) -> None:
 
     Not at the first such analysis: the loss of a step may be told after it.
     """
+    tolerance = run.config.tolerance if any(not layer.explicit for layer in run.layers.values()) else None
     since = [layer.guarded_since for layer in run.layers.values() if layer.guarded_since is not None]
-    tolerance = run.config.tolerance
     if run.guard.told or run.warned or (not since and tolerance is None):
         return
     run.unguarded += 1
@@ -86,7 +86,8 @@ def warn_of_missing_samples(run: TrackedRun) -> None:
     """At an analysis after warmup: warn if no layer's inputs were ever sampled, so that no cost is known."""
     if run.config.tolerance is None or run.warned or run.steps < run.config.warmup:
         return
-    trained = [layer for layer in run.layers.values() if layer.history and layer.history[-1].measured]
+    layers = (layer for layer in run.layers.values() if not layer.explicit)
+    trained = [layer for layer in layers if layer.history and layer.history[-1].measured]
     if trained and all(layer.loss_metric is None and not layer.factorized for layer in trained):
         _warn(
             run,
@@ -101,15 +102,16 @@ def warn_of_earlier_training(run: TrackedRun, layers: Sequence[TrackedLayer]) ->
 
     The largest singular value of a random (m, n) weight with entries of size s is about s (sqrt(m) + sqrt(n)).
     """
-    if run.config.mode != "auto" or run.config.samples_loss or not is_main_process():
+    if run.config.mode != "auto" or run.config.samples_loss or run.warned or not is_main_process():
         return
     excesses = [_structure(layer) for layer in layers if layer.cached is not None]
     trained = [excess for excess in excesses if excess > STRUCTURED]
     if 2 * len(trained) > len(excesses):
         logger.warning(
             "%d of %d layers were trained before: their largest singular value is up to %.1f times that of a random "
-            "weight. That their subspaces hardly drift does not say that the rest can be given up: give total_steps, "
-            "for ranks within a share of the loss, or metric='loss', with which plan() predicts what a budget costs",
+            "weight. That their subspaces hardly drift does not say that the rest can be given up: give "
+            "max_loss_increase and total_steps, for ranks within a share of the loss, or metric='loss', with which "
+            "plan() predicts what others cost",
             len(trained), len(excesses), max(trained),
         )  # fmt: skip
 
@@ -123,15 +125,19 @@ def _structure(layer: TrackedLayer) -> float:
 
 
 def warn_of_cost(run: TrackedRun) -> None:
-    """Where layers begin: warn if factors are predicted to cost much, and no share of the loss was set."""
+    """Where layers begin: warn if factors are predicted to cost much, and no share of the loss was set.
+
+    Again where that has doubled.
+    """
     total = spent(run.layers.values())
-    if run.config.tolerance is None and total > DEFAULT_INCREASE and not run.warned:
+    if run.config.tolerance is None and total > max(DEFAULT_INCREASE, 2 * run.cost_told) and is_main_process():
+        run.cost_told = total
         begun = sum(layer.status.predicted_share != 0 for layer in run.layers.values())
-        _warn(
-            run,
-            f"the factors of {begun} layers are predicted to cost {total:.1%} of the loss, left as they are: "
-            f"max_loss_increase=... in place of the target limits that; plan(budget=...) predicts it for others",
-        )
+        logger.warning(
+            "the factors of %d layers are predicted to cost %.1f %% of the loss, left as they are: "
+            "max_loss_increase=... in place of the target limits that; plan(budget=...) predicts it for others",
+            begun, 100 * total,
+        )  # fmt: skip
 
 
 def _warn(run: TrackedRun, text: str) -> None:

@@ -79,10 +79,30 @@ class Tap:
         return type(self), (False,)
 
 
+class _Uncompiled:
+    """Keeps ``torch.compile`` off while anybody's step is sampled: there is one stance for the process."""
+
+    def __init__(self) -> None:
+        self._holders: set[int] = set()
+        self._stance: Any = None
+
+    def hold(self, holder: int) -> None:
+        if not self._holders and "torch._dynamo.eval_frame" in sys.modules:  # else nothing is compiled
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._holders.add(holder)
+
+    def release(self, holder: int) -> None:
+        self._holders.discard(holder)
+        if not self._holders and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+_uncompiled = _Uncompiled()
+
+
 class Taps:
     """The hooks of one step, by layer name."""
-
-    _stance: Any = None  # of torch.compile, while that is off
 
     def __init__(self) -> None:
         self._taps: dict[str, tuple[Tap, RemovableHandle]] = {}
@@ -93,19 +113,15 @@ class Taps:
             if not layer.factorized and layer.name not in self._taps:
                 tap = Tap()
                 self._taps[layer.name] = tap, layer.module.register_forward_hook(tap)
-        if (
-            self._taps and self._stance is None and "torch._dynamo.eval_frame" in sys.modules
-        ):  # else nothing is compiled
-            self._stance = torch.compiler.set_stance("force_eager")
+        if self._taps:
+            _uncompiled.hold(id(self))
 
     def remove(self) -> None:
         """Take all of them off."""
         for _, handle in self._taps.values():
             handle.remove()
         self._taps.clear()
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        _uncompiled.release(id(self))
 
     def clear(self) -> None:
         """Forget the passes so far: their gradients are dropped too."""
@@ -134,17 +150,20 @@ def new_metric(W: Tensor) -> LossMetric:
 
 
 @torch.no_grad()
-def collect(layer: TrackedLayer, tap: Tap) -> None:
+def collect(layer: TrackedLayer, tap: Tap, scale: float = 1.0) -> None:
     """Predict with a layer's new samples what truncation costs, add them to its metric, and decompose the weight in it.
 
     In this order, as a prediction from samples that chose the directions would be too low. Inputs that are zero, NaN or
     Inf change nothing, gradients that are change nothing but the inputs: a student that still equals its teacher has no
     gradient, and its weights are then truncated by their inputs alone (SVD-LLM, arXiv:2403.07378).
+
+    Args:
+        scale: what the loss was multiplied by for these gradients.
     """
     W = to_compute_dtype(layer.module.weight)
     old = layer.loss_metric or new_metric(W)
     R = W.mT @ linalg.dual(old.outputs, old.L)  # (n, q): what the old directions keep of the present weight is L R^T
-    samples = [Sample(to_compute_dtype(s.x), to_compute_dtype(s.g), s.examples, s.rows) for s in tap.samples]
+    samples = [Sample(to_compute_dtype(s.x), to_compute_dtype(s.g) / scale, s.examples, s.rows) for s in tap.samples]
     sampled = sum(s.rows for s in samples)
     whole = tap.rows / sampled  # there may have been more passes than were sampled
     parts = [linalg.predicted_increases(W, old.L, R, s.x, s.g) * (s.examples / len(s.x)) for s in samples]

@@ -136,6 +136,11 @@ def _ranks_within(run: TrackedRun, layers: list[TrackedLayer], increase: float) 
             "returns it, or call observe_loss(loss) once per step"
         )
     unknown = [layer.name for layer in layers if not layer.increases]
+    if unknown and run.config.mode == "auto" and run.steps < run.config.warmup:
+        raise ValueError(
+            f"factorize_: what layer {unknown[0]!r} costs is not known before step {run.config.warmup}, when warmup "
+            f"ends; give a rank, or wait"
+        )
     if unknown:
         raise ValueError(
             f"factorize_: what layer {unknown[0]!r} costs is not known yet: its inputs and gradients are sampled with "

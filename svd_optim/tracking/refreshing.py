@@ -132,8 +132,10 @@ def _check_basis(layer: TrackedLayer) -> tuple[_BasisCheck | None, Tensor]:
 
 
 @torch.no_grad()
-def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -> dict[str, LayerMetrics]:
-    """Close the interval: metrics by layer name, from the refreshes and the running sums.
+def analyze(
+    layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig, loss: float | None
+) -> dict[str, LayerMetrics]:
+    """Close the interval: metrics by layer name, from the refreshes and the running sums; ``loss`` as it is now.
 
     Layers that were not refreshed since the last analysis are refreshed now. Besides that, one host-device
     synchronization.
@@ -152,7 +154,7 @@ def analyze(layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig) -
     for layer, row, predicted in zip(layers, read[: len(rows)], predictions, strict=True):
         S, (*results, idle) = row[: layer.rank], row[layer.rank :]
         layer.count_idle(int(idle))
-        metrics[layer.name] = _metrics(layer, results, predicted, step)
+        metrics[layer.name] = _metrics(layer, results, predicted, step, loss)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
         length = max(HISTORY, config.patience)
         layer.history = [*layer.history, metrics[layer.name]][-length:]
@@ -297,7 +299,9 @@ def _analyze_factors(layer: TrackedLayer) -> tuple[Basis, Tensor, Tensor, Tensor
     return factors, unknown, drift, total, skew
 
 
-def _metrics(layer: TrackedLayer, results: list[float], predicted: float | None, step: int) -> LayerMetrics:
+def _metrics(
+    layer: TrackedLayer, results: list[float], predicted: float | None, step: int, loss: float | None
+) -> LayerMetrics:
     """The metrics from [*pending, outside, *sums] of :func:`_row`."""
     angle, drift, error, stable, effective, exact, skew, finite, outside, count, nonfinite, *sums = results
     m, n = layer.shape
@@ -325,6 +329,7 @@ def _metrics(layer: TrackedLayer, results: list[float], predicted: float | None,
         "stable_rank": stable if known else None,
         "skew": _none_if_nan(skew),
         "predicted_increase": predicted,
+        "predicted_share": predicted / abs(loss) if predicted is not None and loss else None,
     }
     return LayerMetrics(
         step=step,

@@ -52,6 +52,8 @@ class TrackedRun:
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
         self.warned = False  # of what keeps it from acting, in this process
+        self.loss_scale = 1.0  # what the loss is multiplied by for its gradients
+        self.cost_told = 0.0  # predicted share of the loss that was warned of, in this process
         self.unguarded = 0  # analyses in this process at which the loss guard had changes to judge, and no loss ever
         self.reevaluates = isinstance(base, torch.optim.LBFGS)  # calls its closure repeatedly within a step
 
@@ -158,8 +160,9 @@ class TrackedRun:
         """The ranks that the target allows at present, or that another one would."""
         if budget is None and max_loss_increase is None:
             return planning.plan(self.layers, self.config, self.steps, self.guard.level)
+        metric = self.config.metric if max_loss_increase is None else None
         other = replace(self.config, rank=None, energy=None, budget=budget, max_loss_increase=max_loss_increase,
-                        mode=self.config.mode if max_loss_increase is None else "manual")  # fmt: skip
+                        metric=metric, mode=self.config.mode if max_loss_increase is None else "manual")  # fmt: skip
         return planning.plan(self.layers, other, self.steps, self.guard.level, hysteresis=0.0)
 
     def predicted_share(self, layer: TrackedLayer) -> float:

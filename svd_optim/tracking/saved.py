@@ -5,6 +5,7 @@ A field in a table is saved, loaded and checked; adding one, raise ``STATE_VERSI
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from .layer import LossMetric, TrackedLayer
 from .loss_guard import PENDING
 from .refreshing import SCALARS
 
-STATE_VERSION = 8
+STATE_VERSION = 9
 
 
 class Sizes(NamedTuple):
@@ -198,8 +199,10 @@ _ALERTS: Mapping[str, Kind] = {
 RUN_FIELDS: Mapping[str, Field] = {
     "steps": _plain("steps", kinds.integer),
     "analyses": _plain("lifecycle.analyses", kinds.integer),
+    "waited": _plain("lifecycle.waited", kinds.integer),
     "last_analysis": _plain("lifecycle.last_analysis", kinds.integer),
     "acted": _plain("lifecycle.acted", kinds.flag),
+    "loss_scale": _plain("loss_scale", lambda value: kinds.number(value) and 0 < value < math.inf),
     "stretch": _plain("overhead.stretch", lambda value: type(value) is int and value >= 1),
     "guard": _component("guard", lambda x: isinstance(x, dict) and x.keys() == _GUARD.keys()
                         and all(kind(x[key]) for key, kind in _GUARD.items())),
