@@ -1,6 +1,7 @@
 """Train a small GPT on text with one line of SubspaceAwareOptimizer, and watch its layers switch.
 
     python examples/train_gpt.py                   # Muon on the matrices, wrapped; AdamW on the rest
+    python examples/train_gpt.py --budget 0.5      # ending in half of the numbers, whatever that costs
     python examples/train_gpt.py --observe         # measures and reports, changes nothing
     python examples/train_gpt.py --baseline        # without the wrapper
     python examples/train_gpt.py --data my_texts/  # any file or folder
@@ -82,6 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=positive, default=256, help="a head is 128 wide")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of the matrices")
     add("--lr", type=float, help="of the matrices; default: 0.02 with Muon, 0.001 with AdamW")
+    add("--budget", type=float, help="share of the matrices' numbers to keep; default: what 1 %% of the loss allows")
     add("--data", type=Path, help="a file or folder of text; default: the standard library")
     add("--seed", type=int, default=0, help="of the weights and the order of the data")
     add("--eval-every", type=positive, default=200, help="steps between validations")
@@ -195,6 +197,8 @@ def build_optimizers(
         return [optimizer, *others], None
     mode = "observe" if args.observe else "auto"
     settings = SHORT_CONFIG if args.short else {}
+    if args.budget is not None:
+        settings = settings | {"budget": args.budget}
     config = SubspaceConfig(mode=mode, seed=args.seed, total_steps=args.steps, **settings)
     wrapper = SubspaceAwareOptimizer(optimizer, model, config)
     return [wrapper, *others], wrapper
