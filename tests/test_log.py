@@ -71,7 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "held back": {"thresholds": Thresholds(capture_safe=0.6, capture_held=0.6, capture_lost=0.3), "budget": 0.7},
     "stalls": {"thresholds": Thresholds(drift_stable=0.0)},
     "rarely exact": {"thresholds": Thresholds(reconstruction_safe=1e-4)},
-    "too late": {"total_steps": 70, "cohort_steps": 15},
+    "too late": {"total_steps": 70, "cohort_steps": 15, "budget": 0.5},
     "never exact": {"thresholds": Thresholds(reconstruction_safe=0.0)},
     "observe": {"mode": "observe"},
 }

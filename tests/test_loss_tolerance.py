@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,9 @@ import torch
 from helpers import factorized, manual, same_bits, weights
 from torch import Tensor, nn
 
-from svd_optim import LayerOverride, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim import LayerOverride, RunLog, SubspaceAwareOptimizer, SubspaceConfig
+from svd_optim.console import read_log
+from svd_optim.console.replay import replay
 from svd_optim.records import LayerState
 
 
@@ -139,6 +142,18 @@ def test_nothing_is_sampled_before_it_is_of_use() -> None:
     trained(model, optimizer, 60)
     assert all(row.metrics is not None and row.metrics.predicted_increase is None for row in optimizer.why())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("share", [0.2, 1e-6])
+def test_a_replay_does_the_same(share: float, tmp_path: Path) -> None:
+    model, optimizer = tolerant(max_loss_increase=share, stall_analyses=4)
+    optimizer.add_listener(RunLog(tmp_path / "log"))
+    trained(model, optimizer)
+    run = read_log(tmp_path / "log")
+    assert run.config.tolerance == share and replay(run).diverged == {}
+    assert replay(run).events == tuple(run.events) == tuple(optimizer.events)
+    observed = replay(run, replace(run.config, mode="observe"))
+    assert not {"descend", "factorize"} & {event.kind for event in observed.events}
 
 
 def test_without_a_loss_one_warning_says_why_nothing_acts(caplog: pytest.LogCaptureFixture) -> None:
