@@ -37,7 +37,6 @@ from main_job import open_job
 from results_file import about_line
 from svd_optim import SubspaceAwareOptimizer, SubspaceConfig
 from svd_optim.decisions.planner import uniform_rank
-from svd_optim.tracking import budget as planning
 from train_gpt import base_optimizers, bits_per_byte, warm_down
 
 LRS = {"muon": 0.02, "adamw": 2e-3}
@@ -75,7 +74,7 @@ def truncated(trained: Trained, metric: str, budget: float) -> tuple[GPT, float 
     model, wrapper = copy.deepcopy(trained)
     ranks = {layer.name: uniform_rank(*layer.shape, budget) for layer in wrapper.plan().layers}
     if metric == "loss, planned":
-        plan = planning.plan(wrapper.layers, SubspaceConfig(budget=budget), wrapper.steps)
+        plan = wrapper.plan(budget=budget)
         ranks = {layer.name: layer.rank for layer in plan.layers if layer.rank is not None}
         predicted = plan.predicted_increase
     else:
