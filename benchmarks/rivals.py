@@ -66,7 +66,8 @@ class TwoFactors(nn.Module):
         rank = uniform_rank(weight, budget, lambda m, n, k: k * (m + n))
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         self.A = nn.Parameter(U[:, :rank] * S[:rank].sqrt())
-        self.B = nn.Parameter(S[:rank, None].sqrt() * Vh[:rank])
+        # Directions of no size, as of a weight that begins at zero, could not be learned if both factors were zero.
+        self.B = nn.Parameter(torch.where(S > 0, S.sqrt(), 1.0)[:rank, None] * Vh[:rank])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.B), self.A)
