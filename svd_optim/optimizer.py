@@ -279,9 +279,9 @@ class SubspaceAwareOptimizer(Optimizer):
         """
         if not 0 < scale < math.inf:
             raise ValueError(f"observe_loss: scale must be above 0 and finite, got {scale!r}")
-        self._controller.loss_scale = float(scale)
         if not self._controller.observe_loss(loss):
             raise TypeError(f"a loss must be a number or a tensor of one element, got {loss!r}")
+        self._controller.loss_scale = float(scale)
 
     # ---- changing layers directly --------------------------------------------------------------------
 

@@ -354,6 +354,10 @@ def test_predictions_do_not_depend_on_the_scale_of_the_loss() -> None:
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="observe_loss: scale must be above 0"):
             optimizer.observe_loss(1.0, scale=wrong)
+    before = optimizer.state_dict()
+    with pytest.raises(TypeError, match="a loss must be"):
+        optimizer.observe_loss("no loss", scale=2.0)  # type: ignore[arg-type]
+    same_bits(optimizer.state_dict(), before)
 
 
 def test_two_wrappers_leave_the_compiler_as_it_was() -> None:
