@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 from torch.optim._muon import _zeropower_via_newtonschulz  # what torch's Muon orthogonalizes by
 
-from svd_optim.records import largest_useful_rank
+from svd_optim.records import largest_useful_rank, parameter_count
 
 
 def uniform_rank(weight: Tensor, budget: float, numbers: Callable[[int, int, int], int]) -> int:
@@ -48,7 +48,7 @@ class ThreeFactors(nn.Module):
 
     def __init__(self, weight: Tensor, budget: float) -> None:
         super().__init__()
-        rank = uniform_rank(weight, budget, lambda m, n, k: k * (m + n + 1))
+        rank = uniform_rank(weight, budget, parameter_count)
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         self.U = nn.Parameter(U[:, :rank].contiguous())
         self.S = nn.Parameter(S[:rank].clone())
@@ -79,7 +79,7 @@ class Core(nn.Module):
     def __init__(self, weight: Tensor, budget: float) -> None:
         super().__init__()
         m, n = weight.shape
-        rank = uniform_rank(weight, budget, lambda m, n, k: k * (m + n + 1))
+        rank = uniform_rank(weight, budget, parameter_count)
         rank = min(rank, largest_useful_rank(m, n))
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         self.U = nn.Parameter(U[:, :rank].contiguous(), requires_grad=False)
@@ -88,6 +88,12 @@ class Core(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(F.linear(x, self.V.mT), self.C), self.U)
+
+
+def truncate_weight_(W: Tensor, budget: float) -> None:
+    """Replace a weight by the nearest one whose U, S, V would fit into ``budget``."""
+    factors = ThreeFactors(W, budget)
+    W.copy_((factors.U * factors.S) @ factors.V.mT)
 
 
 def orthogonalized(M: Tensor) -> Tensor:
@@ -156,19 +162,18 @@ class Riemannion(Muon):
 
     def _step_of(self, W: nn.Parameter, lr: float, momentum: float) -> None:
         assert W.grad is not None and self.budget is not None
-        rank = uniform_rank(W, self.budget, lambda m, n, k: k * (m + n + 1))
-        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, Vh = U[:, :rank], Vh[:rank]
+        factors = ThreeFactors(W, self.budget)
+        U, V = factors.U, factors.V
 
         def tangent(M: Tensor) -> Tensor:
             outside = M - U @ (U.mT @ M)
-            return M - outside + outside @ Vh.mT @ Vh
+            return M - outside + outside @ V @ V.mT
 
         buffer, gradient = self.state[W]["momentum_buffer"], tangent(W.grad)
         buffer.copy_(tangent(buffer).lerp(gradient, 1 - momentum))
         update = tangent(orthogonalized(gradient.lerp(buffer, momentum)))
-        moved = torch.linalg.svd(W - lr * shape_factor(*W.shape) * update, full_matrices=False)
-        W.copy_((moved.U[:, :rank] * moved.S[:rank]) @ moved.Vh[:rank])
+        W.sub_(lr * shape_factor(*W.shape) * update)
+        truncate_weight_(W, self.budget)
 
 
 @torch.no_grad()
@@ -202,8 +207,7 @@ def project_(model: nn.Module, budget: float) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            factors = ThreeFactors(module.weight, budget)
-            module.weight.copy_((factors.U * factors.S) @ factors.V.mT)
+            truncate_weight_(module.weight, budget)
 
 
 class PhaseOneAnalysis:

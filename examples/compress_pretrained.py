@@ -137,14 +137,7 @@ class Run:
         vectors = [p for p in encoder.parameters() if p.ndim < 2]
         self.of_vectors = torch.optim.AdamW(vectors, lr=NO_LR, weight_decay=0.0)
         self.stream = stream(ids, args.tokens, args.seed)
-        self.dense = self.parameters
         self.steps, self.seconds = 0, 0.0
-
-    @property
-    def parameters(self) -> int:
-        """Those of the tracked matrices, or of their factors."""
-        modules = [layer.module for layer in self.optimizer.layers.values()]
-        return sum(p.numel() for x in modules for p in x.parameters() if p is not x.bias)
 
     def step(self) -> float:
         """One step of training."""
@@ -182,7 +175,8 @@ class Run:
 
 def measured(run: Run, way: str, held_out: Sequence[Tensor]) -> Result:
     """The student as it is now."""
-    return Result(run.parameters / run.dense, way, run.steps, run.seconds, *quality(run.student, run.teacher, held_out))
+    dense, now = run.optimizer.summary().parameters()
+    return Result(now / dense, way, run.steps, run.seconds, *quality(run.student, run.teacher, held_out))
 
 
 def compress(

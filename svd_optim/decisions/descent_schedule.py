@@ -56,14 +56,17 @@ def shortest(config: SubspaceConfig) -> int:
     return math.ceil(max(1, config.descent // 4) / 2) if config.descent else 0
 
 
+def out_of_time(config: SubspaceConfig, step: int) -> bool:
+    """Whether even the shortest descent that begins after ``step`` would last beyond the end of training."""
+    return config.total_steps is not None and step + shortest(config) > config.total_steps
+
+
 def too_short(config: SubspaceConfig) -> bool:
     """Whether ``total_steps`` are over before any descent could be. A policy of the user's own may not mind.
 
     Layers of which factors already hold everything need none: they may act from :func:`first_action` on.
     """
-    if config.total_steps is None or config.policy is not None:
-        return False
-    return first_action(config) + shortest(config) > config.total_steps
+    return config.policy is None and out_of_time(config, first_action(config))
 
 
 def too_late(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -> bool:

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from ..config import SubspaceConfig
 from ..records import Action, Decision, Event, LayerInfo, LayerState, PolicyInput, break_even_rank
-from .descent_schedule import ending, shortest, too_short
+from .descent_schedule import ending, out_of_time, too_short
 from .machine import LayerLife, Protection, Trigger
 from .policy import policy_of
 
@@ -102,15 +102,12 @@ class Lifecycle(Generic[L]):
         """Count an analysis. Returns whether it is the first of a cohort: only then layers act, together."""
         cohort = self.config.cohort_steps
         boundary = step // cohort > self.last_analysis // cohort
-        self.too_late = not self._over(step) and self._over(2 * step - self.last_analysis)
+        following = 2 * step - self.last_analysis
+        self.too_late = not out_of_time(self.config, step) and out_of_time(self.config, following)
         self.last_analysis = step
         self.analyses += 1
         self.waited += step > self.config.warmup
         return boundary
-
-    def _over(self, step: int) -> bool:
-        """Whether a descent from then on could not be over by the end of the training."""
-        return self.config.total_steps is not None and step + shortest(self.config) > self.config.total_steps
 
     def ask(self, layer: L, step: int, info: LayerInfo) -> Decision:
         """Query the policy about a layer, and record its input and its decision.

@@ -206,7 +206,7 @@ class Controller(TrackedRun):
         warn_of_hindrances(self)
         boundary = self.lifecycle.begin_analysis(self.steps)
         with self.journal.clock("refresh"):
-            metrics = refreshing.analyze(self.layers.values(), self.steps, self.config, self.guard.level)
+            metrics = refreshing.analyze(self.layers.values(), self.steps, self.config, self.guard)
         with self.journal.clock("decide"):
             self._decide([self.layers[name] for name in metrics])
             risen = check_loss(self.guard, list(self.layers.values()), self.steps, self.config)

@@ -72,6 +72,10 @@ class LossGuard:
         windows = self.since or self.windows
         return windows[-1].mean if windows else None
 
+    def share(self, increase: float | None) -> float | None:
+        """An increase of the loss as a share of its level; ``None`` where either is not known."""
+        return increase / abs(self.level) if self.level and increase is not None else None
+
     def changed(self) -> None:
         """A change has just been made: later losses are compared with earlier ones."""
         self.end()  # an earlier change may still be guarded

@@ -18,6 +18,7 @@ from ..linalg.fallback import LinAlgError, with_float64_fallback
 from ..records import LayerMetrics, significant
 from ..records.progress import tracked
 from .layer import TrackedLayer
+from .loss_guard import LossGuard
 from .sketches import keep_images
 
 HISTORY = 64  # analyses kept per layer; more if patience needs them
@@ -133,9 +134,9 @@ def _check_basis(layer: TrackedLayer) -> tuple[_BasisCheck | None, Tensor]:
 
 @torch.no_grad()
 def analyze(
-    layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig, loss: float | None
+    layers: Iterable[TrackedLayer], step: int, config: SubspaceConfig, guard: LossGuard
 ) -> dict[str, LayerMetrics]:
-    """Close the interval: metrics by layer name, from the refreshes and the running sums; ``loss`` as it is now.
+    """Close the interval: metrics by layer name, from the refreshes, the running sums and the loss guard.
 
     Layers that were not refreshed since the last analysis are refreshed now. Besides that, one host-device
     synchronization.
@@ -154,7 +155,7 @@ def analyze(
     for layer, row, predicted in zip(layers, read[: len(rows)], predictions, strict=True):
         S, (*results, idle) = row[: layer.rank], row[layer.rank :]
         layer.count_idle(int(idle))
-        metrics[layer.name] = _metrics(layer, results, predicted, step, loss)
+        metrics[layer.name] = _metrics(layer, results, predicted, guard.share(predicted), step)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
         length = max(HISTORY, config.patience)
         layer.history = [*layer.history, metrics[layer.name]][-length:]
@@ -300,7 +301,7 @@ def _analyze_factors(layer: TrackedLayer) -> tuple[Basis, Tensor, Tensor, Tensor
 
 
 def _metrics(
-    layer: TrackedLayer, results: list[float], predicted: float | None, step: int, loss: float | None
+    layer: TrackedLayer, results: list[float], predicted: float | None, share: float | None, step: int
 ) -> LayerMetrics:
     """The metrics from [*pending, outside, *sums] of :func:`_row`."""
     angle, drift, error, stable, effective, exact, skew, finite, outside, count, nonfinite, *sums = results
@@ -329,7 +330,7 @@ def _metrics(
         "stable_rank": stable if known else None,
         "skew": _none_if_nan(skew),
         "predicted_increase": predicted,
-        "predicted_share": predicted / abs(loss) if predicted is not None and loss else None,
+        "predicted_share": share,
     }
     return LayerMetrics(
         step=step,

@@ -167,8 +167,7 @@ class TrackedRun:
 
     def predicted_share(self, layer: TrackedLayer) -> float:
         """Of the loss, by which truncating a layer now to its rank raises it; 0 where that is not known."""
-        increase = layer.predicted_increase(layer.rank)
-        return increase / abs(self.guard.level) if self.guard.level and increase is not None else 0.0
+        return self.guard.share(layer.predicted_increase(layer.rank)) or 0.0
 
     def summary(self) -> Summary:
         """The current state of the run, as a plain record."""
