@@ -2,11 +2,13 @@
 
     python benchmarks/quality.py                  # everything at 20 tokens a parameter; days. Stop and start at will
     python benchmarks/quality.py --regime 5       # at 5 tokens a parameter; or "short": 800 steps of 512 tokens
+    python benchmarks/quality.py --regime 'width 256' --rows dense 'smaller dense 0.5' 'ours 0.5'     # one block
     python benchmarks/quality.py --rows dense 'ours 0.5' --lrs 0.02 0.004 --seeds 1    # a first look: 40 minutes
     python benchmarks/quality.py --report         # only the table of what is there
     python benchmarks/quality.py --smoke          # every row once, on a tiny job
 
-Every row trains the model of ``examples/train_gpt.py`` on its data for equal steps and tokens, at each
+Every row trains the model of ``examples/train_gpt.py`` on its data for equal steps and tokens (or, where its
+name says so, for as many more as bring it to the operations or the seconds of the dense run), at each
 learning rate of one grid with the first seed. Of a headline row every rate within 1 % of the best one
 there (in bits per byte) gets all seeds, and the lowest mean over the seeds decides; the first seed alone
 decides until a rate has them all. Every other row gets one seed more, at the best rate of the first.
@@ -28,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,6 +73,8 @@ class Row:
     projected: bool = False  # a dense model brought back to the rank of the budget every 20 steps: saves nothing
     galore: bool = False
     tolerance: float | None = None  # dense, observed, and truncated within it after the last step
+    equal: str = ""  # the figure in which it is brought to the dense run, by more steps:
+    of: str = ""  # in proportion to what this row has of it
     scale: float = 1.0  # of the factored step, beside the library's own
     dtype: torch.dtype = torch.float32  # of all weights
     headline: bool = False
@@ -93,7 +97,10 @@ ROWS: dict[str, Row] = {
     "ours within 0.5 %": Row(config={"max_loss_increase": 0.005}),
     "ours within 2 %": Row(config={"max_loss_increase": 0.02}),
     "dense, truncated within 1 %": Row(config={"metric": "loss"}, tolerance=0.01, headline=True),
+    "ours 0.5, equal operations": Row(budget=0.5, config={"budget": 0.5}, equal="operations", of="ours 0.5"),
+    "ours 0.5, equal seconds": Row(budget=0.5, config={"budget": 0.5}, equal="seconds", of="ours 0.5"),
     "ours 0.75": Row(budget=0.75, config={"budget": 0.75}),
+    "smaller dense 0.75": Row(budget=0.75, width=0.75**0.5),
     "ours 0.5, early": Row(budget=0.5, config={"budget": 0.5}, early=True),
     "ours 0.5, uniform": Row(budget=0.5, config=uniform(0.5)),
     "ours 0.25, uniform": Row(budget=0.25, config=uniform(0.25)),
@@ -133,6 +140,11 @@ REGIMES = {
     "20": Sizes(steps=1920, depth=2, width=128, sequences=8, decay=0.4, validation_tokens=65_536),
     "5": Sizes(steps=480, depth=2, width=128, sequences=8, decay=0.4, validation_tokens=65_536),
     "short": Sizes(),
+    # What does half cost in wider layers? One block, 480 steps, 5 tokens a parameter; of the widest 1.25.
+    "width 64": Sizes(steps=480, depth=1, width=64, sequences=1, decay=0.4, validation_tokens=65_536),
+    "width 128": Sizes(steps=480, depth=1, width=128, sequences=4, decay=0.4, validation_tokens=65_536),
+    "width 256": Sizes(steps=480, depth=1, width=256, sequences=16, decay=0.4, validation_tokens=65_536),
+    "width 512": Sizes(steps=480, depth=1, width=512, sequences=16, decay=0.4, validation_tokens=65_536),
 }
 
 
@@ -334,7 +346,25 @@ def open_jobs(
             if known and (ROWS[row].headline or seed == 1):  # where a difference is small: more seeds
                 jobs += [Job(kind, row, lr, seed) for lr in close_lrs(runs, kind, row)]
     headline_first = sorted(jobs, key=lambda job: not ROWS[job.row].headline)
-    return [job for job in headline_first if job not in runs]
+    return [job for job in headline_first if job not in runs and all(each in runs for each in compared(job))]
+
+
+def compared(job: Job) -> list[Job]:
+    """The runs that say how many steps it has; none where it has those of the regime."""
+    return [replace(job, row=row) for row in needed(job.row)]
+
+
+def needed(row: str) -> list[str]:
+    """The rows whose runs it is compared with."""
+    return ["dense", ROWS[row].of] if ROWS[row].equal else []
+
+
+def sizes_of(job: Job, sizes: Sizes, runs: Runs) -> Sizes:
+    """With the steps that bring it to the dense run's operations or seconds."""
+    if not ROWS[job.row].equal:
+        return sizes
+    dense, own = (runs[each][ROWS[job.row].equal] for each in compared(job))
+    return replace(sizes, steps=round(sizes.steps * dense / own))
 
 
 def run_all(args: argparse.Namespace, console: Console) -> int:
@@ -352,7 +382,8 @@ def run_all(args: argparse.Namespace, console: Console) -> int:
                     return
                 job = left[0]
                 running.add(job)
-            payload = json.dumps([asdict(job), asdict(args.sizes)])
+                sizes = sizes_of(job, args.sizes, runs_of(args.store.records))
+            payload = json.dumps([asdict(job), asdict(sizes)])
             command = [sys.executable, __file__, "--threads", str(args.threads), "--run", payload]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
@@ -468,8 +499,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.smoke:
         args.seeds, args.sizes = 1, Sizes(steps=40, depth=1, width=64, sequence_length=64, validation_tokens=2048)
     elif args.json is None:
-        args.json = output_file(f"runs/quality_{args.regime}.json")
+        args.json = output_file(f"runs/quality_{args.regime.replace(' ', '_')}.json")
     args.rows = args.rows or list(ROWS)
+    args.rows = list(dict.fromkeys(row for name in args.rows for row in (*needed(name), name)))
     if not has_galore():
         args.rows = [name for name in args.rows if not ROWS[name].galore]
     if not args.run and not args.report:
@@ -484,7 +516,8 @@ def smoke(args: argparse.Namespace, console: Console) -> int:
             job = Job(kind, row, GRID[kind][1], 0)
             if kind in ROWS[row].optimizers and not args.store.has(**asdict(job)):
                 console.print(f"{kind}, {row}", markup=False)
-                args.store.add({**asdict(job), **train(job, args.sizes)})
+                sizes = sizes_of(job, args.sizes, runs_of(args.store.records))
+                args.store.add({**asdict(job), **train(job, sizes)})
     return 0
 
 

@@ -158,6 +158,29 @@ def other_ways(results: Results) -> str | None:
     return table(columns, rows)
 
 
+def by_width(*each: Results) -> str | None:
+    """The first seed, a line for each width: at its best learning rate what the rows cost to the dense one."""
+    rows = []
+    shown = ("smaller dense 0.5", "ours 0.5", "ours within 1 %")
+    for results in sorted(each, key=lambda results: results.about["job"]["width"]):
+        job = quality.Sizes(**results.about["job"])
+        runs = {run: figures for run, figures in quality.runs_of(results.records).items() if run.seed == 0}
+        lines = {(line["optimizer"], line["row"]): line for line in quality.summarize(runs, NAMES, 1)}
+        for kind, name in NAMES.items():
+            if (dense := lines.get((kind, "dense"))) is None:
+                continue
+            parameters = of_line(dense, "parameters")[0]
+            tokens = job.steps * job.sequences * job.sequence_length / parameters
+            found = [lines.get((kind, row)) for row in shown]
+            kept = "" if found[-1] is None else share_of(mean(of_line(found[-1], "parameters")), parameters)
+            rows.append((f"{name}, {job.width}", f"{parameters:,.0f}", f"{tokens:.3g}", learning_rate(dense),
+                         f"{of_line(dense, 'bpb')[0]:.4f}", *("" if x is None else to_dense(x) for x in found),
+                         kept))  # fmt: skip
+    heads = ("optimizer, width", "matrix parameters", "tokens a parameter", "learning rate", "dense, bits per byte",
+             *(f"{row}, %" for row in shown), "of which kept, %")  # fmt: skip
+    return table(heads, rows) if rows else None
+
+
 # ---- main_job.py -------------------------------------------------------------------------------------
 
 
@@ -406,10 +429,10 @@ class Section:
     """A table or two of one file."""
 
     title: str
-    file: str
+    file: str  # or several, as a glob
     command: str  # that fills the file, where there is none; FILE is its path
     about: str  # what is asked, and how to read it: no figures
-    body: Callable[[Results], str | None]  # None: of this there is nothing in the file
+    body: Callable[..., str | None]  # of the results of each file; None: of this there is nothing in them
 
 
 SECTIONS = (
@@ -442,6 +465,11 @@ SECTIONS = (
         "Projected: a dense run that is brought back to the rank regularly, which saves nothing and shows "
         "what the rank costs. GaLore keeps all parameters and saves optimizer state.",
         other_ways),
+    Section("Quality by width", "quality_width_*.json",
+        "quality.py --regime 'width 256' --json benchmarks/results/quality_width_256.json",
+        "What does half cost in wider layers? One block, equal steps, as many tokens a parameter at each width but the "
+        "last; of the first seed, to the dense model of the same width.",
+        by_width),
     Section("The main job", "main_job.json", "main_job.py --json FILE",
         "The job of `examples/train_gpt.py` bare, observed and wrapped, step by step in turns: does observing change "
         "anything, and what does wrapping cost? Times are medians of ratios of simultaneous steps. Then: when would "
@@ -503,15 +531,14 @@ SECTIONS = (
 
 def section(of: Section, folder: Path) -> str:
     """Heading, question, commands, circumstances, tables."""
-    file = folder / of.file
-    results = read_results(file) if file.exists() else None
-    body = of.body(results) if results is not None and results.records else None
-    planned = f"python benchmarks/{of.command.replace('FILE', f'benchmarks/results/{of.file}')}"
-    if results is None or body is None:
-        commands, found = [planned], [MISSING]
+    results = [found for file in sorted(folder.glob(of.file)) if (found := read_results(file)).records]
+    body = of.body(*results) if results else None
+    if body is None:
+        commands = [f"python benchmarks/{of.command.replace('FILE', f'benchmarks/results/{of.file}')}"]
+        found = [MISSING]
     else:
-        commands = results.about["commands"]
-        found = [f"{results.about['date']}; {about_line(results.about)}.", body]
+        commands = [command for each in results for command in each.about["commands"]]
+        found = [*(f"{each.about['date']}; {about_line(each.about)}." for each in results), body]
     shown = "\n".join(commands)
     return "\n\n".join(
         [f"## {of.title}", textwrap.fill(of.about, 119, break_on_hyphens=False), f"```bash\n{shown}\n```", *found]

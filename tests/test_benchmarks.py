@@ -216,6 +216,23 @@ def test_only_some_rates_of_the_grid() -> None:
     assert jobs(made_of("two factors 0.5", {(0.004, 0): 2.8})) == [(0.004, 1)]
 
 
+def test_rows_of_equal_cost_have_more_steps_once_it_is_known() -> None:
+    row, lr = "ours 0.5, equal operations", 0.004
+    assert quality.needed(row) == ["dense", "ours 0.5"] and quality.needed("ours 0.5") == []
+
+    def jobs(runs: Runs) -> list[quality.Job]:
+        return quality.open_jobs(runs, [row], ["adamw"], seeds=1, lrs=[lr])
+
+    runs = made_of("dense", {(lr, 0): 2.0})
+    assert jobs(runs) == []
+    runs |= made_of("ours 0.5", {(lr, 0): 2.1})
+    dense, own, job = (quality.Job("adamw", name, lr, 0) for name in ("dense", "ours 0.5", row))
+    runs[dense]["operations"], runs[own]["operations"] = 1000, 800
+    assert jobs(runs) == [job]
+    assert quality.sizes_of(job, quality.Sizes(steps=100), runs).steps == 125
+    assert quality.sizes_of(own, quality.Sizes(steps=100), runs).steps == 100
+
+
 def test_the_table_says_which_rates_were_tried() -> None:
     figures = {"parameters": 1, "resident_bytes": 1, "operations": 1, "seconds_per_step": 1.0, "jump_percent": 0.0}
     runs = made_of("dense", {(0.004, 0): 2.8, (0.002, 0): 2.9})

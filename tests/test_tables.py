@@ -76,6 +76,22 @@ def test_quality_shows_means_and_each_seed_at_the_best_rate(tmp_path: Path) -> N
     assert others["ours 0.5"]["Muon: bits per byte"] == ""
 
 
+def test_widths_have_a_line_each(tmp_path: Path) -> None:
+    for width, bpb in ((128, 2.0), (64, 3.0)):
+        runs = [run("dense", 0.002, 0, bpb), run("ours 0.5", 0.002, 0, 1.01 * bpb),
+                run("ours within 1 %", 0.002, 0, 1.005 * bpb, parameters=750)]  # fmt: skip
+        sizes = asdict(quality.Sizes(steps=10, width=width, sequences=2, sequence_length=250))
+        results_file.ResultFile(tmp_path / f"quality_width_{width}.json", sizes).add(*runs)
+    [table] = cells(tables.page(tmp_path), "Quality by width")
+    assert list(table) == ["AdamW, 64", "AdamW, 128"]
+    assert table["AdamW, 128"] == {
+        "matrix parameters": "1,000", "tokens a parameter": "5", "learning rate": "0.002 of 0.002",
+        "dense, bits per byte": "2.0000", "smaller dense 0.5, %": "", "ours 0.5, %": "**+1.00**",
+        "ours within 1 %, %": "**+0.50**", "of which kept, %": "75",
+    }  # fmt: skip
+    assert "width 64" in section(tables.page(tmp_path), "Quality by width")
+
+
 def test_a_section_says_where_and_by_which_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(tables.__file__).parents[1]
     monkeypatch.setattr(sys, "argv", [str(root / "benchmarks" / "quality.py"), "--json", str(root / "x" / "q.json")])
