@@ -65,7 +65,7 @@ class Row:
     width: float = 1.0  # of the model
     config: dict[str, Any] | None = None  # of SubspaceConfig: ours
     at_once: bool = False  # ours, but truncated at once by hand
-    early: bool = False  # ours, but with short descents from the beginning on
+    descends: tuple[float, float] | None = None  # ours, but with descents from here to there, as shares of the steps
     form: type[torch.nn.Module] | None = None  # a rival's replacement of nn.Linear
     base: type[Spectron] | type[Riemannion] | None = None  # a rival's optimizer, in place of Muon
     rate: float = 1.0  # that a rival's learning rates of the grid are multiplied by
@@ -101,7 +101,8 @@ ROWS: dict[str, Row] = {
     "ours 0.5, equal seconds": Row(budget=0.5, config={"budget": 0.5}, equal="seconds", of="ours 0.5"),
     "ours 0.75": Row(budget=0.75, config={"budget": 0.75}),
     "smaller dense 0.75": Row(budget=0.75, width=0.75**0.5),
-    "ours 0.5, early": Row(budget=0.5, config={"budget": 0.5}, early=True),
+    "ours 0.5, early": Row(budget=0.5, config={"budget": 0.5}, descends=(0.05, 0.2)),
+    "ours 0.5, late": Row(budget=0.5, config={"budget": 0.5}, descends=(0.4, 0.9)),
     "ours 0.5, uniform": Row(budget=0.5, config=uniform(0.5)),
     "ours 0.25, uniform": Row(budget=0.25, config=uniform(0.25)),
     "ours 0.5, no descent": Row(budget=0.5, config={"budget": 0.5}, at_once=True),
@@ -214,8 +215,9 @@ def train_row(job: Job, sizes: Sizes) -> dict[str, Any]:
     if row.config is not None:
         mode = "manual" if row.at_once or row.tolerance is not None else "auto"
         settings = row.config | schedule(sizes.steps)
-        if row.early:
-            settings |= {"warmup_steps": sizes.steps // 20, "descent_steps": sizes.steps * 3 // 20}
+        if row.descends is not None:
+            start, end = (round(share * sizes.steps) for share in row.descends)
+            settings |= {"warmup_steps": start, "descent_steps": end - start}
         config = SubspaceConfig(mode=mode, seed=job.seed, total_steps=sizes.steps, **settings)
         wrapper = SubspaceAwareOptimizer(optimizers[0], model, config, listeners=[watch])
     schedulers = [warm_down(optimizer, sizes.steps, sizes.decay) for optimizer in optimizers]

@@ -79,7 +79,8 @@ class Thresholds:
     there."""
 
     drift_stable: float = 0.3
-    """A subspace is stable when its ``subspace_drift`` (a sine, per 20 optimizer steps) is below this."""
+    """A subspace is stable when its ``subspace_drift`` (a sine, per 20 optimizer steps) is below this. Descents to a
+    set size wait for it up to a fifth of ``total_steps``, if known: a late end would cost more than the drift."""
 
     reconstruction_safe: float = 0.01
     """Factors are accurate enough to install when ``reconstruction_error`` (relative Frobenius error) is below this."""
@@ -240,8 +241,8 @@ class SubspaceConfig:
     """Steps over which the component of the weight outside its rank-k tangent space is faded to zero before the factors
     are installed, for a layer whose tangent capture is at chance level; fewer, in quarters, for higher capture. 0
     factorizes only layers that are already accurate enough. ``None``: 400; of ``total_steps``, if known, a third for
-    ranks within a share of the loss, else a half. Fewer save time and memory earlier; under Muon, whose capture is low,
-    the model ends worse for it."""
+    ranks within a share of the loss, else two fifths. Fewer save time and memory earlier; under Muon, whose capture is
+    low, the model ends worse for it."""
 
     total_steps: int | None = None
     """Steps of the whole training if known (as in torch.optim.lr_scheduler.OneCycleLR): they say how long warmup and
@@ -382,7 +383,7 @@ class SubspaceConfig:
             return self.descent_steps
         if self.total_steps is None:
             return DESCENT_STEPS
-        return max(1, self.total_steps // (2 if self.tolerance is None else 3))
+        return max(1, self.total_steps * 2 // 5 if self.tolerance is None else self.total_steps // 3)
 
     def thresholds_of(self, layer: str) -> Thresholds:
         """The thresholds for one layer, overrides included."""

@@ -136,10 +136,10 @@ def test_integers_of_the_wrong_kind_are_refused(name: str, value: object) -> Non
 def test_warmup_and_descents_are_shares_of_the_training_where_its_length_is_known(total: int) -> None:
     known = SubspaceConfig(total_steps=total, budget=0.5)
     assert total / 8 - 1 < known.warmup <= total / 8
-    assert total / 2 - 1 < known.descent <= max(1, total / 2)
+    assert total * 2 / 5 - 1 < known.descent <= max(1, total * 2 / 5)
     assert (SubspaceConfig().warmup, SubspaceConfig().descent) == (100, 400)
     half, within = SubspaceConfig(total_steps=800, budget=0.5), SubspaceConfig(total_steps=800)
-    assert (half.warmup, half.descent, within.warmup, within.descent) == (100, 400, 480, 266)
+    assert (half.warmup, half.descent, within.warmup, within.descent) == (100, 320, 480, 266)
     own = SubspaceConfig(total_steps=total, warmup_steps=7, descent_steps=0)
     assert (own.warmup, own.descent) == (7, 0)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svd_optim import SubspaceConfig
-from svd_optim.decisions.descent_schedule import duration, ending, too_late
+from svd_optim.decisions.descent_schedule import due, duration, ending, too_late
 from svd_optim.records import LayerMetrics
 
 EXCESS = st.floats(0.0, 1.0)
@@ -50,3 +50,9 @@ def test_a_descent_ends_with_the_training_or_is_too_late(steps: int, capture: fl
     assert whole <= 2 * (end - step) <= 2 * whole
     assert too_late(config, step, history) == (end > total) == (2 * (total - step) < whole)
     assert end <= total or end - step == math.ceil(whole / 2)
+
+
+@given(st.integers(1, 10_000), st.integers(0, 10_000))
+def test_only_descents_to_a_set_size_in_a_training_of_known_length_are_due(total: int, step: int) -> None:
+    assert due(SubspaceConfig(total_steps=total, budget=0.5), step) == (step >= total / 5)
+    assert not due(SubspaceConfig(total_steps=total), step) and not due(SubspaceConfig(budget=0.5), step)

@@ -241,11 +241,26 @@ def test_a_stalled_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_run_that_ends_without_a_descent_says_so_once() -> None:
-    never = Thresholds(drift_stable=0.0)
+    never = Thresholds(capture_safe=1.0)
     model, optimizer = make("sgd", quick(thresholds=never, total_steps=200))
     train(model, optimizer, 220)
     [event] = [event for event in optimizer.events if event.kind == "stalled"]
-    assert event.step == 190 and "17 analyses after warmup and nothing ever acted: drift_stable" in event.reason
+    assert event.step == 190 and "17 analyses after warmup and nothing ever acted: capture_safe" in event.reason
+
+
+def test_descents_to_a_set_size_wait_for_drift_up_to_a_fifth_of_the_training() -> None:
+    never = Thresholds(drift_stable=0.0)
+    model, optimizer = make("sgd", quick(thresholds=never, total_steps=400))
+    train(model, optimizer, 79)
+    assert {row.decision.blocker.name for row in optimizer.why()} == {"drift_stable"}
+    train(model, optimizer, 1)
+    events = [event for event in optimizer.events if event.kind == "descend"]
+    assert len(events) == len(optimizer.layers) and {event.step for event in events} == {80}
+    assert all(event.reason.startswith("due, whatever its drift; capture_safe") for event in events)
+
+    model, optimizer = make("sgd", quick(thresholds=never))  # nobody knows how long it is
+    train(model, optimizer, 100)
+    assert "descend" not in {event.kind for event in optimizer.events}
 
 
 def test_warmup_is_no_stall() -> None:

@@ -169,6 +169,19 @@ def test_a_layer_that_is_to_stay_dense_stays_dense_and_says_why(rule: str, name:
     assert all(c.holds for c in decision.conditions if c.name != name)
 
 
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_where_it_is_due_only_drift_does_not_matter(rule: str) -> None:
+    due = dataclasses.replace(LAYER, due=True)
+    drifting = safe(3, reconstruction_error=0.3, subspace_drift=0.9)
+    policy = ThresholdPolicy(rule=rule)
+    assert decide(drifting, policy).blocker.name == "drift_stable"
+    decision = decide(drifting, policy, layer=due)
+    assert decision.action == Action.DESCEND and decision.reason.startswith("due, whatever its drift; ")
+    assert decide(drifting[:2], policy, layer=due).blocker.name == "patience"
+    unsafe = safe(3, reconstruction_error=0.3, capture_excess=-0.1, principal_excess=0.9)
+    assert decide(unsafe, policy, layer=due).action == Action.HOLD
+
+
 def test_it_is_never_too_late_for_factors_that_need_no_descent() -> None:
     late = dataclasses.replace(LAYER, late=True)
     assert decide(safe(3), layer=late).action == Action.FACTORIZE

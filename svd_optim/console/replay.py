@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..config import SubspaceConfig
-from ..decisions.descent_schedule import too_late
+from ..decisions.descent_schedule import due, too_late
 from ..decisions.lifecycle import GUARD, LOADED, MANUAL, PROTECTED, Lifecycle
 from ..decisions.machine import LayerLife, Trigger
 from ..records import Action, Event, LayerInfo, LayerMetrics, LayerReport, LayerState
@@ -293,8 +293,10 @@ class _Replayer:
 
     def ask(self, layer: _Layer, recorded: LayerInfo, step: int) -> None:
         """Query the policy."""
-        late = too_late(self.config, step, layer.history)
-        self.lifecycle.ask(layer, step, replace(layer.input(recorded, step), late=late))
+        asked = replace(
+            layer.input(recorded, step), late=too_late(self.config, step, layer.history), due=due(self.config, step)
+        )
+        self.lifecycle.ask(layer, step, asked)
 
     def act(self, step: int) -> None:
         """Carry out the decisions."""

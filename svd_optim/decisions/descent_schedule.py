@@ -43,6 +43,15 @@ def ending(config: SubspaceConfig, step: int, history: Sequence[LayerMetrics]) -
     return step + max(math.ceil(length / 2), min(length, config.total_steps - step))
 
 
+def due(config: SubspaceConfig, step: int) -> bool:
+    """Whether descents to a set size can't wait any longer for drift to settle: a fifth of the training is over.
+
+    While the learning rate is high drift may stay high, and a late end costs more, as then the learning rate is too low
+    to make up for it: "ours 0.5, late" in ``benchmarks/quality.py``.
+    """
+    return config.total_steps is not None and config.tolerance is None and 5 * step >= config.total_steps
+
+
 def first_action(config: SubspaceConfig) -> int:
     """The first optimizer step at which a layer may act: after the warmup and ``patience`` analyses, with a cohort."""
     every, cohort = config.analyze_every, config.cohort_steps

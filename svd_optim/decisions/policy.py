@@ -70,6 +70,8 @@ _REASONS = {
     "in_time": "in_time: too few steps of total_steps are left for its descent",
 }
 
+_DUE = ("due, whatever its drift",)
+
 RULES: dict[str, tuple[Callable[[LayerMetrics, Thresholds], Condition], ...]] = {
     # Capture sets the length of a descent and triggers growing and merging; as an entry condition it is off by default.
     "stability": (_stable, _capture_safe),
@@ -123,7 +125,7 @@ class ThresholdPolicy:
                 reason = f"in_plan: the plan keeps it dense; rank {layer.rank} would cost {cost:.2%} of the loss"
             return Decision(action=Action.HOLD, reason=reason, conditions=conditions, danger=danger)
         action = Action.DESCEND if self._has_to_descend(history, thresholds) else Action.FACTORIZE
-        reason = "; ".join(str(c) for c in conditions if c.name not in STRUCTURAL)
+        reason = "; ".join([*_DUE[: layer.due], *(str(c) for c in conditions if c.name not in STRUCTURAL)])
         return Decision(action=action, reason=reason, conditions=conditions, danger=danger)
 
     def _decide_factorized(
@@ -190,7 +192,9 @@ class ThresholdPolicy:
 
     def _conditions(self, layer: LayerInfo, history: Sequence[LayerMetrics], t: Thresholds) -> tuple[Condition, ...]:
         """All conditions at the last analysis, the structural ones first, patience last."""
-        tests = RULES[self.rule] if self.descend else (*RULES[self.rule], _reconstruction_safe)
+        tests = tuple(test for test in RULES[self.rule] if not (layer.due and test is _stable))
+        if not self.descend:
+            tests = (*tests, _reconstruction_safe)
         in_time = not (layer.late and self._has_to_descend(history, t))
         streak = 0
         for metrics in reversed(history):

@@ -55,6 +55,7 @@ class LayerInfo:
     cooldown: int = 0  # optimizer steps until it may change again
     room: int = 0  # singular directions that it may grow by within the budget
     late: bool = False  # too few optimizer steps of the training are left for its descent
+    due: bool = False  # so many are over that its descent can't wait for its drift to settle
 
     @property
     def break_even(self) -> float:

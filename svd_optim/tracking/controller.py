@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from .. import linalg
-from ..decisions.descent_schedule import too_late
+from ..decisions.descent_schedule import due, too_late
 from ..decisions.lifecycle import GUARD
 from ..decisions.machine import Trigger
 from ..distributed import world_size
@@ -249,6 +249,7 @@ class Controller(TrackedRun):
             keep_dense=layer.keep_dense,
             room=budget.room(plan, layer),
             late=too_late(self.config, self.steps, layer.history),
+            due=due(self.config, self.steps),
         )
         self.lifecycle.ask(layer, self.steps, info)
 
