@@ -147,7 +147,8 @@ class SubspaceAwareOptimizer(Optimizer):
             if layer.factorized:
                 attachment.attach(layer, self.steps)
         attachment.detach_after(self)
-        weakref.finalize(self, self._controller.taps.remove).atexit = False
+        for taps in (self._controller.taps, self._controller.slopes):
+            weakref.finalize(self, taps.remove).atexit = False
 
     # ---- the interface of Optimizer ------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class SubspaceAwareOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the sketches of factorized layers and what was sampled of dense ones."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
-        self._controller.taps.clear()
+        self._controller.clear_taps()
         self._controller.attachment.drop_sketches(list(self.layers.values()))
 
     def state_dict(self) -> dict[str, Any]:

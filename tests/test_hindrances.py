@@ -286,7 +286,7 @@ def test_a_resumed_run_that_is_told_from_then_on_is_no_subject(caplog: Log) -> N
     its.load_state_dict(optimizer.state_dict())
     for step in range(29, 60):  # the first of them ends with an analysis, before it is told
         told_afterwards(other, its, step)
-    assert not caplog.messages
+    assert not any("never told" in message for message in caplog.messages)
 
 
 def test_a_loss_that_is_first_told_after_layers_have_changed_is_in_time(caplog: Log) -> None:
@@ -294,4 +294,4 @@ def test_a_loss_that_is_first_told_after_layers_have_changed_is_in_time(caplog: 
     train(model, optimizer, 20)
     for step in range(20, 60):
         told_afterwards(model, optimizer, step)
-    assert not caplog.messages
+    assert not any("never told" in message for message in caplog.messages)

@@ -122,10 +122,14 @@ def test_layers_act_late_in_the_training_and_within_the_share() -> None:
     assert {event.layer: event.numbers["predicted_share"] for event in done} == shares
     summary = optimizer.summary()
     assert summary.predicted_share == pytest.approx(sum(shares.values()))
-    assert optimizer.plan().spent == optimizer.plan().predicted_share == summary.predicted_share
     assert summary.metrics()["svd/predicted_share"] == summary.predicted_share
+    found = {row.name: row.metrics.found_share for row in summary.layers if row.metrics is not None}
+    assert summary.metrics()["svd/found_share"] == summary.found_share == pytest.approx(sum(found.values()))
+    assert 0 < summary.found_share < 0.2 and all("found_share" in event.numbers for event in done)
+    assert optimizer.plan().spent == optimizer.plan().predicted_share == pytest.approx(summary.found_share, rel=1e-6)
     optimizer.merge_("first")
-    assert optimizer.plan().spent == optimizer.summary().predicted_share == pytest.approx(shares["second"])
+    assert optimizer.summary().predicted_share == pytest.approx(shares["second"])
+    assert optimizer.plan().spent == pytest.approx(found["second"], rel=1e-6)
 
 
 def test_a_larger_share_keeps_fewer_parameters() -> None:

@@ -222,6 +222,7 @@ class _Replayer:
                 self.schedule_end(layer)
                 continue
             event = self.recorded_event(layer, step, "factorize", "descent_extended", "descent_failed")
+            status.found_share = None if event is None else event.numbers.get("found_share")
             error = 0.0 if event is None else event.numbers["reconstruction_error"]
             outcome = self.lifecycle.descent_outcome(layer, error)
             if outcome == Trigger.DESCENT_EXACT:

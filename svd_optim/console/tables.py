@@ -196,9 +196,12 @@ def name_table(title: str, caption: Text, names: Sequence[str], strips: Sequence
 
 
 def bill(summary: Summary) -> str:
-    """What the factors were predicted to cost; empty where that is not known."""
-    predicted = summary.predicted_share
-    return "" if predicted is None else f" · predicted to cost {predicted:.2%} of the loss"
+    """What the factors were predicted to cost, and were found to; empty where that is not known."""
+    predicted, found = summary.predicted_share, summary.found_share
+    parts = [] if predicted is None else [f"predicted to cost {predicted:.2%} of the loss"]
+    if found is not None:
+        parts.append(f"found {found:.2%}" if parts else f"have cost {found:.2%} of the loss")
+    return f" · {', '.join(parts)}" if parts else ""
 
 
 def layer_table(summary: Summary, width: int | None = None) -> Table:

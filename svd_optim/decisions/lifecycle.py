@@ -185,7 +185,8 @@ class Lifecycle(Generic[L]):
         assert layer.decision is not None
         until = ending(self.config, step, layer.history)
         numbers: dict[str, float] = {"rank": layer.rank, "until_step": until, **self._predicted(layer)}
-        self._fire(layer, Trigger.DESCEND, step, "descend", layer.decision.reason, lambda: numbers, descent_end=until)
+        self._fire(layer, Trigger.DESCEND, step, "descend", layer.decision.reason, lambda: numbers,
+                   descent_start=step, descent_end=until)  # fmt: skip
 
     def descent_outcome(self, layer: L, error: float) -> Trigger:
         """How a descent that has reached its end is concluded: exact, extended or failed.
@@ -249,8 +250,9 @@ class Lifecycle(Generic[L]):
         self._fire(layer, trigger, step, "factorize", reason, lambda: numbers)
 
     def _predicted(self, layer: L) -> dict[str, float]:
-        predicted = layer.status.predicted_share
-        return {"predicted_share": predicted} if predicted else {}
+        """And found, where there was a descent."""
+        numbers = {"predicted_share": layer.status.predicted_share, "found_share": layer.status.found_share}
+        return {name: share for name, share in numbers.items() if share}
 
     def merge(self, layer: L, step: int, trigger: Trigger, reason: str) -> None:
         """A factorized layer became dense again."""

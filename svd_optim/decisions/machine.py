@@ -114,6 +114,8 @@ class LayerStatus:
     """Decisions ignore analyses up to this step: they were of another state or rank."""
     descent_end: int | None = None
     """The optimizer step at which the factors are to be installed, while the layer descends."""
+    descent_start: int = 0
+    """The step after which its last descent began."""
     extensions: int = 0
     """Number of times that the descent was extended."""
     waited: int = 0
@@ -124,6 +126,8 @@ class LayerStatus:
     """Number of times that it became dense again; each doubles the next cooldown."""
     predicted_share: float = 0.0
     """Share of the loss by which its descent, or its switch, was predicted to raise it; 0 while it is dense."""
+    found_share: float | None = None
+    """Share of the loss that its descent has added to it so far; ``None``: no descent, or no loss told."""
     in_danger: bool = False
     protection: Protection = Protection.NONE
 
@@ -211,7 +215,7 @@ class LayerLife:
         after = TRANSITIONS[trigger][before]
         status.state = after.state
         if after.state in (WARMUP, DENSE):
-            status.predicted_share = 0.0
+            status.predicted_share, status.found_share = 0.0, None
         if after.restarts:
             status.descent_end, status.extensions, status.waited = None, 0, 0
             self.restart_window()

@@ -137,12 +137,17 @@ def truncated(W: Tensor, P: Projectors) -> Basis:
     return Basis((Q @ U).contiguous(), S, Vh.mT.contiguous())
 
 
-def fade_minor_(W: Tensor, P: Projectors, share: float | Tensor) -> None:
-    """W <- W - share (I - P) W (I - Q), in place: one step of a descent. W (m, n)."""
+def minor_block(W: Tensor, P: Projectors) -> Tensor:
+    """(I - P) W (I - Q), (m, n): what the tangent space at the truncated W (m, n) does not hold."""
     A = P.L_dual.mT @ W  # (k, n)
     B = W @ P.R_dual - P.L @ (A @ P.R_dual)  # (m, k) = (I - P) W R'
     minor = torch.sub(W, P.L @ A)  # in place from here on: a second temporary of this size at most
-    W.sub_(minor.sub_(B @ P.R.mT).mul_(share))
+    return minor.sub_(B @ P.R.mT)
+
+
+def fade_minor_(W: Tensor, P: Projectors, share: float | Tensor) -> None:
+    """W <- W - share (I - P) W (I - Q), in place: one step of a descent. W (m, n)."""
+    W.sub_(minor_block(W, P).mul_(share))
 
 
 def predicted_increases(W: Tensor, L: Tensor, R: Tensor, x: Tensor, g: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class LayerMetrics:
     skew: float | None = None  # factorized: the larger of ||U^T U - I||_F and ||V^T V - I||_F
     predicted_increase: float | None = None  # of the loss, by truncation to rank k at once, in its units
     predicted_share: float | None = None  # the same, as a share of the loss
+    found_share: float | None = None  # of the loss, that its descent has added so far, by the gradients on its way
     nonfinite: int = 0  # gradients since the last analysis that contained NaN or Inf
 
     @property

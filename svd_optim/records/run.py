@@ -126,7 +126,7 @@ class Plan(Renderable):
     layers: tuple[PlannedLayer, ...]
     max_loss_increase: float | None = None  # the share of the loss that all layers may cost, if that is the target
     loss: float | None = None  # at the last analysis; None: it was not told
-    spent: float = 0.0  # share of the loss that layers in factors, or on their way, were predicted to cost
+    spent: float = 0.0  # share of the loss that layers in factors, or on their way, cost: as found, else as predicted
 
     @property
     def parameters_dense(self) -> int:
@@ -146,8 +146,8 @@ class Plan(Renderable):
 
     @property
     def predicted_share(self) -> float | None:
-        """Share of the loss that the whole plan costs: of layers in factors or on their way what was predicted when
-        they began, of the others at present; ``None``: not known of all."""
+        """Share of the loss that the whole plan costs: what :attr:`spent` is, and what the other layers are predicted
+        to cost; ``None``: not known of all."""
         begun = (LayerState.DESCENDING, LayerState.FACTORIZED)
         known = [layer.predicted_increase for layer in self.layers if layer.state not in begun]
         increase = math.fsum(x for x in known if x is not None)
@@ -265,13 +265,23 @@ class Summary(Renderable):
         known = [value for name in begun if (value := predicted.get(name)) is not None]
         return max(0.0, math.fsum(known)) if known else None
 
+    @property
+    def found_share(self) -> float | None:
+        """Share of the loss that the descents of the layers in factors, or on their way, have added to it so far.
+
+        It is the integral of the gradient along what they fade; ``None`` where there was no descent, or no loss told.
+        """
+        begun = [x for x in self.layers if x.state in (LayerState.DESCENDING, LayerState.FACTORIZED)]
+        known = [x.metrics.found_share for x in begun if x.metrics and x.metrics.found_share is not None]
+        return math.fsum(known) if known else None
+
     def metrics(self) -> dict[str, float]:
         """The last analysis as one flat dict of numbers, for any experiment tracker.
 
         ``svd/<layer>/<metric>`` for each defined field of the layer's :class:`LayerMetrics`, and for all layers
         together ``svd/parameters`` (share of their dense parameters that they have now), ``svd/factorized`` (share of
-        the layers), ``svd/overhead`` (monitoring overhead: :attr:`analysis_share`) and, where it is known,
-        ``svd/predicted_share``.
+        the layers), ``svd/overhead`` (monitoring overhead: :attr:`analysis_share`) and, where they are known,
+        ``svd/predicted_share`` and ``svd/found_share``.
         """
         dense, now = self.parameters()
         values = {
@@ -281,6 +291,8 @@ class Summary(Renderable):
         }
         if self.predicted_share is not None:
             values["svd/predicted_share"] = self.predicted_share
+        if self.found_share is not None:
+            values["svd/found_share"] = self.found_share
         for row in self.layers:
             known = {} if row.metrics is None else vars(row.metrics)
             name = row.name or "(model)"

@@ -65,7 +65,8 @@ def plan(
         keeps = _hysteresis(config, step) if hysteresis is None else hysteresis
         chosen = _within_budget(layers, candidates, fixed, config, keeps)
     else:
-        chosen = _within_loss([x for x in layers.values() if x.name not in fixed], layers, config, loss)
+        left = max(0.0, config.tolerance - spent(layers.values(), step))
+        chosen = _within_loss([x for x in layers.values() if x.name not in fixed], left, loss)
     rows = []
     for name, layer in layers.items():
         rank, why = fixed[name] if name in fixed else (chosen[name], "")
@@ -77,7 +78,7 @@ def plan(
             )
         )  # fmt: skip
     return Plan(step=step, budget=config.parameter_budget, max_loss_increase=config.tolerance, loss=loss,
-                spent=spent(layers.values()), layers=tuple(rows))  # fmt: skip
+                spent=spent(layers.values(), step), layers=tuple(rows))  # fmt: skip
 
 
 def _within_budget(
@@ -102,16 +103,13 @@ def _within_budget(
     return ranks
 
 
-def spent(layers: Iterable[TrackedLayer]) -> float:
-    """The share of the loss that layers that are in factors, or on their way, were predicted to cost."""
-    return max(0.0, math.fsum(layer.status.predicted_share for layer in layers))
+def spent(layers: Iterable[TrackedLayer], step: int) -> float:
+    """The share of the loss that layers that are in factors, or on their way, cost, as far as found; else predicted."""
+    return max(0.0, math.fsum(layer.cost(step) for layer in layers))
 
 
-def _within_loss(
-    free: Sequence[TrackedLayer], layers: Mapping[str, TrackedLayer], config: SubspaceConfig, loss: float | None
-) -> dict[str, int | None]:
+def _within_loss(free: Sequence[TrackedLayer], left: float, loss: float | None) -> dict[str, int | None]:
     """The same, within what the others have left of ``max_loss_increase``; dense where the cost is not known."""
-    left = max(0.0, (config.tolerance or 0.0) - spent(layers.values()))
     known = [layer for layer in free if layer.increases and loss is not None]
     return {layer.name: None for layer in free} | ranks_within(known, left * abs(loss or 0.0))
 

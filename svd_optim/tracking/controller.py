@@ -32,6 +32,7 @@ from .layer import TrackedLayer
 from .protecting import protect, release
 from .run import NO_GROUP, TrackedRun
 from .selection import Selection, tracked_layer
+from .slopes import add_costs, settle_costs
 from .switching import Changes, switch
 
 
@@ -123,8 +124,12 @@ class Controller(TrackedRun):
         return enter_factors_(factors, self.base, groups)
 
     def note_moves(self) -> None:
-        """Before the base optimizer's step: which descending layers it is to move."""
+        """Before the base optimizer's step: which descending layers it is to move, and what fading them costs."""
         self.moves = moved(list(self.layers.values()), self.base.param_groups)
+        if self.moves and self.measures(step := self.steps + 1):
+            ascending = {p for group in self.base.param_groups if group.get("maximize") for p in group["params"]}
+            moved_layers = [self.layers[name] for name in self.moves]
+            add_costs(moved_layers, self.slopes, step, self.measured_before(step), ascending, self.loss_scale)
 
     def leave_factors(self, batches: list[FactorBatch]) -> None:
         """After the base optimizer's step: retract. Finished batches are removed from ``batches``."""
@@ -138,7 +143,7 @@ class Controller(TrackedRun):
     def advance(self) -> None:
         """Once the layers have their new weights: descend, refresh, and analyze once per interval."""
         self.steps += 1
-        self.taps.remove()
+        self.remove_taps()
         layers = list(self.layers.values())
         for layer in layers:
             layer.restore_block_()
@@ -181,6 +186,7 @@ class Controller(TrackedRun):
 
     def _conclude_descents(self, ended: list[TrackedLayer]) -> None:
         """Install the factors of layers whose descent is exact; extend or fail the descents of the others."""
+        settle_costs(ended, self.guard)
         with self.journal.clock("descend"):
             bases, errors = truncations(ended)
         outcomes = {layer.name: self.lifecycle.descent_outcome(layer, errors[layer.name]) for layer in ended}
@@ -216,6 +222,7 @@ class Controller(TrackedRun):
                 self._act()
             warn_of_missing_loss(self)
             warn_of_missing_samples(self)
+            warn_of_cost(self)
         if boundary or self.steps < self.config.warmup:
             budget.revise_ranks_(self.layers, self.config, self.steps, self.guard.level)
         self.lifecycle.note_stall(self.steps)
@@ -320,7 +327,6 @@ class Controller(TrackedRun):
         for portion in portions:
             self._switch(portion, {}, {})
         self._switch(last, merge, ranks)
-        warn_of_cost(self)
 
     def _give_ranks(self, requests: dict[Action, list[TrackedLayer]]) -> None:
         """The planned ranks to those that start now; within a share of the loss some may have to stay dense."""

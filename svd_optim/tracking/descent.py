@@ -1,9 +1,10 @@
 """Rank descent: a dense layer keeps training while the component of its weight that rank-k factors lose fades to zero.
 
 After each step of the base optimizer the fraction 1 / (remaining steps) of the minor block (I - P) W (I - Q) is
-subtracted, so that it is zero at the end of the descent and installing the factors changes nothing. P and Q project
-onto the directions that the loss needs (:mod:`svd_optim.linalg.loss_metric`); where nothing is known of it, onto the
-singular subspaces of W. The length of a descent is determined by :mod:`svd_optim.decisions.descent_schedule`.
+subtracted, so that it is zero at the end of the descent and installing the factors changes nothing. What that adds to
+the loss is measured along the way (:mod:`.slopes`). P and Q project onto the directions that the loss needs
+(:mod:`svd_optim.linalg.loss_metric`); where nothing is known of it, onto the singular subspaces of W. The length of a
+descent is determined by :mod:`svd_optim.decisions.descent_schedule`.
 """
 
 from __future__ import annotations

@@ -125,18 +125,19 @@ def _structure(layer: TrackedLayer) -> float:
 
 
 def warn_of_cost(run: TrackedRun) -> None:
-    """Where layers begin: warn if factors are predicted to cost much, and no share of the loss was set.
+    """At an analysis: warn if factors cost much, or are predicted to, and no share of the loss was set.
 
     Again where that has doubled.
     """
-    total = spent(run.layers.values())
+    total = spent(run.layers.values(), run.steps)
     if run.config.tolerance is None and total > max(DEFAULT_INCREASE, 2 * run.cost_told) and is_main_process():
         run.cost_told = total
-        begun = sum(layer.status.predicted_share != 0 for layer in run.layers.values())
+        begun = [layer for layer in run.layers.values() if layer.cost(run.steps)]
+        predicted = any(layer.status.found_share is None for layer in begun)
         logger.warning(
-            "the factors of %d layers are predicted to cost %.1f %% of the loss, left as they are: "
-            "max_loss_increase=... in place of the target limits that; plan(budget=...) predicts it for others",
-            begun, 100 * total,
+            "the factors of %d layers %s %.1f %% of the loss, left as they are: max_loss_increase=... in place of the "
+            "target limits that; plan(budget=...) predicts it for others, with metric='loss'",
+            len(begun), "are predicted to cost" if predicted else "have cost", 100 * total,
         )  # fmt: skip
 
 

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from ..decisions.machine import LayerLife, Trigger
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState, float32_factors
-from ..linalg import Basis, LossBasis, Projectors, projectors, to_compute_dtype
+from ..linalg import Basis, LossBasis, Projectors, minor_block, projectors, to_compute_dtype
 from ..linalg.protection import Anchor, anchor_dense, anchor_factors, restore_dense_
 from ..records import LayerState
+
+
+def _has_hooks(p: Tensor) -> bool:
+    """Whether somebody else has put hooks on it (:mod:`.slopes` has its own)."""
+    hooks = (p._backward_hooks or {}).values()
+    return bool(p._post_accumulate_grad_hooks) or not all(getattr(hook, "only_measures", False) for hook in hooks)
 
 
 class LossMetric(NamedTuple):
@@ -70,6 +76,8 @@ class TrackedLayer(LayerLife):
     """(m, s): sketches of the part of normalized gradients outside the tangent space, summed over the interval."""
     idle: Tensor | None = None
     """Steps of its descent since the last analysis whose gradient was zero; 0-d int64 on the device."""
+    faded: Tensor | None = None
+    """What its descent has added to the loss since the last analysis, in its units; 0-d float64 on the device."""
     idle_known: int = 0
     """Those that the host knows of: without a gradient, frozen, or with a learning rate of 0."""
     capture: list[float] = field(default_factory=list)
@@ -117,7 +125,7 @@ class TrackedLayer(LayerLife):
     def bound(self) -> str:
         """What somebody has done to its weight or factors that would be lost in another form; empty: nothing."""
         matrices = [p for p in self.module._parameters.values() if p is not None and p is not self.module.bias]
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in matrices):
+        if any(_has_hooks(p) for p in matrices):
             return "hooks"
         return "shared memory" if any(p.device.type == "cpu" and p.is_shared() for p in matrices) else ""
 
@@ -145,6 +153,23 @@ class TrackedLayer(LayerLife):
         assert self.cached is not None
         U, _, V = self.cached.leading(self.rank)
         return Projectors.orthogonal(U, V)
+
+    def cost(self, step: int) -> float:
+        """Share of the loss: what its descent was found to cost, and of what was predicted what is still ahead.
+
+        That falls with the square of the steps that remain, as what is predicted is of second order.
+        """
+        status = self.status
+        if status.found_share is None:
+            return status.predicted_share
+        if self.state != LayerState.DESCENDING or status.descent_end is None:
+            return status.found_share
+        ahead = max(0, status.descent_end - step) / max(1, status.descent_end - status.descent_start)
+        return status.found_share + ahead**2 * status.predicted_share
+
+    def minor_block(self) -> Tensor:
+        """What of the dense weight (m, n) its factors will not hold, nor their tangent space."""
+        return minor_block(to_compute_dtype(self.module.weight.detach()), self.projectors())
 
     @property
     def anchor(self) -> Anchor | None:
@@ -181,6 +206,7 @@ class TrackedLayer(LayerLife):
             masters, bad = self.factors.masters, self.factors.nonfinite
             self.factors.masters = None if masters is None else Basis(*(t.to(W.device) for t in masters))
             self.factors.nonfinite = None if bad is None else bad.to(W.device)
+        self.faded = None if self.faded is None else self.faded.to(W.device)
 
     def restart_window(self) -> None:
         """Start a new decision window, and discard the pending result of a refresh."""
@@ -188,10 +214,10 @@ class TrackedLayer(LayerLife):
         self.pending = None
 
     def fire(self, trigger: Trigger, step: int = 0, cooldown_steps: int = 0) -> LayerState:
-        """See :meth:`LayerLife.fire`; the loss guard no longer attributes a rise to a layer that is dense again."""
+        """See :meth:`LayerLife.fire`; a rise of the loss is no longer attributed to a layer that is dense again."""
         before = super().fire(trigger, step, cooldown_steps)
         if before != self.state and self.state == LayerState.DENSE:
-            self.guarded_since = None
+            self.guarded_since = self.faded = None
         return before
 
     def set_rank(self, rank: int) -> None:
@@ -236,6 +262,11 @@ class TrackedLayer(LayerLife):
             restore_dense_(restored, self.dense_anchor)
             if restored is not W:
                 W.copy_(restored)
+
+    def count_cost(self, share: float | None) -> None:
+        """What its descent has added since the last analysis, as a share of the loss; ``None``: no loss is known."""
+        if self.faded is not None and share is not None:
+            self.status.found_share, self.faded = (self.status.found_share or 0.0) + share, None
 
     def count_idle(self, steps: int) -> None:
         """So many steps of its descent had zero gradients: it ends so much later."""

@@ -107,7 +107,7 @@ def load_run(run: TrackedRun, saved: Mapping[str, Any]) -> None:
         if layer.factorized:
             run.attachment.attach(layer, run.steps)
     forget_found(run)
-    run.taps.remove()
+    run.remove_taps()
     run.place_taps()
 
 

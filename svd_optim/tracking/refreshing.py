@@ -153,8 +153,9 @@ def analyze(
     predictions = _predictions(layers, read[len(rows) :])
     metrics = {}
     for layer, row, predicted in zip(layers, read[: len(rows)], predictions, strict=True):
-        S, (*results, idle) = row[: layer.rank], row[layer.rank :]
+        S, (*results, idle, faded) = row[: layer.rank], row[layer.rank :]
         layer.count_idle(int(idle))
+        layer.count_cost(guard.share(faded))
         metrics[layer.name] = _metrics(layer, results, predicted, guard.share(predicted), step)
         layer.spectrum = _spectrum(S, metrics[layer.name].stable_rank)
         length = max(HISTORY, config.patience)
@@ -164,7 +165,7 @@ def analyze(
 
 
 def _row(layer: TrackedLayer) -> Tensor:
-    """[*S, *pending, outside, *sums, idle] on the device, float64, (k + SCALARS + 1 + 2 + 3k + 1,)."""
+    """[*S, *pending, outside, *sums, idle, faded] on the device, float64, (k + SCALARS + 1 + 2 + 3k + 2,)."""
     assert layer.pending is not None and layer.basis is not None
     sums = layer.sums
     if sums is None:
@@ -175,7 +176,8 @@ def _row(layer: TrackedLayer) -> Tensor:
         layer.factors.nonfinite = None
     outside = sums.new_zeros(1) if layer.outside is None else linalg.energy(layer.outside)[None] / SKETCH_SIZE
     idle = sums.new_zeros(1) if layer.idle is None else layer.idle.double()[None]
-    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle])
+    faded = sums.new_zeros(1) if layer.faded is None else layer.faded[None]
+    return torch.cat([layer.basis.S[: layer.rank].double(), layer.pending, outside, sums, idle, faded])
 
 
 def _increases(layer: TrackedLayer) -> Tensor:
@@ -331,6 +333,7 @@ def _metrics(
         "skew": _none_if_nan(skew),
         "predicted_increase": predicted,
         "predicted_share": share,
+        "found_share": layer.status.found_share,
     }
     return LayerMetrics(
         step=step,

@@ -24,6 +24,7 @@ from .layer import TrackedLayer
 from .loss_guard import LossGuard
 from .loss_metric import WINDOW, Taps
 from .overhead import Overhead
+from .slopes import Slopes
 
 NO_GROUP = "its weight is in none of the optimizer's param groups any more"
 
@@ -48,6 +49,7 @@ class TrackedRun:
         self.lifecycle: Lifecycle[TrackedLayer] = Lifecycle(config, self.journal.emit)
         self.attachment = Attachment(config, base)
         self.taps = Taps()
+        self.slopes = Slopes()
         self.guard = LossGuard()
         self.alerts = AlertWatch()
         self.overhead = Overhead(config.max_overhead)
@@ -76,6 +78,10 @@ class TrackedRun:
         """Whether gradients are measured in that step."""
         return step % (self.config.measure_every * self.overhead.stretch) == 0 or step % self.interval == 0
 
+    def measured_before(self, step: int) -> int:
+        """The last step before that one in which gradients were measured; 0: there was none."""
+        return next((earlier for earlier in range(step - 1, 0, -1) if self.measures(earlier)), 0)
+
     def samples(self, step: int) -> bool:
         """Whether what the loss metric needs is sampled in that step: in each interval once, at first more often."""
         late = self.config.mode == "auto" and self.config.tolerance is not None
@@ -85,9 +91,21 @@ class TrackedRun:
         return since > 0 and not over and self.measures(step) and (step % self.interval == 0 or often)
 
     def place_taps(self) -> None:
-        """Before the passes of the next step: have it sampled, if it is time."""
+        """Before the passes of the next step: have it sampled, and what descents cost measured, if it is time."""
         if self.config.samples_loss and self.samples(self.steps + 1) and not self.unsupported_run():
             self.taps.place(self.layers.values())
+        if self.measures(self.steps + 1):
+            self.slopes.place(self.layers.values())
+
+    def clear_taps(self) -> None:
+        """Forget the passes so far: their gradients are dropped too."""
+        self.taps.clear()
+        self.slopes.clear()
+
+    def remove_taps(self) -> None:
+        """After the passes of a step."""
+        self.taps.remove()
+        self.slopes.remove()
 
     def looks_for_layers(self) -> bool:
         """Whether the next step begins with a look at the model; where nothing is tracked, no step counts."""

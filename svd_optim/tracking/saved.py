@@ -24,7 +24,7 @@ from .layer import LossMetric, TrackedLayer
 from .loss_guard import PENDING
 from .refreshing import SCALARS
 
-STATE_VERSION = 9
+STATE_VERSION = 10
 
 
 class Sizes(NamedTuple):
@@ -152,6 +152,7 @@ LAYER_FIELDS: Mapping[str, Field] = {
     "outside": _tensor("outside", lambda s: kinds.tensor(s.m, SKETCH_SIZE)),
     "idle": _tensor("idle", lambda _: kinds.dtype_and_shape(torch.int64, ())),
     "idle_known": _plain("idle_known", kinds.integer),
+    "faded": _tensor("faded", lambda _: kinds.dtype_and_shape(torch.float64, ())),
     "capture": _numbers("capture"),
     "history": Field(
         lambda x: [vars(metrics) for metrics in x.history],

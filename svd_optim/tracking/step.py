@@ -44,7 +44,10 @@ class StepInProgress:
         self._factors_left = False
         self._signals_deferred = ExitStack()
         layers = controller.layers.values()
-        self._before = [(layer, layer.cached, layer.sums, layer.outside, layer.loss_metric) for layer in layers]
+        self._before = [
+            (layer, {name: getattr(layer, name) for name in ("cached", "sums", "outside", "loss_metric", "faded")})
+            for layer in layers
+        ]
 
     def _counts(self) -> bool:
         return self.controller.has_gradients() and not all_lr_zero(self.controller.base.param_groups)
@@ -89,8 +92,8 @@ class StepInProgress:
         with self._signals_deferred:
             if error is None or self._factors_left:
                 return
-            for layer, cached, sums, outside, metric in self._before:
-                layer.cached, layer.sums, layer.outside, layer.loss_metric = cached, sums, outside, metric
+            for layer, measured in self._before:
+                vars(layer).update(measured)
             with torch.no_grad():
                 for batch in self.batches or ():
                     batch.restore_()
