@@ -266,6 +266,7 @@ def train_row(job: Job, sizes: Sizes) -> dict[str, Any]:
         "jump_percent": max((switch.jump for switch in watch.switches), default=0.0),
         "switched_at": switched_at(wrapper.events) if wrapper else at if row.form else None,
         "predicted_share": wrapper.summary().predicted_share if wrapper else None,
+        "found_share": wrapper.summary().found_share if wrapper else None,
         "monitoring_share": wrapper.summary().analysis_share if wrapper else None,  # of the time
     }
 

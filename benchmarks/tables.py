@@ -110,9 +110,9 @@ def jump(line: dict[str, Any]) -> str:
     return signed(max(of_line(line, "jump_percent")), 3) if mean(of_line(line, "switched_at")) is not None else ""
 
 
-def predicted(line: dict[str, Any]) -> str:
-    """Share of the loss that the factors were predicted to cost, where that was known."""
-    share = mean(of_line(line, "predicted_share"))
+def cost(line: dict[str, Any], name: str) -> str:
+    """Share of the loss that the factors were predicted to cost, or found to, in percent, where that was known."""
+    share = mean(of_line(line, name))
     return "" if share is None else signed(100 * share)
 
 
@@ -123,14 +123,16 @@ def headline(results: Results) -> str | None:
     if not lines:
         return None
     columns = ("run", "learning rate", "seeds", "bits per byte", "to dense, %", "matrix parameters", "resident, MB",
-               "operations, % of dense", "switched at step", "jump, %", "predicted, %")  # fmt: skip
+               "operations, % of dense", "switched at step", "jump, %", "predicted, %",
+               "measured, %")  # fmt: skip
     dense = {line["optimizer"]: mean(of_line(line, "operations")) for line in lines if line["row"] == "dense"}
     rows = [
         (run_name(line), learning_rate(line), str(len(line["results"])), f"{mean(of_line(line, 'bpb')):.4f}",
          to_dense(line), f"{mean(of_line(line, 'parameters')):,.0f}",
          f"{(mean(of_line(line, 'resident_bytes')) or 0) / 1e6:.1f}",
          share_of(mean(of_line(line, "operations")), dense.get(line["optimizer"])),
-         number(mean(of_line(line, "switched_at")), ".0f"), jump(line), predicted(line))
+         number(mean(of_line(line, "switched_at")), ".0f"), jump(line),
+         cost(line, "predicted_share"), cost(line, "found_share"))
         for line in lines
     ]  # fmt: skip
     return table(columns, rows)
@@ -447,7 +449,8 @@ SECTIONS = (
         "optimizer state, and all that the wrapper keeps) are those of the tracked matrices, at the end. Switched: "
         "the mean step at which weights went into factors, by the numbers in them. Operations are those of the "
         "matrices in forward and backward passes. Jump: the largest rise of validation loss at a switch. Predicted: "
-        "what the factors were predicted to cost when their descents began, of the training loss.",
+        "what the factors were predicted to cost when their descents began, of the training loss; measured: what "
+        "their descents have added to it, as the run itself measures it.",
         headline),
     Section("Quality at 5 tokens a parameter", "quality_5.json", "quality.py --regime 5 --json FILE",
         "The same at the beginning of such a training, with a learning rate that has fallen to zero by its end.",

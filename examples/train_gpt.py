@@ -125,6 +125,7 @@ class Switch:
     before: float  # bits per byte
     after: float  # bits per byte
     predicted: float  # cost of their factors, descents included, as a share of the training loss; 0: not known
+    found: float  # the same, as measured in their descents
 
     @property
     def jump(self) -> float:
@@ -141,21 +142,26 @@ class SwitchWatch(Listener):
         self.seconds = 0.0  # spent here, inside the optimizer's step: not its cost
         self._before = math.nan
         self._predicted: dict[str, float] = {}  # by layer, when its descent began
+        self._found: dict[str, float] = {}  # by layer, at its end
 
     def on_event(self, event: Event) -> None:
         if event.kind == "descend":
             self._predicted[event.layer] = event.numbers.get("predicted_share", 0.0)
+        if event.kind == "factorize":
+            self._found[event.layer] = event.numbers.get("found_share", 0.0)
 
     def before_switch(self, step: int, layers: tuple[str, ...]) -> None:
         self._before = self._validate()
 
     def after_switch(self, step: int, layers: tuple[str, ...]) -> None:
-        predicted = math.fsum(self._predicted.pop(layer, 0.0) for layer in layers)
-        switch = Switch(
-            step=step, layers=tuple(layers), before=self._before, after=self._validate(), predicted=predicted
+        predicted, found = (
+            math.fsum(costs.pop(layer, 0.0) for layer in layers) for costs in (self._predicted, self._found)
         )
+        switch = Switch(step=step, layers=tuple(layers), before=self._before, after=self._validate(),
+                        predicted=predicted, found=found)  # fmt: skip
         self.switches.append(switch)
-        cost = f"; predicted to cost {predicted:.2%}, descent included" if predicted else ""
+        cost = f"; their descents cost {found:.2%}" if found else ""
+        cost += f" (predicted {predicted:.2%})" if predicted else ""
         self.console.print(
             f"step {step}: {len(layers)} layers switched; validation {switch.before:.4f} -> "
             f"{switch.after:.4f} bits per byte ({switch.jump:+.3f} %){cost}",
@@ -304,6 +310,9 @@ def results(
         "switch events": len(watch.switches),
         "predicted cost of the factors, % of the loss": (
             None if summary is None or summary.predicted_share is None else 100 * summary.predicted_share
+        ),
+        "cost that their descents were found to have, % of the loss": (
+            None if summary is None or summary.found_share is None else 100 * summary.found_share
         ),
         "largest jump of validation at an event, %": max((s.jump for s in watch.switches), default=None),
         "share of time spent in analysis": summary.analysis_share if summary else 0.0,
