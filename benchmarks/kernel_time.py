@@ -10,8 +10,8 @@
 - measure: the alignments of a gradient, against the explicit projections of the Phase 1 experiment (its SVD apart).
 - layer: forward + backward of a linear layer inside factors at half its parameters, against dense, and the
   optimizer's step of each, with the retraction.
-- retract: bringing factors back to rank k after a step, one layer or a batch: by Gram matrices, which is what a step in
-  float32 takes on a CPU unless a layer is too ill-conditioned, by QR, and by a full SVD of the product.
+- retract: bringing factors back to rank k after a step, one layer or a batch: by columns, which is what a step takes
+  unless a layer is too ill-conditioned, by QR and an SVD, and by a full SVD of the product.
 
 Rivals take turns, round by round; times are medians, ratios medians of ratios of the same round. "Bound" is the larger
 of operations over the measured matmul rate and bytes over the measured bandwidth: the time without which it can't be
@@ -298,15 +298,16 @@ def retract(args: argparse.Namespace, machine: Machine) -> Iterator[Line]:
             K = K + 0.01 * random(b, m, k, device=args.device) * K.std()
             L = linalg.project_off(0.01 * random(b, n, k, device=args.device) * K.std(), V)
             ways: dict[str, Callable[[], Basis]] = {
-                "Gram matrices": lambda K=K, L=L, U=U, V=V: linalg.quick_retract(K, L, U, V, torch.float32).basis,
-                "their eigenvectors in float64": lambda K=K, L=L, U=U, V=V: linalg.quick_retract(K, L, U, V).basis,
+                "columns": lambda K=K, L=L, U=U, V=V: (
+                    linalg.retract_columns(K, L, U, V, linalg.orthonormalizer(U)).factors
+                ),
                 "QR, QR, SVD": lambda K=K, L=L, U=U, V=V: linalg.retract(K, L, U, V),
                 "full SVD": lambda K=K, L=L, U=U, V=V, k=k: linalg.exact_basis(K @ V.mT + U @ L.mT, k),
             }
             product = K.double() @ V.double().mT + U.double() @ L.double().mT
             errors = {}
             for way, call in ways.items():
-                new = Basis(*(t.double() for t in call()))
+                new = linalg.diagonalized(Basis(*(t.double() for t in call())))
                 skew = max(float((Q.mT @ Q - torch.eye(k, device=args.device)).abs().max()) for Q in (new.U, new.V))
                 gone = torch.linalg.matrix_norm((new.U * new.S.unsqueeze(-2)) @ new.V.mT - product)
                 errors[way] = {"skew": skew, "lost": float((gone / torch.linalg.matrix_norm(product)).max())}

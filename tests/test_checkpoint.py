@@ -258,12 +258,12 @@ def test_a_model_alone_restores_its_structure_by_a_hook() -> None:
 @pytest.mark.parametrize("base", ["adamw", "muon"])
 def test_distributed_checkpoint_helpers_carry_a_run_across_a_switch(base: str, flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    model, optimizer = make(base, manual())
+    model, optimizer = make(base, manual(analyze_every=50))  # which begin anew
     train(model, optimizer, 3)
     optimizer.factorize_("up")
     train(model, optimizer, [3])
     of_model, of_optimizer = copy.deepcopy(get_state_dict(model, optimizer, options=options))
-    other, fresh = make(base, manual(), seed=3)
+    other, fresh = make(base, manual(analyze_every=50), seed=3)
     set_model_state_dict(other, of_model)
     set_optimizer_state_dict(other, fresh, of_optimizer, options=options)
     train(model, optimizer, [4, 5])

@@ -250,13 +250,14 @@ def test_a_state_of_another_version_is_refused(mutable: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "match"),
     [
-        ("up.U", lambda X: X * math.nan, "layer 'up': U is not orthonormal"),
+        ("up.U", lambda X: X * math.nan, "layer 'up': U has no unit columns"),
         ("up.S", lambda X: X * math.inf, r"'up\.S' holds NaN or Inf"),
         ("up.V", lambda X: X * 1.1, "layer 'up': V is not orthonormal"),
         ("up.U", lambda X: X[:, :-1], r"layer 'up': U is not of shape \(64, \d+\)"),
         ("up.bias", lambda X: X[:-1], r"'up\.bias' has shape \(63,\), the model's has \(64,\)"),
         ("head.weight", lambda X: X.double(), r"'head\.weight' is torch\.float64"),
-        ("mid.U", lambda X: X[[1, 0, *range(2, len(X))]] * 2, "not orthonormal"),
+        ("mid.U", lambda X: X[[1, 0, *range(2, len(X))]] * 2, "no unit columns"),
+        ("mid.U", lambda X: X[:, [0, 0, *range(2, X.shape[1])]], "dependent columns"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from svd_optim import SubspaceAwareOptimizer, export_dense
 from svd_optim.factors import FactorizedLinear, factorize_
-from svd_optim.linalg import factored_gradient_energies, project_off, retract
+from svd_optim.linalg import factored_gradient_energies, orthonormalizer, project_off, retract
 
 F64 = torch.float64
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -39,7 +39,7 @@ class Twin(nn.Module):
     def __init__(self, layer: FactorizedLinear) -> None:
         super().__init__()
         U, S, V = (p.detach().double() for p in (layer.U, layer.S, layer.V))
-        self.register_buffer("U0", U)
+        self.register_buffer("U0", U @ orthonormalizer(U))
         self.register_buffer("V0", V)
         self.K, self.L = nn.Parameter(U * S), nn.Parameter(torch.zeros_like(V))
         self.W0 = nn.Parameter(torch.zeros(len(U), len(V), dtype=F64))  # its gradient is that of W

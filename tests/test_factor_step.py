@@ -25,7 +25,7 @@ from svd_optim.factors.tangent_step import (
     update_scales,
     write_,
 )
-from svd_optim.linalg import Basis, exact_basis, project_off, retract
+from svd_optim.linalg import Basis, diagonalized, exact_basis, orthonormalizer, project_off, retract
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -95,11 +95,16 @@ def norm(X: Tensor) -> float:
 
 
 def assert_valid(layer: FactorState, tolerance: float = 1e-5) -> None:
+    """V is orthonormal, U has unit columns and an orthonormal basis; diagonalized, they are singular triplets."""
     U, S, V = float32_factors(layer.module, layer.masters)
     eye = torch.eye(S.shape[0], dtype=F64)
-    for Q in (U.double(), V.double()):
+    for Q in ((U @ orthonormalizer(U)).double(), V.double()):
         assert (Q.mT @ Q - eye).abs().max() < tolerance
-    assert (S >= 0).all() and (S.diff() <= 0).all()
+    assert (torch.linalg.vector_norm(U.double(), dim=0) - 1).abs().max() < tolerance and (S >= 0).all()
+    new = diagonalized(Basis(U, S, V))
+    for Q in (new.U.double(), new.V.double()):
+        assert (Q.mT @ Q - eye).abs().max() < tolerance
+    assert (new.S >= 0).all() and (new.S.diff() <= 0).all()
 
 
 # ---- plain SGD is Riemannian gradient descent ------------------------------------------------------

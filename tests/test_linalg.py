@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers import slow_except
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,9 +17,11 @@ from svd_optim.linalg import (
     Basis,
     GradientEnergies,
     Projectors,
+    Retraction,
     alignments,
     chance_corrected,
     complement,
+    diagonalized,
     energy,
     exact_basis,
     factored_gradient_energies,
@@ -26,11 +29,12 @@ from svd_optim.linalg import (
     finite,
     first_basis,
     gradient_energies,
+    orthonormalizer,
     project_off,
-    quick_retract,
     reconstruction_error,
     refresh_basis,
     retract,
+    retract_columns,
     subspace_change,
 )
 from svd_optim.linalg.bases import EXACT_BELOW
@@ -723,61 +727,109 @@ def test_the_retraction_of_a_batch_is_that_of_its_members() -> None:
         assert close(product(Basis(*(t[i] for t in new))), product(one), 1e-10)
 
 
-def quick_case(
-    shape: tuple[int, int, int], seed: int, scale: float, step: float
+def columns_case(
+    shape: tuple[int, int, int], seed: int, scale: float, step: float, turned: float = 0.3
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(K, L, U, V) after a step whose update of L has a part in span(V), too."""
+    """(K, L, U, V) after a step whose update of L has a part in span(V), from unit columns U that are no basis."""
     m, n, k = shape
     U, S, V = point(seed, m, n, k, torch.float32)
+    U = U @ (torch.eye(k) + turned / k * random(seed + 4, k, k))
+    U /= torch.linalg.vector_norm(U, dim=0)
     return (U * S + step * random(seed + 2, m, k)) * scale, step * random(seed + 3, n, k) * scale, U, V
 
 
+def retracted(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Retraction:
+    return retract_columns(K, L, U, V, orthonormalizer(U))
+
+
 @given(shapes(), SEEDS, SCALES, st.sampled_from([0.0, 0.01, 0.3, 1.0, 30.0]))
-def test_the_quick_retraction_is_the_same_where_it_says_so(
+def test_the_retraction_of_columns_is_that_by_qr_where_it_says_so(
     shape: tuple[int, int, int], seed: int, scale: float, step: float
 ) -> None:
-    """Against QR in float64; orthonormal as float32 is, times what it says that errors are amplified by."""
-    K, L, U, V = quick_case(shape, seed, scale, step)
-    new, of_U, of_V, amplified = quick_retract(K, L, U, V)
+    """Against QR in float64; V orthonormal as float32 is, times what it says that errors are amplified by."""
+    K, L, U, V = columns_case(shape, seed, scale, step)
+    new, of_U, of_V, amplified = retracted(K, L, U, V)
     if not float(amplified) <= 30.0:
         return
+    bound = float(amplified)
     K, L, U, V = (X.double() for X in (K / scale, L / scale, U, V))
-    twin = retract(K, project_off(L, V), U, V)
-    assert_valid(new, 3e-7 * len(V) ** 0.5 * max(5.0, float(amplified)))
-    assert close(product(new) / scale, product(twin), 1e-5 * float(amplified))
-    assert close(new.S / scale, twin.S, 1e-5 * float(amplified))
-    for turn, old, turned in ((of_U, U, new.U), (of_V, V, new.V)):
-        assert close(turn, old.mT @ turned.double(), 3e-6 * float(amplified), floor=3e-6 * float(amplified))
+    U0 = U @ orthonormalizer(U)
+    twin = retract(K, project_off(L, V), U0, V)
+    assert close(product(new) / scale, product(twin), 1e-5 * bound)
+    eye, basis = torch.eye(len(new.S)).double(), (new.U @ orthonormalizer(new.U)).double()
+    assert float((new.V.double().mT @ new.V.double() - eye).abs().max()) < 3e-7 * len(V) ** 0.5 * max(5.0, bound)
+    assert float((basis.mT @ basis - eye).abs().max()) < 3e-7 * len(U) ** 0.5 * max(5.0, bound)
+    assert float((torch.linalg.vector_norm(new.U.double(), dim=0) - 1).abs().max()) < 1e-6
+    triplets = diagonalized(new)
+    assert_valid(triplets, 3e-7 * len(V) ** 0.5 * max(5.0, bound))
+    assert close(triplets.S / scale, twin.S, 1e-5 * bound)
+    for turn, old, turned in ((of_U, U0, basis), (of_V, V, new.V.double())):
+        assert close(turn, old.mT @ turned, 3e-6 * bound, floor=3e-6 * bound)
 
 
-def test_small_steps_are_retracted_quickly() -> None:
+def test_small_steps_are_retracted_by_columns() -> None:
     """Else the last test tests little."""
     for seed in range(20):
-        assert float(quick_retract(*quick_case((40, 30, 8), seed, 1.0, 0.1)).amplification) < 3.0
+        assert float(retracted(*columns_case((40, 30, 8), seed, 1.0, 0.1)).amplification) < 6.0
+
+
+@pytest.mark.parametrize("spread", slow_except(30.0, 1000.0, of=[2.0, 30.0, 300.0, 1000.0, 1e5]))
+@pytest.mark.parametrize("step", [0.01, 1.0, 10.0])
+def test_chains_of_steps_lose_less_than_by_qr_however_far_apart_singular_values_are(spread: float, step: float) -> None:
+    """20 steps of up to ten times the smallest singular value, between two diagonalizations."""
+    m, n, k = 120, 90, 30
+    U, V = orthonormal(0, m, k, torch.float64), orthonormal(1, n, k, torch.float64)
+    exact = Basis(U, torch.logspace(0, -math.log10(spread), k, dtype=torch.float64), V)
+    columns = by_qr = Basis(*(t.float() for t in exact))
+    for i in range(20):
+        G = random(i + 2, m, n, dtype=torch.float64)
+        G *= step * exact.S[-1] / (m**0.5 + n**0.5)
+        exact = retract(exact.U * exact.S + G @ exact.V, project_off(G.mT @ exact.U, exact.V), exact.U, exact.V)
+        U, S, V = columns
+        T, H = orthonormalizer(U), G.float()
+        columns = retract_columns(U * S + H @ V, H.mT @ (U @ T), U, V, T).factors
+        U, S, V = by_qr
+        by_qr = retract(U * S + H @ V, project_off(H.mT @ U, V), U, V)
+    lost = [float((product(x) - product(exact)).norm() / product(exact).norm()) for x in (columns, by_qr)]
+    assert lost[0] < 1e-5 and lost[0] < lost[1]
+    assert_valid(diagonalized(columns), 1e-5)
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_stay_orthonormal() -> None:
+    m, n, k = 24, 20, 6
+    U, S, V = point(0, m, n, k, torch.float32)
+    for i in range(10_000):
+        T = orthonormalizer(U)
+        K, L = U * S + 0.02 * random(2 * i, m, k) - 0.01 * U * S, 0.02 * random(2 * i + 1, n, k)
+        new = retract_columns(K, L, U, V, T)
+        assert float(new.amplification) < 30
+        U, S, V = diagonalized(new.factors) if i % 20 == 19 else new.factors
+    assert_valid(diagonalized(Basis(U, S, V)), 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("lost", [1, 2, 4])
-def test_the_quick_retraction_knows_when_rank_is_lost(lost: int, scale: float) -> None:
+def test_the_retraction_of_columns_knows_when_rank_is_lost(lost: int, scale: float) -> None:
     U, _, V = point(0, 12, 10, 4, torch.float32)
     S = torch.tensor([2.0, 1.5, 1.0, 0.5]) * (torch.arange(4) < 4 - lost) * scale
-    assert not quick_retract(U * S, torch.zeros(10, 4), U, V).amplification <= 30.0
+    assert not retracted(U * S, torch.zeros(10, 4), U, V).amplification <= 30.0
     K = U * 2.0 * scale
     K[:, 1] = K[:, 0]
-    assert not quick_retract(K, torch.zeros(10, 4), U, V).amplification <= 30.0
+    assert not retracted(K, torch.zeros(10, 4), U, V).amplification <= 30.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_layer_that_is_not_finite_leaves_the_others_of_its_quick_batch_alone(which: int, bad: float) -> None:
-    parts = [quick_case((9, 7, 3), 10 * i, 1.0, 0.1) for i in range(3)]
+def test_a_layer_that_is_not_finite_leaves_the_others_of_its_batch_alone(which: int, bad: float) -> None:
+    parts = [columns_case((9, 7, 3), 10 * i, 1.0, 0.1) for i in range(3)]
     batch = [torch.stack(x) for x in zip(*parts, strict=True)]
     batch[which][1, 2, 0] = bad
-    new = quick_retract(*batch)
+    new = retracted(*batch)
     assert (new.amplification <= 30.0).tolist() == [True, False, True]
     for i in (0, 2):
-        one = quick_retract(*parts[i])
-        assert close(product(Basis(*(t[i] for t in new.basis))), product(one.basis), 1e-5)
+        one = retracted(*parts[i])
+        assert close(product(Basis(*(t[i] for t in new.factors))), product(one.factors), 1e-5)
 
 
 @given(shapes(), SEEDS)

@@ -81,7 +81,7 @@ def test_a_factorized_step_needs_one_copy_of_the_factors_and_a_portion(
         monkeypatch.setattr(matrices, "PORTION_BYTES", 3 * each)
         give_gradients(model)
         needed[count] = (peak_of(optimizer.step) - factors_of(model)) / (3 * each)
-    assert needed[6] < 8  # of a portion: its new factors, and before and after its moments
+    assert needed[6] < 9  # of a portion: its new factors and bases, and before and after its moments
     assert needed[30] == pytest.approx(needed[6], abs=0.2)
 
 
@@ -92,7 +92,7 @@ def test_low_precision_factors_are_not_copied_as_their_masters_are_a_copy(monkey
     monkeypatch.setattr(matrices, "PORTION_BYTES", 3 * each)
     give_gradients(model)
     # New masters take the place of those from before, whose release is not seen here.
-    assert peak_of(optimizer.step) < 30 * each + 9 * 3 * each
+    assert peak_of(optimizer.step) < 30 * each + 11 * 3 * each
 
 
 @pytest.mark.slow

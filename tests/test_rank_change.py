@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from svd_optim import LayerOverride, Listener, SubspaceAwareOptimizer, Thresholds
+from svd_optim.factors.diagonal import diagonalize_
 from svd_optim.factors.moments import SECOND, join
 from svd_optim.factors.tangent_step import float32_factors
 from svd_optim.linalg import Basis
@@ -67,6 +68,8 @@ def in_factors(base: str, rank: int = 6, dtype: torch.dtype = torch.float32) -> 
     train(model, optimizer, 8)
     model.zero_grad()
     loss_of(model, 8).backward()
+    with torch.no_grad():
+        diagonalize_([layer.factors for layer in optimizer.layers.values() if layer.factors], optimizer.state)
     return model, optimizer
 
 

@@ -22,7 +22,7 @@ class Owner:
         self._base = weakref.ref(base)
 
     def transport_(self, U: nn.Parameter, V: nn.Parameter, old: Basis, new: Basis) -> None:
-        """Carry moments and a pending gradient of the factors U and V from the bases ``old`` to ``new``."""
+        """Carry moments and a pending gradient of the factors U and V from the orthonormal bases ``old`` to ``new``."""
         base = self._base()
         if U.grad is not None and V.grad is not None:
             U.grad, V.grad = transport_first(U.grad, V.grad, old.U, old.V, new.U, new.V)

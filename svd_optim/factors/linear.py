@@ -5,14 +5,16 @@ Its gradients come in two conventions. As an ordinary module it has the true one
 optimizer updates, in the units of W:
 
     U.grad = G V                    (m, k), the gradient of K = U diag(S)
-    V.grad = (I - V V^T) G^T U      (n, k), the gradient of L, which starts at 0 each step
+    V.grad = (I - V V^T) G^T U0     (n, k), the gradient of L, which starts at 0 each step
     S.grad = None
 
-with G the gradient of W. The sum of their squared norms is that of the projection of G onto the tangent space of the
-rank-k matrices (Vandereycken, SIAM J. Optim. 23 (2013)), so a global gradient norm is comparable before and after a
-switch: it is the part of the dense norm that the factors can follow, without the factor S of the true gradients.
+with G the gradient of W, and U0 = U T an orthonormal basis of what the columns of U span: these are of unit length, and
+orthogonal where U, S and V are singular triplets, but need not be between analyses (:mod:`.tangent_step`). The sum of
+the squared norms of the gradients is that of the projection of G onto the tangent space of the rank-k matrices
+(Vandereycken, SIAM J. Optim. 23 (2013)), so a global gradient norm is comparable before and after a switch: it is the
+part of the dense norm that the factors can follow, without the factor S of the true gradients.
 
-In other words, W is a function of K and L, with the bases held fixed as U0 and V0:
+In other words, W is a function of K and L, with the bases held fixed as U0 and V0 = V:
 
     W(K, L) = K V0^T + U0 ((I - V0 V0^T) L)^T    at K = U diag(S), L = 0.
 
@@ -36,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..linalg import Basis, exact_basis, full_precision, project_off, to_compute_dtype
+from ..linalg import Basis, exact_basis, full_precision, orthonormalizer, project_off, to_compute_dtype
 from .claims import owner_of
 from .readonly import NOT_WRITABLE, ReadOnlyWeight
 
@@ -50,14 +52,14 @@ class _Tangent(NamedTuple):
 
     K: Tensor  # (m, k + s), [U diag(S), sketch]; derivatives go to the parameter U and to the sketch
     L: Tensor  # (n, k), (I - V0 V0^T) L = 0; derivatives go to the parameter V
-    U0: Tensor  # (m, k)
+    U0: Tensor  # (m, k), orthonormal
     V0: Tensor  # (n, k + s), [V0, Omega]
 
     @classmethod
-    def of(cls, U: Tensor, S: Tensor, V: Tensor, sketch: Tensor, Omega: Tensor) -> Self:
-        U0, V0 = U.detach(), V.detach()
-        K, L = U0 * S.detach() + (U - U0), project_off(V - V0, V0)
-        return cls(torch.cat([K, sketch], dim=1), L, U0, torch.cat([V0, Omega], dim=1))
+    def of(cls, U: Tensor, S: Tensor, V: Tensor, sketch: Tensor, Omega: Tensor, T: Tensor) -> Self:
+        columns, V0 = U.detach(), V.detach()
+        K, L = columns * S.detach() + (U - columns), project_off(V - V0, V0)
+        return cls(torch.cat([K, sketch], dim=1), L, columns @ T, torch.cat([V0, Omega], dim=1))
 
     def weight(self) -> Tensor:
         """W, (m, n)."""
@@ -76,19 +78,21 @@ class _TangentLinear(torch.autograd.Function):
     """y = x V diag(S) U^T, with the gradients of K and L (see the module) and the sketch G Omega."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, sketch: Tensor, Omega: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, U: Tensor, S: Tensor, V: Tensor, sketch: Tensor, Omega: Tensor, T: Tensor
+    ) -> Tensor:
         k = V.shape[1]
         H = x @ torch.cat([V, Omega], dim=1)  # (..., k + s): the projections of x on V and Omega
-        ctx.save_for_backward(x, U, S, V, sketch, Omega, H)
+        ctx.save_for_backward(x, U, S, V, sketch, Omega, T, H)
         return F.linear(H[..., :k] * S, U)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, U, S, V, sketch, Omega, H = ctx.saved_tensors
+        x, U, S, V, sketch, Omega, T, H = ctx.saved_tensors
         k = V.shape[1]
         tangent = None
         if torch.is_grad_enabled():  # create_graph=True: the same gradients as functions of x, dy, K and L
-            tangent = _Tangent.of(U, S, V, sketch, Omega)
+            tangent = _Tangent.of(U, S, V, sketch, Omega, T)
             U, V, H = tangent.U0, tangent.V0[:, :k], x @ tangent.V0
         Z = dy @ U  # (..., k)
         dx = G_K = G_L = G_sketch = None
@@ -99,15 +103,18 @@ class _TangentLinear(torch.autograd.Function):
             G_both = dy.mT @ H  # (m, k + s) = G [V, Omega]
             G_K, G_sketch = G_both[:, :k], G_both[:, k:]
         if ctx.needs_input_grad[3]:
-            G_L = x.mT @ Z  # (n, k) = G^T U
+            G_L = x.mT @ Z if tangent else x.mT @ Z @ T  # (n, k) = G^T U0
             G_L = G_L - V @ (V.mT @ G_L)
-        return dx, G_K, None, G_L, G_sketch, None
+        return dx, G_K, None, G_L, G_sketch, None, None
 
 
 def function_is_opaque() -> bool:
     """Whether something is at work that can't look into a custom Function: torch.func, forward mode or a tracer."""
     # For the first two torch has no public question.
     return _is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_OF_THE_OPTIMIZER = ("tangent", "owner", "Omega", "sketch", "_T")  # attributes of a layer while one trains it
 
 
 class FactorizedLinear(nn.Linear):
@@ -143,6 +150,7 @@ class FactorizedLinear(nn.Linear):
     owner: object = None
     sketch: Tensor | None = None  # (out_features, s), a leaf that collects G Omega in its .grad
     Omega: Tensor | None = None  # (in_features, s)
+    _T: tuple[Tensor, int, Tensor] | None = None  # U, its version, and T for that
 
     def __init__(
         self,
@@ -171,6 +179,14 @@ class FactorizedLinear(nn.Linear):
             data = factor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
             self.register_parameter(name, nn.Parameter(data))
         self.register_parameter("bias", bias)
+
+    def orthonormalizer(self) -> Tensor:
+        """T (rank, rank), upper triangular, such that U T is orthonormal: for singular triplets I, up to rounding."""
+        U = self.U
+        if self._T is None or not (torch.compiler.is_compiling() or (self._T[0] is U and self._T[1] == U._version)):
+            with torch.no_grad(), full_precision():
+                self._T = U, U._version, orthonormalizer(to_compute_dtype(U.detach()))
+        return self._T[2]
 
     @property
     def rank(self) -> int:
@@ -221,7 +237,8 @@ class FactorizedLinear(nn.Linear):
             raise ValueError(f"set_weight_: W must be a real matrix of shape {shape}, got {W.dtype} {tuple(W.shape)}")
         if not torch.isfinite(W).all():
             raise ValueError(f"set_weight_: W of shape {shape} holds NaN or Inf")
-        old = Basis(*(to_compute_dtype(p).clone() for p in (self.U, self.S, self.V)))
+        U, S, V = (to_compute_dtype(p) for p in (self.U, self.S, self.V))
+        old = Basis(U @ self.orthonormalizer(), S.clone(), V.clone())
         new = exact_basis(W.to(self.U.device, torch.promote_types(W.dtype, old.U.dtype)), self.rank)
         new = Basis(*(factor.to(old.U.dtype) for factor in new))
         for parameter, factor in zip((self.U, self.S, self.V), new, strict=True):
@@ -248,7 +265,7 @@ class FactorizedLinear(nn.Linear):
             Omega: (in_features, s), standard normal, in the parameters' dtype.
             owner: identifies the caller, so that it detaches the layer only if no other one has attached it since.
         """
-        for name in ("tangent", "owner", "Omega", "sketch"):
+        for name in _OF_THE_OPTIMIZER:
             self.__dict__.pop(name, None)
         if Omega is not None:
             self.tangent, self.owner, self.Omega = True, owner, Omega
@@ -264,11 +281,11 @@ class FactorizedLinear(nn.Linear):
         return self.S.detach() if self.tangent else self.S
 
     def _tangent_factors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """U, S, V, sketch, Omega as :class:`_Tangent` takes them."""
+        """U, S, V, sketch, Omega, T as :class:`_Tangent` takes them."""
         assert self.sketch is not None and self.Omega is not None
         # A tracer takes the sketch for a constant, which must not require a gradient.
         sketch = self.Omega.new_zeros(self.out_features, self.Omega.shape[1]) if _is_tracing() else self.sketch
-        return tuple(t.to(dtype) for t in (self.U, self.S, self.V, sketch, self.Omega))
+        return tuple(t.to(dtype) for t in (self.U, self.S, self.V, sketch, self.Omega, self.orthonormalizer()))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
@@ -305,6 +322,6 @@ class FactorizedLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle belongs to no optimizer: it has true gradients until one attaches it.
         state = self.__dict__.copy()
-        for name in ("tangent", "owner", "Omega", "sketch"):
+        for name in _OF_THE_OPTIMIZER:
             state.pop(name, None)
         return state

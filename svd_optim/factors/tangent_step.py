@@ -1,10 +1,13 @@
 """The tangent step: an ordinary step of any base optimizer, taken within the tangent space at U diag(S) V^T.
 
 During the base optimizer's step the parameters of a factorized layer hold K = U diag(S) instead of U and 0 (called L)
-instead of V; their gradients are G V and (I - V V^T) G^T U (:mod:`.linear`). Both are in the units of W, so learning
-rate, momentum and weight decay keep their meaning. Then K V^T + U L^T is retracted to rank k (:mod:`..linalg`), and the
-optimizer's moments are transported to the new bases. For plain SGD this is Riemannian gradient descent on the manifold
-of rank-k matrices (Vandereycken, SIAM J. Optim. 23 (2013)), up to the O(lr^2) difference between retractions.
+instead of V. With U0 = U T orthonormal their gradients are G V and (I - V V^T) G^T U0 (:mod:`.linear`). Both are in the
+units of W, so learning rate, momentum and weight decay keep their meaning. Then K V^T + U0 L^T is retracted to rank k
+(:mod:`..linalg`), and the optimizer's moments are transported to the new bases. Between two analyses the columns of U
+are of unit length and nearly orthogonal, and are what they were, but for the steps: so second moments, which belong to
+entries, stay where they belong. At an analysis U, S and V become singular triplets again (:mod:`.diagonal`). For plain
+SGD this is Riemannian gradient descent on the manifold of rank-k matrices (Vandereycken, SIAM J. Optim. 23 (2013)), up
+to the O(lr^2) difference between retractions.
 
 The retraction costs the same whatever the number of tokens in a step: with few of them it can
 take longer than the dense step would have.
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..linalg import Basis, project_off, quick_retract, retract
+from ..linalg import Basis, project_off, retract
 from ..linalg.fallback import LinAlgError, with_float64_fallback
 from ..linalg.protection import Anchor, restored_factors
 from .linear import FactorizedLinear
@@ -59,6 +62,9 @@ class FactorState:
     module: FactorizedLinear
     masters: Basis | None = None  # float32, only under lower-precision parameters
     nonfinite: Tensor | None = None  # number of steps skipped because of NaN or Inf; 0-d int64, on the device
+    diagonal: bool = False  # whether U, S, V are its singular triplets
+    exact: bool = False  # retracted by QR, until the next analysis
+    turned_away: Tensor | None = None  # whether a step since the last analysis was too much for anything else; 0-d
     anchor: Anchor | None = None  # while the principal block is held fixed
     deviation: Tensor | None = None  # largest | |u|^2 - 1 | of a column before a step since the last refresh; 0-d
 
@@ -142,12 +148,13 @@ class FactorBatch(NamedTuple):
     layers: list[FactorState]
     scales: Scales
     copies: Basis | None  # (b, m, k), (b, k), (b, n, k); None: they are the masters
+    turns: Sequence[Tensor]  # b times T (k, k), with U T orthonormal
     finite: Tensor  # (b,) bool: layers whose gradients are finite
     gradients: dict[Tensor, Tensor]  # original gradients of the parameters to whose gradients decay was added
 
     def factors(self) -> Basis:
         """U (b, m, k), S (b, k), V (b, n, k) from before the base optimizer's step."""
-        return _stacked(x.masters for x in self.layers if x.masters) if self.copies is None else self.copies
+        return stacked(x.masters for x in self.layers if x.masters) if self.copies is None else self.copies
 
     def restore_(self) -> None:
         """Put U, S, V and the gradients back, to undo :func:`enter_factors_`."""
@@ -162,8 +169,16 @@ class FactorBatch(NamedTuple):
             parameter.grad = gradient
 
 
-def _stacked(factors: Iterable[Basis]) -> Basis:
+def stacked(factors: Iterable[Basis]) -> Basis:
+    """A batch of factors of equal shapes."""
     return Basis(*(torch.stack(f) for f in zip(*factors, strict=True)))
+
+
+def _orthonormalizers(layers: Sequence[FactorState], U: Tensor) -> Tensor:
+    """T (b, k, k) such that U T is orthonormal, for their U (b, m, k): in low precision, not that of the parameters."""
+    if _in_low_precision(layers[0].module):
+        return linalg.orthonormalizer(U)
+    return torch.stack([layer.module.orthonormalizer() for layer in layers])
 
 
 def _in_low_precision(module: FactorizedLinear) -> bool:
@@ -180,7 +195,8 @@ def _batches(
         if U.grad is None or V.grad is None or U not in groups or lr_is_zero(groups[U]):
             continue
         keys = tuple(base.state[U]) if U in base.state else ()
-        equal.setdefault((U.shape, V.shape, U.dtype, U.device, keys, id(groups[U])), []).append(layer)
+        key = (U.shape, V.shape, U.dtype, U.device, keys, id(groups[U]), layer.exact)
+        equal.setdefault(key, []).append(layer)
     for batch in equal.values():
         yield from linalg.portions(batch, lambda x: linalg.compute_bytes(x.module.U, x.module.V))
 
@@ -241,19 +257,22 @@ def enter_factors_(
         factors = [float32_factors(x.module, x.masters) for x in batch]
         _note_deviations(batch, factors)
         finite = _zero_nonfinite_(batch)
+        together = stacked(factors)
+        low = _in_low_precision(first)
+        turns = list(linalg.orthonormalizer(together.U)) if low else [x.module.orthonormalizer() for x in batch]
         gradients: dict[Tensor, Tensor] = {}
-        if _in_low_precision(first) and (rate := _coupled_decay(base, groups[first.U])) is not None:
+        if low and (rate := _coupled_decay(base, groups[first.U])) is not None:
             gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
             with_decay |= {
                 p: (G + rate * (U * S)).to(G.dtype)
                 for (p, G), (U, S, _) in zip(gradients.items(), factors, strict=True)
             }
-        in_masters = _in_low_precision(first) and all(layer.masters for layer in batch)
+        in_masters = low and all(layer.masters for layer in batch)
         if in_masters:  # which are the same afterwards, but where somebody has edited a parameter
             for layer, current in zip(batch, factors, strict=True):
                 layer.masters = current
-        copies = None if in_masters else _stacked(factors)
-        entered.append(FactorBatch(batch, scales, copies, finite, gradients))
+        copies = None if in_masters else together
+        entered.append(FactorBatch(batch, scales, copies, turns, finite, gradients))
     for entered_batch in entered:  # last, when nothing can fail any more
         for layer in entered_batch.layers:
             module = layer.module
@@ -277,8 +296,8 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
         Each layer, and whether its retraction succeeded.
     """
     batch.restore_gradients_()
-    old = batch.factors()
-    new, rotations, finite, failed = _retracted(batch, old)
+    old, T = batch.factors(), torch.stack([*batch.turns])
+    new, rotations, finite, failed = _retracted(batch, old, T)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
             before = Basis(*(factor[i] for factor in old))
@@ -291,9 +310,11 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
             rotations = None
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
-    transport_(states_K, states_L, (old.U, old.V), (new.U, new.V), rotations)
     for i, layer in enumerate(batch.layers):
-        write_(layer, Basis(new.U[i], new.S[i], new.V[i]))
+        write_(layer, Basis(new.U[i], new.S[i], new.V[i]), diagonal=False)
+    bases = (old.U @ T, old.V), (new.U @ _orthonormalizers(batch.layers, new.U), new.V)
+    transport_(states_K, states_L, *bases, rotations)
+    for i, layer in enumerate(batch.layers):
         skipped = (~finite[i]).to(torch.int64)
         layer.nonfinite = skipped if layer.nonfinite is None else layer.nonfinite + skipped
     return [(layer, i not in failed) for i, layer in enumerate(batch.layers)]
@@ -319,36 +340,33 @@ class _Retracted(NamedTuple):
     failed: set[int]  # indices of layers whose retraction failed
 
 
-def _retracted(batch: FactorBatch, old: Basis) -> _Retracted:
+def _retracted(batch: FactorBatch, old: Basis, T: Tensor) -> _Retracted:
     K, L = _scaled_update(batch, old)
-    return _retract_by_gram(K, L, old, batch.finite) or _retract_by_qr(K, L, old, batch.finite)
+    if batch.layers[0].exact:
+        return _retract_by_qr(K, L, old._replace(U=old.U @ T), old, batch.finite)
+    quick = linalg.retract_columns(K, L, old.U, old.V, T)
+    accurate = quick.amplification <= MAX_AMPLIFICATION  # False if K or L is not finite
+    if K.device.type == "cpu":  # reading it is free
+        if bool((accurate & batch.finite).all()):
+            return _Retracted(quick.factors, (quick.of_U, quick.of_V), accurate, set())
+        return _retract_by_qr(K, L, old._replace(U=old.U @ T), old, batch.finite)
+    finite = batch.finite & linalg.finite(K) & linalg.finite(L)
+    for layer, away in zip(batch.layers, finite & ~accurate, strict=True):
+        layer.turned_away = away if layer.turned_away is None else layer.turned_away | away
+    kept = ~(finite & accurate)[:, None, None]
+    new = Basis(torch.where(kept, old.U, quick.factors.U), torch.where(kept[..., 0], old.S, quick.factors.S),
+                torch.where(kept, old.V, quick.factors.V))  # fmt: skip
+    eye = torch.eye(old.S.shape[-1], dtype=K.dtype, device=K.device)
+    return _Retracted(new, (torch.where(kept, eye, quick.of_U), torch.where(kept, eye, quick.of_V)), finite, set())
 
 
-def _retract_by_gram(K: Tensor, L: Tensor, old: Basis, finite: Tensor) -> _Retracted | None:
-    """By Cholesky-QR, if that is accurate for the whole batch. On a CPU only, where reading the result is free.
-
-    Args:
-        finite: (b,) bool, layers whose gradients are finite.
-    """
-    if K.device.type != "cpu" or K.dtype != torch.float32:
-        return None
-    with suppress(LinAlgError):
-        squared_condition = float((old.S[:, 0] / old.S[:, -1]).square().max())
-        core = torch.float32 if squared_condition <= MAX_AMPLIFICATION else torch.float64
-        quick = quick_retract(K, L, old.U, old.V, core)
-        accurate = quick.amplification <= MAX_AMPLIFICATION  # False if K or L is not finite
-        if bool((accurate & finite).all()):
-            return _Retracted(quick.basis, (quick.of_U, quick.of_V), accurate, set())
-    return None
-
-
-def _retract_by_qr(K: Tensor, L: Tensor, old: Basis, finite: Tensor) -> _Retracted:
+def _retract_by_qr(K: Tensor, L: Tensor, bases: Basis, old: Basis, finite: Tensor) -> _Retracted:
     """By QR. A layer keeps its factors if its K or L is not finite, or if its retraction fails."""
     L = project_off(L, old.V)  # Adam's update of L has a component in span(V)
     finite = finite & linalg.finite(K) & linalg.finite(L)  # (b,)
     mask = finite[:, None, None]
     K, L = torch.where(mask, K, old.U * old.S.unsqueeze(-2)), torch.where(mask, L, 0.0)
-    new, failed = _retract_with_fallback(K, L, old)
+    new, failed = _retract_with_fallback(K, L, bases, old)
     for factor in (new.U, new.S.unsqueeze(-1), new.V):
         finite = finite & linalg.finite(factor)
     mask = finite[:, None, None]
@@ -357,14 +375,14 @@ def _retract_by_qr(K: Tensor, L: Tensor, old: Basis, finite: Tensor) -> _Retract
     return _Retracted(new, None, finite, failed)
 
 
-def _retract_with_fallback(K: Tensor, L: Tensor, old: Basis) -> tuple[Basis, set[int]]:
+def _retract_with_fallback(K: Tensor, L: Tensor, bases: Basis, old: Basis) -> tuple[Basis, set[int]]:
     """The retractions of a batch; of layers where it fails, also in float64, the old factors, and their indices."""
     with suppress(LinAlgError):
-        return retract(K, L, old.U, old.V), set()
+        return retract(K, L, bases.U, old.V), set()
     retracted: list[Basis] = []
     failed: set[int] = set()
     for i in range(len(K)):
-        inputs = [t[i] for t in (K, L, old.U, old.V)]
+        inputs = [t[i] for t in (K, L, bases.U, old.V)]
         single = with_float64_fallback(partial(_retract_in_dtype, inputs), K.dtype)
         if single is None:
             failed.add(i)
@@ -383,8 +401,13 @@ def _with_block(factors: Basis, anchor: Anchor, old: Basis) -> Basis | None:
     return None
 
 
-def write_(layer: FactorState, factors: Basis) -> None:
-    """Copy U, S, V into the parameters, and keep them as float32 masters of low-precision parameters."""
+def write_(layer: FactorState, factors: Basis, diagonal: bool = True) -> None:
+    """Copy U, S, V into the parameters, and keep them as float32 masters of low-precision parameters.
+
+    Args:
+        diagonal: whether they are singular triplets.
+    """
+    layer.diagonal = diagonal
     module = layer.module
     for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
         parameter.copy_(factor)

@@ -44,7 +44,7 @@ from .loss_metric import (
 )
 from .matrices import complement, compute_bytes, energy, finite, portions, project_off, to_compute_dtype
 from .precision import full_precision
-from .retraction import Retraction, quick_retract, retract
+from .retraction import Retraction, core, diagonalized, orthonormalizer, retract, retract_columns
 
 __all__ = [
     "DIAGONAL_ABOVE",
@@ -58,6 +58,8 @@ __all__ = [
     "chance_corrected",
     "complement",
     "compute_bytes",
+    "core",
+    "diagonalized",
     "dual",
     "energy",
     "exact_basis",
@@ -70,16 +72,17 @@ __all__ = [
     "left_residual",
     "loss_basis",
     "minor_block",
+    "orthonormalizer",
     "portions",
     "predicted_increases",
     "project_off",
     "projection_energies",
     "projections",
     "projectors",
-    "quick_retract",
     "reconstruction_error",
     "refresh_basis",
     "retract",
+    "retract_columns",
     "ritz_basis",
     "second_moment",
     "subspace_change",

@@ -23,6 +23,7 @@ from ..tracking.saved import LAYER_FIELDS, RUN_FIELDS, STATE_VERSION, Field, Siz
 from .files import CheckpointError, Part
 
 SKEW, SKEW_LOW = 1e-3, 2e-2  # limits on the entries of U^T U - I: 1e-5 in float32, 4e-3 by rounding to bfloat16
+DEPENDENT = 1e-3  # least eigenvalue of the Gram matrix of columns: a retraction lets it fall to 1/30 at most
 _FACTORS = ("U", "S", "V")
 
 
@@ -100,7 +101,7 @@ def _check_factors(saved: Mapping[str, Tensor], name: str, about: Any, layer: nn
             Q = saved.get(joined(name, factor))
             _require(Q is not None and Q.shape == (rows, rank), where, f"{factor} is not of shape ({rows}, {rank})")
             assert Q is not None
-            check_orthonormal(Q, where, factor)
+            (check_columns if factor == "U" else check_orthonormal)(Q, where, factor)
 
 
 def check_finite(tensor: Tensor, where: str, name: str) -> None:
@@ -108,6 +109,18 @@ def check_finite(tensor: Tensor, where: str, name: str) -> None:
     if tensor.is_floating_point() or tensor.is_complex():
         numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
         _require(bool(torch.isfinite(numbers).all()), where, f"{name!r} holds NaN or Inf")
+
+
+def check_columns(U: Tensor, where: str, name: str) -> None:
+    """Check that the columns of U (m, k) are of unit length, up to the rounding of its dtype, and independent."""
+    _require(U.is_floating_point(), where, f"{name} is {U.dtype}")
+    limit = SKEW if U.dtype in (torch.float32, torch.float64) else SKEW_LOW
+    gram = U.mT.double() @ U.double()
+    off = float((gram.diagonal() - 1).abs().max()) if U.numel() else 0.0
+    _require(off <= limit, where, f"{name} has no unit columns: the square of one is off by {off:.3g}")
+    least = float(torch.linalg.eigvalsh(gram)[0]) if U.numel() else 1.0
+    _require(least >= DEPENDENT, where, f"{name} has dependent columns: the least eigenvalue of its Gram matrix is "
+                                        f"{least:.3g}")  # fmt: skip
 
 
 def check_orthonormal(Q: Tensor, where: str, name: str) -> None:
@@ -314,5 +327,6 @@ def _check_layer(saved: Any, shape: tuple[int, int], where: str) -> None:
         sizes = {U.shape[1], V.shape[1], *S.shape}
         least, most = (0, k if factorized else min(m, n)) if field == "anchor" else (k, min(m, n))
         _require(len(sizes) == 1 and least <= min(sizes) <= most, where, f"{field!r} has too few or too many columns")
-        for Q, factor in ((U, "U"), (V, "V")):
-            check_orthonormal(Q, where, f"{factor} of its {field}")
+        check_of_U = check_columns if field == "masters" else check_orthonormal
+        check_of_U(U, where, f"U of its {field}")
+        check_orthonormal(V, where, f"V of its {field}")

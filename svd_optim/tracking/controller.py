@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from .. import linalg
 from ..decisions.descent_schedule import due, too_late
 from ..decisions.lifecycle import GUARD
 from ..decisions.machine import Trigger
 from ..distributed import world_size
+from ..factors.diagonal import diagonalize_
 from ..factors.linear import FactorizedLinear
-from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_
+from ..factors.tangent_step import FactorBatch, enter_factors_, leave_factors_, lr_is_zero
 from ..linalg.fallback import IN_A_ROW
 from ..records import Action, Condition, Decision, LayerState, Plan
 from ..records.progress import tracked
@@ -165,15 +168,17 @@ class Controller(TrackedRun):
         self.place_taps()
 
     def _eligible_for_refresh(self) -> list[TrackedLayer]:
-        """An equal share of the layers on the step before each measured one, so that no step does all of the work.
+        """An equal share of dense layers on the step before each measured one, so that no step does all of the work.
 
-        With a single share, or if each step is measured, the last share is refreshed at the analysis.
+        With a single share, or if each step is measured, the last share is refreshed at the analysis; and always those
+        in factors, which have singular triplets then.
         """
         slots = max(1, self.config.analyze_every // self.config.measure_every)
         early = 1 if 1 < slots < self.interval else 0
         position = (self.steps + early) % self.interval
         now = [slot for slot in range(slots) if (slot + 1) * self.interval // slots % self.interval == position]
-        return [layer for layer in self.layers.values() if layer.index % slots in now]
+        dense = (layer for layer in self.layers.values() if not layer.factorized)
+        return [layer for layer in dense if layer.index % slots in now]
 
     def _warn_of_failures(self) -> None:
         for name, layer in self.layers.items():
@@ -210,6 +215,7 @@ class Controller(TrackedRun):
     def analyze(self) -> None:
         """Compute the metrics, decide, act, notify the listeners."""
         warn_of_hindrances(self)
+        self._diagonalize()
         boundary = self.lifecycle.begin_analysis(self.steps)
         with self.journal.clock("refresh"):
             metrics = refreshing.analyze(self.layers.values(), self.steps, self.config, self.guard)
@@ -228,6 +234,21 @@ class Controller(TrackedRun):
         self.lifecycle.note_stall(self.steps)
         self._limit_overhead()
         self._notify()
+
+    def _diagonalize(self) -> None:
+        """Factors are singular triplets again; those of which a step was too much are retracted exactly from now on."""
+        factors = [layer.factors for layer in self.layers.values() if layer.factors is not None]
+        flags = [(x, x.turned_away) for x in factors if x.turned_away is not None]
+        values = torch.stack([flag for _, flag in flags]).tolist() if flags else []
+        groups = {p: group for group in self.base.param_groups for p in group["params"]}
+        weights = {x.module.U: x for x in factors if x.module.U in groups and x.module.U.requires_grad}
+        trained = [x for U, x in weights.items() if not lr_is_zero(groups[U])]  # others stay as they are, to the bit
+        with self.journal.clock("refresh"):
+            diagonalize_(trained, self.base.state)
+        for x in factors:
+            x.exact, x.turned_away = False, None
+        for (x, _), away in zip(flags, values, strict=True):
+            x.exact = away
 
     def _decide(self, layers: list[TrackedLayer]) -> None:
         growable = any(layer.factorized for layer in self.layers.values()) and self.config.parameter_budget is not None

@@ -22,7 +22,7 @@ def monitoring_bytes(layer: TrackedLayer) -> int:
     tensors += layer.loss_metric or ()
     if layer.factors is not None:
         module = layer.factors.module
-        tensors += [module.Omega, module.sketch]
+        tensors += [module.Omega, module.sketch, module.orthonormalizer()]
     return size([*tensors, *(layer.anchor or ())])
 
 

@@ -8,6 +8,7 @@ sums over the interval and a short history. :mod:`.saved` defines how it is save
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from ..decisions.machine import LayerLife, Trigger
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState, float32_factors
-from ..linalg import Basis, LossBasis, Projectors, minor_block, projectors, to_compute_dtype
+from ..linalg import Basis, LossBasis, Projectors, diagonalized, minor_block, projectors, to_compute_dtype
+from ..linalg.fallback import LinAlgError
 from ..linalg.protection import Anchor, anchor_dense, anchor_factors, restore_dense_
 from ..records import LayerState
 
@@ -133,7 +135,10 @@ class TrackedLayer(LayerLife):
     def basis(self) -> Basis | None:
         """Leading singular triplets: the factors themselves, or those of the dense weight at the last refresh."""
         if self.factors is not None:
-            return float32_factors(self.factors.module, self.factors.masters)
+            factors = float32_factors(self.factors.module, self.factors.masters)
+            with suppress(LinAlgError):
+                return factors if self.factors.diagonal else diagonalized(factors)
+            return factors
         return self.cached
 
     def predicted_increase(self, rank: int | None) -> float | None:

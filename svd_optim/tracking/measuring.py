@@ -90,6 +90,7 @@ def _factored_energies(layers: Sequence[TrackedLayer]) -> tuple[linalg.GradientE
     for layer in layers:
         module = layer.module
         assert isinstance(module, FactorizedLinear) and module.sketch is not None
-        tensors = (module.U.grad, module.V.grad, module.sketch.grad, module.U, module.V, module.Omega)
+        basis = to_compute_dtype(module.U) @ module.orthonormalizer()
+        tensors = (module.U.grad, module.V.grad, module.sketch.grad, basis, module.V, module.Omega)
         parts.append([to_compute_dtype(t) for t in tensors if t is not None])
     return linalg.factored_gradient_energies(*(torch.stack(t) for t in zip(*parts, strict=True)))

@@ -129,16 +129,17 @@ def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state:
     module = layer.module
     assert isinstance(module, FactorizedLinear) and layer.factors is not None
     old = [module.U, module.S, module.V]
-    U, S, V = (t.clone() for t in float32_factors(module, layer.factors.masters))
+    columns, S, V = (t.clone() for t in float32_factors(module, layer.factors.masters))
+    U = columns @ module.orthonormalizer().to(columns.dtype)
     state_K, state_L = optimizer.state.pop(module.U, None), optimizer.state.pop(module.V, None)
     G_K, G_L, tangent = module.U.grad, module.V.grad, module.tangent
-    dense: nn.Linear = install_dense_(module, (U * S) @ V.mT)
+    triplets = layer.basis
+    dense: nn.Linear = install_dense_(module, (columns * S) @ V.mT)
     if keep_state and state_K is not None and state_L is not None:
         optimizer.state[dense.weight] = moments.join(state_K, state_L, U, V)
     if tangent and G_K is not None and G_L is not None:
-        dense.weight.grad = moments.join_first(to_compute_dtype(G_K), to_compute_dtype(G_L), U, V).to(
-            dense.weight.dtype
-        )
+        G_K, G_L = to_compute_dtype(G_K), to_compute_dtype(G_L)
+        dense.weight.grad = moments.join_first(G_K, G_L, U, V).to(dense.weight.dtype)
     layer.factors = layer.images = layer.sums = None
-    layer.cached = Basis(U, S, V)
+    layer.cached = None if triplets is None else Basis(*(t.clone() for t in triplets))
     return Replacement(old, [dense.weight], ["weight"])

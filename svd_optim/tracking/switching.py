@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..decisions.machine import Trigger
+from ..factors.diagonal import diagonalize_
 from ..linalg import Basis
 from ..linalg.protection import carried
 from ..records import LayerState
@@ -92,8 +93,10 @@ def _merge(run: TrackedRun, layer: TrackedLayer, trigger: Trigger, reason: str) 
 
 
 def _resize(run: TrackedRun, layer: TrackedLayer, rank: int) -> Replacement:
+    assert layer.factors is not None and layer.decision is not None
+    diagonalize_([layer.factors], run.base.state)  # as they are at an analysis
     factors = layer.basis
-    assert factors is not None and layer.factors is not None and layer.decision is not None
+    assert factors is not None
     if rank <= layer.rank:
         new = Basis(*(t.clone() for t in factors.leading(rank)))
     else:
