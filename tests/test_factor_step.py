@@ -300,9 +300,8 @@ def test_steps_with_and_without_qr_are_the_same(
     (quick, no_qr), (slow, all_qr) = run(factor_step.MAX_AMPLIFICATION), run(0.0)
     assert (no_qr, all_qr) == (0, 20)
     for a, b in zip(quick[:2], slow[:2], strict=True):
-        assert norm(a - b) < 1e-4 * norm(a)
-    for a, b in zip(quick[2:], slow[2:], strict=True):  # up to the signs of the bases
-        assert norm(a.abs() - b.abs()) < 1e-3 * norm(a)
+        # Whatever the basis is, SGD does the same; Muon orthogonalizes in bfloat16, Adam works on entries.
+        assert norm(a - b) < (1e-4 if kind is torch.optim.SGD else 5e-3) * norm(a)
 
 
 # ---- NaN ---------------------------------------------------------------------------------------------

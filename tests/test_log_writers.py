@@ -325,7 +325,7 @@ def edited(lines: list[str], path: Path, kind: str, **values: Any) -> Path:
         ("metrics", {"rank": "9"}, "metrics: 'rank' can't be \"9\""),
         ("metrics", {"rank": 4000}, r"metrics: no matrix of shape \(48, 56\) has rank 4000"),
         ("metrics", {"layer": 77}, "metrics: layer 77 has not been spoken of"),
-        ("metrics", {"values": [1, 2]}, "metrics: 19 values are expected"),
+        ("metrics", {"values": [1, 2]}, "metrics: 20 values are expected"),
         ("analysis", {"step": -1}, "analysis: 'step' can't be -1"),
         ("analysis", {"seconds": [1]}, r"analysis: 'seconds' can't be \[1\]"),
         ("event", {"before": "elsewhere"}, "event: 'before' can't be \"elsewhere\""),

@@ -490,7 +490,7 @@ class Joined(Listener):
             layer = self.model.get_submodule(name)
             if name in factorized(self.model):
                 states = [self.optimizer.state[p] for p in (layer.U, layer.V)]
-                moments = join(*states, layer.U.detach(), layer.V.detach())
+                moments = join(*states, (layer.U @ layer.orthonormalizer()).detach(), layer.V.detach())
                 self.expected[name] = frozen_copy((moments, layer.weight.detach()))
 
     def after_switch(self, step: int, layers: tuple[str, ...]) -> None:

@@ -45,6 +45,8 @@ def _diagonalize_batch_(batch: Sequence[FactorState], state: Mapping[Tensor, Any
     eye = torch.eye(old.S.shape[-1], dtype=old.S.dtype, device=old.S.device)
     core = torch.where(mask, linalg.core(old.U, old.S), eye)
     P, S, Oh = torch.linalg.svd(core)
+    usable &= linalg.finite(P) & torch.isfinite(S).all(-1) & linalg.finite(Oh)
+    mask = usable[:, None, None]
     P, O = torch.where(mask, P, eye), torch.where(mask, Oh.mT, eye)
     T = torch.where(mask, T, eye)
     new = Basis(old.U @ (T @ P), torch.where(mask[..., 0], S, old.S), old.V @ O)

@@ -114,7 +114,7 @@ def function_is_opaque() -> bool:
     return _is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-_OF_THE_OPTIMIZER = ("tangent", "owner", "Omega", "sketch", "_T")  # attributes of a layer while one trains it
+_OF_THE_OPTIMIZER = ("tangent", "owner", "Omega", "sketch", "_T", "_T_of")  # attributes of a layer while one trains it
 
 
 class FactorizedLinear(nn.Linear):
@@ -150,7 +150,8 @@ class FactorizedLinear(nn.Linear):
     owner: object = None
     sketch: Tensor | None = None  # (out_features, s), a leaf that collects G Omega in its .grad
     Omega: Tensor | None = None  # (in_features, s)
-    _T: tuple[Tensor, int, Tensor] | None = None  # U, its version, and T for that
+    _T: Tensor | None = None  # see `orthonormalizer`
+    _T_of: tuple[int, int] | None = None  # the identity and the version of U that it is for
 
     def __init__(
         self,
@@ -182,11 +183,20 @@ class FactorizedLinear(nn.Linear):
 
     def orthonormalizer(self) -> Tensor:
         """T (rank, rank), upper triangular, such that U T is orthonormal: for singular triplets I, up to rounding."""
+        if torch.compiler.is_compiling() and self._T is not None:
+            return self._T  # what is compiled can't look at versions; who writes to U has called this since
         U = self.U
-        if self._T is None or not (torch.compiler.is_compiling() or (self._T[0] is U and self._T[1] == U._version)):
+        if function_is_opaque():  # there may be another tensor in the place of U
+            return orthonormalizer(to_compute_dtype(U.detach()))
+        if self._T is None or self._T_of != (id(U), U._version):
             with torch.no_grad(), full_precision():
-                self._T = U, U._version, orthonormalizer(to_compute_dtype(U.detach()))
-        return self._T[2]
+                T = orthonormalizer(to_compute_dtype(U.detach()))
+            if self._T is None or (self._T.shape, self._T.device, self._T.dtype) != (T.shape, T.device, T.dtype):
+                self._T = T
+            else:  # the same tensor: what is compiled holds it
+                self._T.copy_(T)
+            self._T_of = id(U), U._version
+        return self._T
 
     @property
     def rank(self) -> int:
@@ -246,6 +256,8 @@ class FactorizedLinear(nn.Linear):
         owner = owner_of(self)
         if owner is not None:
             owner.transport_(self.U, self.V, old, new)
+        if self.tangent:
+            self.orthonormalizer()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -270,6 +282,7 @@ class FactorizedLinear(nn.Linear):
         if Omega is not None:
             self.tangent, self.owner, self.Omega = True, owner, Omega
             self.sketch = Omega.new_zeros(self.out_features, Omega.shape[1]).requires_grad_()
+            self.orthonormalizer()
 
     def _takes_tangent(self, opaque: bool) -> bool:
         """Whether derivatives can be asked for now that are to be those of K and L."""
@@ -312,6 +325,11 @@ class FactorizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """The text of ``nn.Linear``, with the rank."""
         return f"{super().extra_repr()}, rank={self.rank}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.tangent:
+            self.orthonormalizer()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

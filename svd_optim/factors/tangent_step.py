@@ -148,7 +148,7 @@ class FactorBatch(NamedTuple):
     layers: list[FactorState]
     scales: Scales
     copies: Basis | None  # (b, m, k), (b, k), (b, n, k); None: they are the masters
-    turns: Sequence[Tensor]  # b times T (k, k), with U T orthonormal
+    turns: Sequence[Tensor]  # b times T (k, k), with U T orthonormal: the modules' own, where they are full precision
     finite: Tensor  # (b,) bool: layers whose gradients are finite
     gradients: dict[Tensor, Tensor]  # original gradients of the parameters to whose gradients decay was added
 
@@ -259,7 +259,7 @@ def enter_factors_(
         finite = _zero_nonfinite_(batch)
         together = stacked(factors)
         low = _in_low_precision(first)
-        turns = list(linalg.orthonormalizer(together.U)) if low else [x.module.orthonormalizer() for x in batch]
+        turns = [*linalg.orthonormalizer(together.U)] if low else [x.module.orthonormalizer() for x in batch]
         gradients: dict[Tensor, Tensor] = {}
         if low and (rate := _coupled_decay(base, groups[first.U])) is not None:
             gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
@@ -412,6 +412,7 @@ def write_(layer: FactorState, factors: Basis, diagonal: bool = True) -> None:
     for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
         parameter.copy_(factor)
     layer.masters = Basis(*(f.clone() for f in factors)) if _in_low_precision(module) else None
+    module.orthonormalizer()
 
 
 def all_lr_zero(param_groups: Sequence[Mapping[str, Any]]) -> bool:

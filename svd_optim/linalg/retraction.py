@@ -85,10 +85,10 @@ def retract_columns(K: Tensor, L: Tensor, U: Tensor, V: Tensor, T: Tensor) -> Re
     H = W.mT @ W  # I + (L B)^T (L B) >= I
     g = torch.linalg.cholesky_ex(H, upper=True)[0]
     of_V = _inverse(g)
-    K1, V1 = K @ g.mT, W @ of_V
-    S = torch.linalg.vector_norm(K1, dim=-2)
-    U1 = K1 / S.unsqueeze(-2)
-    # U0' = U1 T' = Q R g^T diag(1/S) T'
+    V1, U1 = W @ of_V, K @ g.mT
+    S = torch.linalg.vector_norm(U1, dim=-2)
+    U1 /= S.unsqueeze(-2)
+    # The new basis is U1 T' = Q R g^T diag(1/S) T'.
     of_U = turn @ ((scaled * d) @ g.mT / S.unsqueeze(-2) @ orthonormalizer(U1))
     working = torch.finfo(K.dtype)
     parts = [inverse.square().sum(-2).amax(-1), H.diagonal(dim1=-2, dim2=-1).amax(-1),

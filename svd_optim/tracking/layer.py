@@ -8,8 +8,8 @@ sums over the interval and a short history. :mod:`.saved` defines how it is save
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,13 @@ from ..decisions.machine import LayerLife, Trigger
 from ..factors.linear import FactorizedLinear
 from ..factors.tangent_step import FactorState, float32_factors
 from ..linalg import Basis, LossBasis, Projectors, diagonalized, minor_block, projectors, to_compute_dtype
-from ..linalg.fallback import LinAlgError
+from ..linalg.fallback import with_float64_fallback
 from ..linalg.protection import Anchor, anchor_dense, anchor_factors, restore_dense_
 from ..records import LayerState
+
+
+def _diagonalized(factors: Basis, dtype: torch.dtype) -> Basis:
+    return diagonalized(Basis(*(t.to(dtype) for t in factors)))
 
 
 def _has_hooks(p: Tensor) -> bool:
@@ -136,9 +140,10 @@ class TrackedLayer(LayerLife):
         """Leading singular triplets: the factors themselves, or those of the dense weight at the last refresh."""
         if self.factors is not None:
             factors = float32_factors(self.factors.module, self.factors.masters)
-            with suppress(LinAlgError):
-                return factors if self.factors.diagonal else diagonalized(factors)
-            return factors
+            if self.factors.diagonal:
+                return factors
+            to_triplets = partial(_diagonalized, factors)
+            return with_float64_fallback(to_triplets, factors.U.dtype) or factors
         return self.cached
 
     def predicted_increase(self, rank: int | None) -> float | None:
