@@ -80,7 +80,7 @@ def test_what_is_found_is_the_rise_of_the_loss(seed: int, measure_every: int, me
     assert found is not None and risen > 0.1
     assert LEVEL * found == pytest.approx(risen, rel=0.02 + 0.02 * measure_every)
     assert landed(optimizer).numbers["found_share"] == pytest.approx(found, rel=0.05)
-    assert optimizer.plan().spent == pytest.approx(found, rel=1e-6)  # whatever was predicted
+    assert optimizer.plan().spent == pytest.approx(found, rel=1e-6)  # less was predicted
 
 
 def test_it_grows_along_the_way_and_what_is_ahead_is_as_predicted() -> None:
@@ -97,7 +97,7 @@ def test_it_grows_along_the_way_and_what_is_ahead_is_as_predicted() -> None:
     predicted, so_far = begun.numbers["predicted_share"], layer.metrics.found_share
     left = (begun.numbers["until_step"] - 60) / DESCENT
     assert so_far is not None and 0 < so_far < on_the_way[-1] and predicted > 0
-    assert optimizer.plan().spent == pytest.approx(so_far + left**2 * predicted, rel=1e-5)
+    assert optimizer.plan().spent == pytest.approx(max(predicted, so_far + left**2 * predicted), rel=1e-5)
 
 
 def test_nothing_is_found_without_a_loss_or_a_descent_and_none_of_a_dense_layer() -> None:

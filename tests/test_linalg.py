@@ -763,7 +763,7 @@ def test_the_retraction_of_columns_is_that_by_qr_where_it_says_so(
     triplets = diagonalized(new)
     assert_valid(triplets, 3e-7 * len(V) ** 0.5 * max(5.0, bound))
     assert close(triplets.S / scale, twin.S, 1e-5 * bound)
-    for turn, old, turned in ((of_U, U0, basis), (of_V, V, new.V.double())):
+    for turn, old, turned in ((of_U, U0, new.U.double()), (of_V, V, new.V.double())):
         assert close(turn, old.mT @ turned, 3e-6 * bound, floor=3e-6 * bound)
 
 

@@ -297,7 +297,7 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
     """
     batch.restore_gradients_()
     old, T = batch.factors(), torch.stack([*batch.turns])
-    new, rotations, finite, failed = _retracted(batch, old, T)
+    new, turns, finite, failed = _retracted(batch, old, T)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
             before = Basis(*(factor[i] for factor in old))
@@ -307,13 +307,14 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
                 restored = before
             for factor, values in zip(new, restored, strict=True):
                 factor[i].copy_(values)
-            rotations = None
+            turns = None
     states_K = [state.get(layer.module.U) or {} for layer in batch.layers]
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
     for i, layer in enumerate(batch.layers):
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]), diagonal=False)
-    bases = (old.U @ T, old.V), (new.U @ _orthonormalizers(batch.layers, new.U), new.V)
-    transport_(states_K, states_L, *bases, rotations)
+    T1 = _orthonormalizers(batch.layers, new.U)
+    rotations = None if turns is None else (turns[0] @ T1, turns[1])
+    transport_(states_K, states_L, (old.U @ T, old.V), (new.U @ T1, new.V), rotations)
     for i, layer in enumerate(batch.layers):
         skipped = (~finite[i]).to(torch.int64)
         layer.nonfinite = skipped if layer.nonfinite is None else layer.nonfinite + skipped
@@ -335,7 +336,7 @@ class _Retracted(NamedTuple):
     """A retracted batch."""
 
     new: Basis  # (b, m, k), (b, k), (b, n, k)
-    rotations: tuple[Tensor, Tensor] | None  # (U^T U', V^T V'), each (b, k, k), if known
+    turns: tuple[Tensor, Tensor] | None  # (U0^T U', V^T V'), each (b, k, k), if known
     finite: Tensor  # (b,) bool: layers that were updated
     failed: set[int]  # indices of layers whose retraction failed
 
@@ -356,8 +357,9 @@ def _retracted(batch: FactorBatch, old: Basis, T: Tensor) -> _Retracted:
     kept = ~(finite & accurate)[:, None, None]
     new = Basis(torch.where(kept, old.U, quick.factors.U), torch.where(kept[..., 0], old.S, quick.factors.S),
                 torch.where(kept, old.V, quick.factors.V))  # fmt: skip
-    eye = torch.eye(old.S.shape[-1], dtype=K.dtype, device=K.device)
-    return _Retracted(new, (torch.where(kept, eye, quick.of_U), torch.where(kept, eye, quick.of_V)), finite, set())
+    stay = (linalg.core(old.U, torch.ones_like(old.S)), torch.eye(old.S.shape[-1], dtype=K.dtype, device=K.device))
+    of_U, of_V = (torch.where(kept, a, b) for a, b in zip(stay, (quick.of_U, quick.of_V), strict=True))
+    return _Retracted(new, (of_U, of_V), finite, set())
 
 
 def _retract_by_qr(K: Tensor, L: Tensor, bases: Basis, old: Basis, finite: Tensor) -> _Retracted:

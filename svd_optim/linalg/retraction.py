@@ -39,7 +39,7 @@ class Retraction(NamedTuple):
     """A retraction, with what it does to bases, and whether it is accurate."""
 
     factors: Basis  # U with unit columns
-    of_U: Tensor  # U0^T U', (..., k, k), for the orthonormal basis U0 from before
+    of_U: Tensor  # U0^T U', (..., k, k), for the orthonormal basis U0 = U T from before
     of_V: Tensor  # V^T V', (..., k, k)
     amplification: Tensor  # factor on relative rounding errors: 1 at best, infinite or NaN where it failed. (...,)
 
@@ -88,8 +88,7 @@ def retract_columns(K: Tensor, L: Tensor, U: Tensor, V: Tensor, T: Tensor) -> Re
     V1, U1 = W @ of_V, K @ g.mT
     S = torch.linalg.vector_norm(U1, dim=-2)
     U1 /= S.unsqueeze(-2)
-    # The new basis is U1 T' = Q R g^T diag(1/S) T'.
-    of_U = turn @ ((scaled * d) @ g.mT / S.unsqueeze(-2) @ orthonormalizer(U1))
+    of_U = turn @ ((scaled * d) @ g.mT) / S.unsqueeze(-2)  # U1 = Q R g^T diag(1/S)
     working = torch.finfo(K.dtype)
     parts = [inverse.square().sum(-2).amax(-1), H.diagonal(dim1=-2, dim2=-1).amax(-1),
              K.shape[-2] * working.tiny / d.squeeze(-2).square().amin(-1)]  # fmt: skip

@@ -126,7 +126,7 @@ class Plan(Renderable):
     layers: tuple[PlannedLayer, ...]
     max_loss_increase: float | None = None  # the share of the loss that all layers may cost, if that is the target
     loss: float | None = None  # at the last analysis; None: it was not told
-    spent: float = 0.0  # share of the loss that layers in factors, or on their way, cost: as found, else as predicted
+    spent: float = 0.0  # share of the loss that layers in factors, or on their way, cost: as predicted, or found
 
     @property
     def parameters_dense(self) -> int:
@@ -269,7 +269,8 @@ class Summary(Renderable):
     def found_share(self) -> float | None:
         """Share of the loss that the descents of the layers in factors, or on their way, have added to it so far.
 
-        It is the integral of the gradient along what they fade; ``None`` where there was no descent, or no loss told.
+        It is the integral of the gradient along what they fade (:mod:`svd_optim.tracking.slopes`); ``None`` where there
+        was no descent, or no loss told.
         """
         begun = [x for x in self.layers if x.state in (LayerState.DESCENDING, LayerState.FACTORIZED)]
         known = [x.metrics.found_share for x in begun if x.metrics and x.metrics.found_share is not None]

@@ -104,7 +104,7 @@ def _within_budget(
 
 
 def spent(layers: Iterable[TrackedLayer], step: int) -> float:
-    """The share of the loss that layers that are in factors, or on their way, cost, as far as found; else predicted."""
+    """The share of the loss that layers that are in factors, or on their way, cost: as predicted, or found if more."""
     return max(0.0, math.fsum(layer.cost(step) for layer in layers))
 
 

@@ -165,17 +165,18 @@ class TrackedLayer(LayerLife):
         return Projectors.orthogonal(U, V)
 
     def cost(self, step: int) -> float:
-        """Share of the loss: what its descent was found to cost, and of what was predicted what is still ahead.
+        """Share of the loss: what was predicted, or more where its descent was found to cost more.
 
-        That falls with the square of the steps that remain, as what is predicted is of second order.
+        Not less: what fading adds is not all that the lower rank costs. Of what was predicted, which is of second
+        order, the part that is ahead falls with the square of the steps that remain.
         """
         status = self.status
         if status.found_share is None:
             return status.predicted_share
-        if self.state != LayerState.DESCENDING or status.descent_end is None:
-            return status.found_share
-        ahead = max(0, status.descent_end - step) / max(1, status.descent_end - status.descent_start)
-        return status.found_share + ahead**2 * status.predicted_share
+        ahead = 0.0
+        if self.state == LayerState.DESCENDING and status.descent_end is not None:
+            ahead = max(0, status.descent_end - step) / max(1, status.descent_end - status.descent_start)
+        return max(status.predicted_share, status.found_share + ahead**2 * status.predicted_share)
 
     def minor_block(self) -> Tensor:
         """What of the dense weight (m, n) its factors will not hold, nor their tangent space."""

@@ -4,8 +4,10 @@ A step fades the share 1 / (remaining steps) of the minor block M = (I - P) W (I
 steps that remain; hence it adds about -<G, M> / remaining to the loss. <G, M> is taken in the measured steps, by a hook
 on the weight in the backward pass itself: what comes between that and the step, such as clipping, does not count.
 
-Runs that learned on meanwhile ended as much above the dense ones, of the same seed, as had been found: by 0.64, 0.97
-and 3.8 % where 0.63, 1.0 and 3.2 % had been (``benchmarks/quality.py``, 5 tokens a parameter).
+It is what fading adds to the training loss, and not all that a lower rank costs: training makes up for a part, and
+learns less afterwards. Models ended a third to three times as far behind dense ones ("measured" in
+``benchmarks/README.md``). In trainings of 0.13 tokens a parameter, where most of a weight is still random, fading that
+even lowers the loss.
 """
 
 from __future__ import annotations
