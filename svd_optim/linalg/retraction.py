@@ -62,11 +62,11 @@ def retract_columns(K: Tensor, L: Tensor, U: Tensor, V: Tensor, T: Tensor) -> Re
     """The weight that :func:`retract` gives, in columns that are as they were but for the step.
 
     With U0 = U T, Q = K R^-1 = orth(K) and B = (U0^T Q) R^-T, that weight is Q Q^T (K V^T + U0 L^T) = K (V + L B)^T.
-    So with V + L B = V' g, V' is orthonormal and K' = K g^T. Nine products are as long as K or L; nothing else is but
+    So with V + L B = V' g, V' is orthonormal and K' = K g^T. Eight products are as long as K or L; nothing else is but
     two Cholesky factors of (k, k) matrices, and no host-device synchronization. As K comes from nearly orthogonal
     columns, scaled to unit length (van der Sluis, Numer. Math. 14 (1969)), what is inverted is well-conditioned however
     far apart the singular values are: over chains of 20 steps, up to ten times the smallest singular value, errors are
-    a fifth of those of QR and SVD in the same precision (``tests/test_linalg.py``).
+    smaller than those of QR and SVD in the same precision (``tests/test_linalg.py``).
 
     Args:
         K: (..., m, k), the stepped one. L: (..., n, k), of which only (I - V V^T) L matters. U: (..., m, k), unit
