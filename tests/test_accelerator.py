@@ -1,6 +1,7 @@
 """The library on a device that is not the CPU: ``tests/accelerator/cases.py``, in a process of its own.
 
-The device is a pretended one (``tests/accelerator/pretend.py``), which is registered for a whole process.
+The device is a pretended one (``tests/accelerator/pretend.py``), which is registered for a whole process: so nothing
+that pytest loads by itself may import it, as a ``conftest.py`` there would.
 """
 
 from __future__ import annotations

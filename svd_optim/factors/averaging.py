@@ -32,7 +32,7 @@ from .linear import FactorizedLinear
 from .readonly import ReadOnlyWeight
 from .surgery import merge_
 
-_TANGENT = ("tangent", "owner", "sketch", "Omega")  # attributes of a module that are of its form
+_TANGENT = ("tangent", "owner", "sketch", "_T", "_T_of", "Omega")  # attributes of a module that are of its form
 
 
 def dense_view(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from .tangent_step import FactorState, float32_factors, stacked, write_
 def diagonalize_(layers: Iterable[FactorState], state: Mapping[Tensor, Any]) -> None:
     """Make U, S and V the singular triplets again, with moments and gradients. The weight does not change.
 
-    Layers that are NaN or Inf, or can't be decomposed, stay as they are. No host-device synchronization but that of
-    the decomposition, one for each shape.
+    Layers that are NaN or Inf, or can't be decomposed, stay as they are. One host-device synchronization for each
+    shape, besides that of the decomposition.
 
     Args:
         state: the base optimizer's.
@@ -33,23 +32,28 @@ def diagonalize_(layers: Iterable[FactorState], state: Mapping[Tensor, Any]) -> 
             equal.setdefault((U.shape, V.shape, U.dtype, U.device, keys), []).append(layer)
     for group in equal.values():
         for batch in linalg.portions(group, lambda x: linalg.compute_bytes(x.module.U, x.module.V)):
-            with suppress(LinAlgError):
-                _diagonalize_batch_(batch, state)
+            _diagonalize_batch_(batch, state)
 
 
 def _diagonalize_batch_(batch: Sequence[FactorState], state: Mapping[Tensor, Any]) -> None:
     old = stacked(float32_factors(x.module, x.masters) for x in batch)
-    T = linalg.orthonormalizer(old.U)
-    usable = linalg.finite(old.U) & linalg.finite(old.V) & linalg.finite(T) & torch.isfinite(old.S).all(-1)
-    mask = usable[:, None, None]
-    eye = torch.eye(old.S.shape[-1], dtype=old.S.dtype, device=old.S.device)
-    core = torch.where(mask, linalg.core(old.U, old.S), eye)
-    P, S, Oh = torch.linalg.svd(core)
-    usable &= linalg.finite(P) & torch.isfinite(S).all(-1) & linalg.finite(Oh)
-    mask = usable[:, None, None]
-    P, O = torch.where(mask, P, eye), torch.where(mask, Oh.mT, eye)
-    T = torch.where(mask, T, eye)
-    new = Basis(old.U @ (T @ P), torch.where(mask[..., 0], S, old.S), old.V @ O)
+    T, core = linalg.orthonormalizer(old.U), linalg.core(old.U, old.S)
+    usable = linalg.finite(T) & linalg.finite(core) & linalg.finite(old.V)
+    try:
+        P, S, Oh = torch.linalg.svd(torch.where(usable[:, None, None], core, 0.0))
+        usable &= linalg.finite(P) & torch.isfinite(S).all(-1) & linalg.finite(Oh)
+    except LinAlgError:
+        for layer in batch if len(batch) > 1 else ():  # each by itself
+            _diagonalize_batch_([layer], state)
+        return
+    kept = usable.tolist()
+    if not all(kept):
+        others = [layer for layer, keep in zip(batch, kept, strict=True) if keep]
+        if others:
+            _diagonalize_batch_(others, state)
+        return
+    O = Oh.mT
+    new = Basis(old.U @ (T @ P), S, old.V @ O)
     states = [[state.get(p) or {} for p in (x.module.U, x.module.V)] for x in batch]
     transport_([K for K, _ in states], [L for _, L in states], (old.U @ T, old.V), (new.U, new.V), (P, O))
     for i, layer in enumerate(batch):

@@ -184,7 +184,7 @@ class FactorizedLinear(nn.Linear):
     def orthonormalizer(self) -> Tensor:
         """T (rank, rank), upper triangular, such that U T is orthonormal: for singular triplets I, up to rounding."""
         if torch.compiler.is_compiling() and self._T is not None:
-            return self._T  # what is compiled can't look at versions; who writes to U has called this since
+            return self._T  # what is compiled can't look at versions: of the last step, or the last `zero_grad`
         U = self.U
         if function_is_opaque():  # there may be another tensor in the place of U
             return orthonormalizer(to_compute_dtype(U.detach()))

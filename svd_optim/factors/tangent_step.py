@@ -9,8 +9,7 @@ entries, stay where they belong. At an analysis U, S and V become singular tripl
 SGD this is Riemannian gradient descent on the manifold of rank-k matrices (Vandereycken, SIAM J. Optim. 23 (2013)), up
 to the O(lr^2) difference between retractions.
 
-The retraction costs the same whatever the number of tokens in a step: with few of them it can
-take longer than the dense step would have.
+The retraction costs the same however few tokens a step has: with few it can take longer than the dense step would have.
 
 Under bfloat16 or float16 parameters float32 masters of the factors stay beside them. So at half the parameters a
 layer's weights, gradients and optimizer state take three quarters of dense with AdamW, and five sixths with Muon.
@@ -62,11 +61,23 @@ class FactorState:
     module: FactorizedLinear
     masters: Basis | None = None  # float32, only under lower-precision parameters
     nonfinite: Tensor | None = None  # number of steps skipped because of NaN or Inf; 0-d int64, on the device
-    diagonal: bool = False  # whether U, S, V are its singular triplets
+    triplets_of: tuple[tuple[int, int], ...] | None = None  # what U, S, V were as they were made singular triplets
     exact: bool = False  # retracted by QR, until the next analysis
     turned_away: Tensor | None = None  # whether a step since the last analysis was too much for anything else; 0-d
     anchor: Anchor | None = None  # while the principal block is held fixed
     deviation: Tensor | None = None  # largest | |u|^2 - 1 | of a column before a step since the last refresh; 0-d
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether U, S, V are its singular triplets: not, if anything was written to them since they were."""
+        return self.triplets_of == self._versions()
+
+    @diagonal.setter
+    def diagonal(self, value: bool) -> None:
+        self.triplets_of = self._versions() if value else None
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((id(p), p._version) for p in (self.module.U, self.module.S, self.module.V))
 
 
 class Scales(NamedTuple):
@@ -170,7 +181,6 @@ class FactorBatch(NamedTuple):
 
 
 def stacked(factors: Iterable[Basis]) -> Basis:
-    """A batch of factors of equal shapes."""
     return Basis(*(torch.stack(f) for f in zip(*factors, strict=True)))
 
 
@@ -409,11 +419,11 @@ def write_(layer: FactorState, factors: Basis, diagonal: bool = True) -> None:
     Args:
         diagonal: whether they are singular triplets.
     """
-    layer.diagonal = diagonal
     module = layer.module
     for parameter, factor in zip((module.U, module.S, module.V), factors, strict=True):
         parameter.copy_(factor)
     layer.masters = Basis(*(f.clone() for f in factors)) if _in_low_precision(module) else None
+    layer.diagonal = diagonal
     module.orthonormalizer()
 
 

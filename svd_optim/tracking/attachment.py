@@ -85,10 +85,11 @@ class Attachment:
         weakref.finalize(optimizer, _detach, self._modules, self._owner).atexit = False
 
     def drop_sketches(self, layers: list[TrackedLayer]) -> None:
-        """Drop the sketches, together with the gradients that they belong to."""
+        """Drop the sketches, together with the gradients that they belong to; see to T, if U was written to."""
         for layer in layers:
             if layer.factors is not None and layer.factors.module.sketch is not None:
                 layer.factors.module.sketch.grad = None
+                layer.factors.module.orthonormalizer()
 
     def renew_sketches(self, layers: list[TrackedLayer], step: int) -> None:
         """Draw new sketch vectors, for the next interval."""

@@ -180,6 +180,7 @@ class TrackedLayer(LayerLife):
 
     def minor_block(self) -> Tensor:
         """What of the dense weight (m, n) its factors will not hold, nor their tangent space."""
+        self.follow_weight()  # the model may have been moved since the last step
         return minor_block(to_compute_dtype(self.module.weight.detach()), self.projectors())
 
     @property

@@ -70,6 +70,8 @@ def restore_layers(run: TrackedRun, ranks: Mapping[str, int | None], saved: Mapp
                 basis = saved[name] if saved and name in saved else _factors_of_weight(layer)
                 factors = Basis(*(to_compute_dtype(f).to(layer.weight.device) for f in basis))
                 factorized.append(to_factors_(layer, run.base, factors))
+                assert layer.factors is not None
+                layer.factors.diagonal &= not (saved and name in saved)  # those may be of between two analyses
                 layer.fire(Trigger.LOAD_FACTORIZED)
                 run.attachment.attach(layer, run.steps)
     replace_parameters_(run.base, merged)

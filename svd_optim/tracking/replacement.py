@@ -16,7 +16,7 @@ from ..factors import moments
 from ..factors.linear import FactorizedLinear
 from ..factors.surgery import install_dense_, install_factors_
 from ..factors.tangent_step import FactorState, float32_factors, write_
-from ..linalg import Basis, project_off, to_compute_dtype
+from ..linalg import Basis, orthonormalizer, project_off, to_compute_dtype
 from .layer import TrackedLayer
 
 
@@ -70,6 +70,14 @@ def _refuse_bound(layer: TrackedLayer) -> None:
         )
 
 
+def _starts_at_zero(S: Tensor) -> bool:
+    """Whether steps may leave columns of K at zero, so that they are to be retracted exactly until the next analysis.
+
+    On a CPU that is seen in each step.
+    """
+    return S.device.type != "cpu" and bool((S <= torch.finfo(S.dtype).eps * S[0]).any())
+
+
 def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Basis) -> Replacement:
     """Factorize a dense layer at its rank from the leading triplets of its weight.
 
@@ -88,6 +96,7 @@ def to_factors_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, basis: Ba
         module.V.grad = project_off(G.mT @ U, V).to(W.dtype)
     layer.factors = FactorState(layer.name, module)
     write_(layer.factors, Basis(U, S, V))
+    layer.factors.exact = _starts_at_zero(S)
     layer.cached = layer.sums = layer.loss_metric = None
     layer.increases, layer.slopes = [], []
     return Replacement([W], [module.U, module.V], ["U", "V"])
@@ -115,6 +124,7 @@ def resize_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, new: Basis) -
     if gradients[0] is not None and gradients[1] is not None:
         module.U.grad, module.V.grad = moments.transport_first(gradients[0], gradients[1], *bases[0], *bases[1])
     write_(layer.factors, new)
+    layer.factors.exact = _starts_at_zero(new.S)
     layer.sums = None
     return Replacement(parameters, [module.U, module.V], ["U", "V"])
 
@@ -130,7 +140,7 @@ def to_dense_(layer: TrackedLayer, optimizer: torch.optim.Optimizer, keep_state:
     assert isinstance(module, FactorizedLinear) and layer.factors is not None
     old = [module.U, module.S, module.V]
     columns, S, V = (t.clone() for t in float32_factors(module, layer.factors.masters))
-    U = columns @ module.orthonormalizer().to(columns.dtype)
+    U = columns @ orthonormalizer(columns)
     state_K, state_L = optimizer.state.pop(module.U, None), optimizer.state.pop(module.V, None)
     G_K, G_L, tangent = module.U.grad, module.V.grad, module.tangent
     triplets = layer.basis

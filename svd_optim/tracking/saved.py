@@ -174,7 +174,6 @@ LAYER_FIELDS: Mapping[str, Field] = {
         lambda x, value: setattr(x, "expected", value if x.factorized else None),
         lambda s: or_none(kinds.tensors((s.k,), (s.k,), (s.k,))),
     ),
-    "diagonal": _plain("factors.diagonal", or_none(kinds.flag)),
     "exact": _plain("factors.exact", or_none(kinds.flag)),
     "turned_away": _tensor("factors.turned_away", lambda _: kinds.dtype_and_shape(torch.bool, ())),
     "nonfinite_steps": _tensor("factors.nonfinite", lambda _: kinds.dtype_and_shape(torch.int64, ())),

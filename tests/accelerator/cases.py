@@ -26,6 +26,7 @@ from svd_optim import (
 from svd_optim.factors import AveragedModel, FactorizedLinear
 from svd_optim.records import LayerState
 
+torch.set_num_threads(1)
 DEVICE = pretend.NAME
 BASES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
