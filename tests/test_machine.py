@@ -548,7 +548,7 @@ def factors_that_somebody_edits() -> SubspaceAwareOptimizer:
     )
     optimizer.factorize_("up", rank=6)
     train(model, optimizer, 12)
-    model.up.U.data[:, 0] *= 1.2  # in a layer that takes no step, which would mend it
+    model.up.V.data[:, 0] *= 1.2  # in a layer that takes no step, which would mend it
     train(model, optimizer, range(12, 20))
     return optimizer
 
