@@ -28,11 +28,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from ..linalg import full_precision, to_compute_dtype
-from .linear import FactorizedLinear
+from .linear import OF_THE_OPTIMIZER, FactorizedLinear
 from .readonly import ReadOnlyWeight
 from .surgery import merge_
-
-_TANGENT = ("tangent", "owner", "sketch", "_T", "_T_of", "Omega")  # attributes of a module that are of its form
 
 
 def dense_view(model: nn.Module) -> nn.Module:
@@ -70,7 +68,7 @@ def _product(module: FactorizedLinear, kind: type[Tensor] = Tensor) -> Tensor:
 def _shallow(module: nn.Module, kind: type[nn.Module], **changed: dict[str, Any]) -> nn.Module:
     """A module of the given class with the attributes of another one, but for those ``changed``."""
     new: nn.Module = object.__new__(kind)
-    new.__dict__.update({name: value for name, value in vars(module).items() if name not in _TANGENT})
+    new.__dict__.update({name: value for name, value in vars(module).items() if name not in OF_THE_OPTIMIZER})
     new.__dict__.update(changed)
     return new
 
@@ -116,7 +114,7 @@ class AveragedModel(swa_utils.AveragedModel):
             )
         for mine, other in pairs:
             mine.__class__, other.__class__ = other.__class__, mine.__class__
-            for name in ("_parameters", "_buffers", *_TANGENT):
+            for name in ("_parameters", "_buffers", *OF_THE_OPTIMIZER):
                 a, b = (vars(module).pop(name, None) for module in (mine, other))
                 for module, value in ((mine, b), (other, a)):
                     if value is not None:

@@ -37,7 +37,8 @@ def diagonalize_(layers: Iterable[FactorState], state: Mapping[Tensor, Any]) -> 
 
 def _diagonalize_batch_(batch: Sequence[FactorState], state: Mapping[Tensor, Any]) -> None:
     old = stacked(float32_factors(x.module, x.masters) for x in batch)
-    T, core = linalg.orthonormalizer(old.U), linalg.core(old.U, old.S)
+    R = linalg.gram_factor(old.U)
+    T, core = linalg.triangular_inverse(R), R * old.S.unsqueeze(-2)
     usable = linalg.finite(T) & linalg.finite(core) & linalg.finite(old.V)
     try:
         P, S, Oh = torch.linalg.svd(torch.where(usable[:, None, None], core, 0.0))

@@ -114,7 +114,7 @@ def function_is_opaque() -> bool:
     return _is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-_OF_THE_OPTIMIZER = ("tangent", "owner", "Omega", "sketch", "_T", "_T_of")  # attributes of a layer while one trains it
+OF_THE_OPTIMIZER = ("tangent", "owner", "Omega", "sketch", "_T", "_T_of")  # attributes of a layer while one trains it
 
 
 class FactorizedLinear(nn.Linear):
@@ -277,7 +277,7 @@ class FactorizedLinear(nn.Linear):
             Omega: (in_features, s), standard normal, in the parameters' dtype.
             owner: identifies the caller, so that it detaches the layer only if no other one has attached it since.
         """
-        for name in _OF_THE_OPTIMIZER:
+        for name in OF_THE_OPTIMIZER:
             self.__dict__.pop(name, None)
         if Omega is not None:
             self.tangent, self.owner, self.Omega = True, owner, Omega
@@ -340,6 +340,6 @@ class FactorizedLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle belongs to no optimizer: it has true gradients until one attaches it.
         state = self.__dict__.copy()
-        for name in _OF_THE_OPTIMIZER:
+        for name in OF_THE_OPTIMIZER:
             state.pop(name, None)
         return state

@@ -159,7 +159,7 @@ class FactorBatch(NamedTuple):
     layers: list[FactorState]
     scales: Scales
     copies: Basis | None  # (b, m, k), (b, k), (b, n, k); None: they are the masters
-    turns: Sequence[Tensor]  # b times T (k, k), with U T orthonormal: the modules' own, where they are full precision
+    turns: list[Tensor]  # of :func:`_orthonormalizers`
     finite: Tensor  # (b,) bool: layers whose gradients are finite
     gradients: dict[Tensor, Tensor]  # original gradients of the parameters to whose gradients decay was added
 
@@ -184,11 +184,11 @@ def stacked(factors: Iterable[Basis]) -> Basis:
     return Basis(*(torch.stack(f) for f in zip(*factors, strict=True)))
 
 
-def _orthonormalizers(layers: Sequence[FactorState], U: Tensor) -> Tensor:
-    """T (b, k, k) such that U T is orthonormal, for their U (b, m, k): in low precision, not that of the parameters."""
+def _orthonormalizers(layers: Sequence[FactorState], columns: Iterable[Tensor]) -> list[Tensor]:
+    """T (k, k) of each layer, with U T orthonormal for its U in ``columns``, which in low precision is the masters'."""
     if _in_low_precision(layers[0].module):
-        return linalg.orthonormalizer(U)
-    return torch.stack([layer.module.orthonormalizer() for layer in layers])
+        return [*linalg.orthonormalizer(torch.stack([*columns]))]
+    return [layer.module.orthonormalizer() for layer in layers]
 
 
 def _in_low_precision(module: FactorizedLinear) -> bool:
@@ -267,9 +267,8 @@ def enter_factors_(
         factors = [float32_factors(x.module, x.masters) for x in batch]
         _note_deviations(batch, factors)
         finite = _zero_nonfinite_(batch)
-        together = stacked(factors)
+        turns = _orthonormalizers(batch, (U for U, _, _ in factors))
         low = _in_low_precision(first)
-        turns = [*linalg.orthonormalizer(together.U)] if low else [x.module.orthonormalizer() for x in batch]
         gradients: dict[Tensor, Tensor] = {}
         if low and (rate := _coupled_decay(base, groups[first.U])) is not None:
             gradients = {x.module.U: x.module.U.grad for x in batch if x.module.U.grad is not None}
@@ -281,7 +280,7 @@ def enter_factors_(
         if in_masters:  # which are the same afterwards, but where somebody has edited a parameter
             for layer, current in zip(batch, factors, strict=True):
                 layer.masters = current
-        copies = None if in_masters else together
+        copies = None if in_masters else stacked(factors)
         entered.append(FactorBatch(batch, scales, copies, turns, finite, gradients))
     for entered_batch in entered:  # last, when nothing can fail any more
         for layer in entered_batch.layers:
@@ -306,7 +305,7 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
         Each layer, and whether its retraction succeeded.
     """
     batch.restore_gradients_()
-    old, T = batch.factors(), torch.stack([*batch.turns])
+    old, T = batch.factors(), torch.stack(batch.turns)
     new, turns, finite, failed = _retracted(batch, old, T)
     for i, layer in enumerate(batch.layers):
         if layer.anchor is not None:
@@ -322,7 +321,7 @@ def leave_factors_(batch: FactorBatch, state: Mapping[Tensor, Any]) -> list[tupl
     states_L = [state.get(layer.module.V) or {} for layer in batch.layers]
     for i, layer in enumerate(batch.layers):
         write_(layer, Basis(new.U[i], new.S[i], new.V[i]), diagonal=False)
-    T1 = _orthonormalizers(batch.layers, new.U)
+    T1 = torch.stack(_orthonormalizers(batch.layers, new.U))
     rotations = None if turns is None else (turns[0] @ T1, turns[1])
     transport_(states_K, states_L, (old.U @ T, old.V), (new.U @ T1, new.V), rotations)
     for i, layer in enumerate(batch.layers):
@@ -354,31 +353,31 @@ class _Retracted(NamedTuple):
 def _retracted(batch: FactorBatch, old: Basis, T: Tensor) -> _Retracted:
     K, L = _scaled_update(batch, old)
     if batch.layers[0].exact:
-        return _retract_by_qr(K, L, old._replace(U=old.U @ T), old, batch.finite)
+        return _retract_by_qr(K, L, old.U @ T, old, batch.finite)
     quick = linalg.retract_columns(K, L, old.U, old.V, T)
     accurate = quick.amplification <= MAX_AMPLIFICATION  # False if K or L is not finite
     if K.device.type == "cpu":  # reading it is free
         if bool((accurate & batch.finite).all()):
             return _Retracted(quick.factors, (quick.of_U, quick.of_V), accurate, set())
-        return _retract_by_qr(K, L, old._replace(U=old.U @ T), old, batch.finite)
+        return _retract_by_qr(K, L, old.U @ T, old, batch.finite)
     finite = batch.finite & linalg.finite(K) & linalg.finite(L)
     for layer, away in zip(batch.layers, finite & ~accurate, strict=True):
         layer.turned_away = away if layer.turned_away is None else layer.turned_away | away
     kept = ~(finite & accurate)[:, None, None]
     new = Basis(torch.where(kept, old.U, quick.factors.U), torch.where(kept[..., 0], old.S, quick.factors.S),
                 torch.where(kept, old.V, quick.factors.V))  # fmt: skip
-    stay = (linalg.core(old.U, torch.ones_like(old.S)), torch.eye(old.S.shape[-1], dtype=K.dtype, device=K.device))
+    stay = (linalg.gram_factor(old.U), torch.eye(old.S.shape[-1], dtype=K.dtype, device=K.device))
     of_U, of_V = (torch.where(kept, a, b) for a, b in zip(stay, (quick.of_U, quick.of_V), strict=True))
     return _Retracted(new, (of_U, of_V), finite, set())
 
 
-def _retract_by_qr(K: Tensor, L: Tensor, bases: Basis, old: Basis, finite: Tensor) -> _Retracted:
+def _retract_by_qr(K: Tensor, L: Tensor, U0: Tensor, old: Basis, finite: Tensor) -> _Retracted:
     """By QR. A layer keeps its factors if its K or L is not finite, or if its retraction fails."""
     L = project_off(L, old.V)  # Adam's update of L has a component in span(V)
     finite = finite & linalg.finite(K) & linalg.finite(L)  # (b,)
     mask = finite[:, None, None]
     K, L = torch.where(mask, K, old.U * old.S.unsqueeze(-2)), torch.where(mask, L, 0.0)
-    new, failed = _retract_with_fallback(K, L, bases, old)
+    new, failed = _retract_with_fallback(K, L, U0, old)
     for factor in (new.U, new.S.unsqueeze(-1), new.V):
         finite = finite & linalg.finite(factor)
     mask = finite[:, None, None]
@@ -387,14 +386,14 @@ def _retract_by_qr(K: Tensor, L: Tensor, bases: Basis, old: Basis, finite: Tenso
     return _Retracted(new, None, finite, failed)
 
 
-def _retract_with_fallback(K: Tensor, L: Tensor, bases: Basis, old: Basis) -> tuple[Basis, set[int]]:
+def _retract_with_fallback(K: Tensor, L: Tensor, U0: Tensor, old: Basis) -> tuple[Basis, set[int]]:
     """The retractions of a batch; of layers where it fails, also in float64, the old factors, and their indices."""
     with suppress(LinAlgError):
-        return retract(K, L, bases.U, old.V), set()
+        return retract(K, L, U0, old.V), set()
     retracted: list[Basis] = []
     failed: set[int] = set()
     for i in range(len(K)):
-        inputs = [t[i] for t in (K, L, bases.U, old.V)]
+        inputs = [t[i] for t in (K, L, U0, old.V)]
         single = with_float64_fallback(partial(_retract_in_dtype, inputs), K.dtype)
         if single is None:
             failed.add(i)

@@ -44,7 +44,15 @@ from .loss_metric import (
 )
 from .matrices import complement, compute_bytes, energy, finite, portions, project_off, to_compute_dtype
 from .precision import full_precision
-from .retraction import Retraction, core, diagonalized, orthonormalizer, retract, retract_columns
+from .retraction import (
+    Retraction,
+    diagonalized,
+    gram_factor,
+    orthonormalizer,
+    retract,
+    retract_columns,
+    triangular_inverse,
+)
 
 __all__ = [
     "DIAGONAL_ABOVE",
@@ -58,7 +66,6 @@ __all__ = [
     "chance_corrected",
     "complement",
     "compute_bytes",
-    "core",
     "diagonalized",
     "dual",
     "energy",
@@ -69,6 +76,7 @@ __all__ = [
     "first_basis",
     "full_precision",
     "gradient_energies",
+    "gram_factor",
     "left_residual",
     "loss_basis",
     "minor_block",
@@ -87,6 +95,7 @@ __all__ = [
     "second_moment",
     "subspace_change",
     "to_compute_dtype",
+    "triangular_inverse",
     "truncated",
     "truncation_error",
 ]

@@ -49,10 +49,15 @@ def orthonormalizer(U: Tensor) -> Tensor:
 
     NaN where they are dependent.
     """
-    return _inverse(torch.linalg.cholesky_ex(U.mT @ U, upper=True)[0])
+    return triangular_inverse(gram_factor(U))
 
 
-def _inverse(R: Tensor) -> Tensor:
+def gram_factor(U: Tensor) -> Tensor:
+    """R (..., k, k), upper triangular, with U^T U = R^T R: U = U0 R for the orthonormal U0 = U T, and T = R^-1."""
+    return torch.linalg.cholesky_ex(U.mT @ U, upper=True)[0]
+
+
+def triangular_inverse(R: Tensor) -> Tensor:
     """Of an upper triangular matrix (..., k, k)."""
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     return torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)
@@ -75,7 +80,7 @@ def retract_columns(K: Tensor, L: Tensor, U: Tensor, V: Tensor, T: Tensor) -> Re
     gram, UK = K.mT @ K, U.mT @ K
     d = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)  # (..., 1, k)
     scaled = torch.linalg.cholesky_ex(gram / (d * d.mT), upper=True)[0]  # R = scaled * d
-    inverse = _inverse(scaled)
+    inverse = triangular_inverse(scaled)
     R_inverse = inverse / d.mT
     turn = (T.mT @ UK) @ R_inverse  # U0^T Q
     B = turn @ R_inverse.mT
@@ -84,7 +89,7 @@ def retract_columns(K: Tensor, L: Tensor, U: Tensor, V: Tensor, T: Tensor) -> Re
     W += L @ B
     H = W.mT @ W  # I + (L B)^T (L B) >= I
     g = torch.linalg.cholesky_ex(H, upper=True)[0]
-    of_V = _inverse(g)
+    of_V = triangular_inverse(g)
     V1, U1 = W @ of_V, K @ g.mT
     S = torch.linalg.vector_norm(U1, dim=-2)
     U1 /= S.unsqueeze(-2)
@@ -95,11 +100,6 @@ def retract_columns(K: Tensor, L: Tensor, U: Tensor, V: Tensor, T: Tensor) -> Re
     return Retraction(Basis(U1, S, V1), of_U, of_V, torch.stack(parts).amax(0))
 
 
-def core(U: Tensor, S: Tensor) -> Tensor:
-    """R diag(S) (..., k, k), with U = U0 R and U0 = U T orthonormal: then U diag(S) V^T = U0 core V^T."""
-    return torch.linalg.cholesky_ex(U.mT @ U, upper=True)[0] * S.unsqueeze(-2)
-
-
 def diagonalized(factors: Basis) -> Basis:
     """The singular triplets of U diag(S) V^T, with independent columns U (..., m, k), and V (..., n, k) orthonormal.
 
@@ -107,5 +107,6 @@ def diagonalized(factors: Basis) -> Basis:
         torch.linalg.LinAlgError: the SVD did not converge.
     """
     U, S, V = factors
-    P, S, Oh = torch.linalg.svd(core(U, S))
-    return Basis(U @ (orthonormalizer(U) @ P), S, V @ Oh.mT)
+    R = gram_factor(U)
+    P, S, Oh = torch.linalg.svd(R * S.unsqueeze(-2))
+    return Basis(U @ (triangular_inverse(R) @ P), S, V @ Oh.mT)
